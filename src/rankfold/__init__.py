@@ -1,0 +1,15 @@
+"""Low-rank adaptation beyond LoRA: PEFT methods that fold exactly into a plain LoRA.
+
+from rankfold import RasaConfig
+model = peft.get_peft_model(model, RasaConfig(r=8, target_modules="all-linear"))
+"""
+
+from rankfold.peft_types import check_peft
+
+check_peft()
+
+from rankfold.factors import Factors  # noqa: E402
+from rankfold.methods import PlainLoraConfig, RasaConfig  # noqa: E402
+
+__version__ = "0.1.0"
+__all__ = ["Factors", "PlainLoraConfig", "RasaConfig"]

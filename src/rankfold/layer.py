@@ -1,0 +1,152 @@
+"""AdaptedLinear: PEFT's tuner layer, once for all methods. It hosts any `Adapter` on a linear base."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.utils import resolve_quantization_backend
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from rankfold.adapter import Adapter
+from rankfold.contraction import low_rank_linear
+
+
+class AdaptedLinear(nn.Module, BaseTunerLayer):
+    """A linear base (nn.Linear, Conv1D, or quantised) with any number of adapters beside it.
+
+    Args:
+        base_layer: the module to adapt; kept as it is.
+        apply_tensor_subclass: what torchao needs to quantise again after a merge.
+
+    Raises:
+        TypeError: a base that is none of these.
+    """
+
+    adapter_layer_names = ("lowrank_adapters",)
+
+    def __init__(self, base_layer: nn.Module, apply_tensor_subclass: Callable | None = None) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.lowrank_adapters = nn.ModuleDict()
+        self.merged_adapters: list[str] = []
+        self._disable_adapters = False
+        base = self.get_base_layer()
+        self.quantization_backend = resolve_quantization_backend(base, get_apply_tensor_subclass=apply_tensor_subclass)
+        self.transposed = isinstance(base, Conv1D)
+        self._weight_before_merge: Tensor | None = None
+
+    def add_adapter(self, name: str, adapter: Adapter, inference_mode: bool = False) -> None:
+        """Hosts one more adapter, on the base's device and dtype; it becomes trainable if it is active."""
+        self.lowrank_adapters[name] = adapter
+        self._move_adapter_to_device_of_base_layer(name)
+        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def adapters(self, names: Sequence[str]) -> list[Adapter]:
+        return [self.lowrank_adapters[n] for n in names if n in self.lowrank_adapters]  # pyright: ignore[reportReturnType]
+
+    # Forward --------------------------------------------------------------------------------------------------------
+
+    def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
+        if adapter_names is not None:
+            return self._forward_mixed_batch(x, *args, adapter_names=adapter_names, **kwargs)
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            return self.base_layer(x, *args, **kwargs)
+        adapters = [] if self.merged else self.adapters(self.active_adapters)
+        if not adapters:
+            return self.base_layer(x, *args, **kwargs)
+        base = self.base_layer
+        if _is_plain(base) and not args and not kwargs and all(a.fixed for a in adapters):
+            weight = base.weight.T if self.transposed else base.weight
+            return low_rank_linear(x, weight, base.bias, [a.term() for a in adapters])  # pyright: ignore[reportArgumentType]
+        y = base(x, *args, **kwargs)
+        for adapter in adapters:
+            y = adapter(y, x)
+        return y
+
+    def _forward_mixed_batch(self, x: Tensor, *args: Any, adapter_names: list[str], **kwargs: Any) -> Tensor:
+        """Row i of the batch through adapter `adapter_names[i]`; "__base__" is no adapter."""
+        if len(adapter_names) != len(x):
+            raise ValueError(f"adapter_names has {len(adapter_names)} names for a batch of {len(x)} rows")
+        if self.merged:
+            raise ValueError("adapter_names cannot be used while an adapter is merged; call unmerge_adapter() first")
+        y = self.base_layer(x, *args, **kwargs)
+        for name in dict.fromkeys(adapter_names):
+            if name in self.lowrank_adapters:
+                rows = torch.tensor([i for i, n in enumerate(adapter_names) if n == name], device=x.device)
+                y = y.index_copy(0, rows, self.lowrank_adapters[name](y[rows], x[rows]).to(y.dtype))
+        return y
+
+    # Merging --------------------------------------------------------------------------------------------------------
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """The update of one adapter in the base weight's own layout, at least float32."""
+        factors = self.lowrank_adapters[adapter].factors()  # pyright: ignore[reportCallIssue]
+        wide = torch.promote_types(factors.up.dtype, torch.float32)
+        delta = factors.detach().to(wide).delta()
+        return delta.T if self.transposed else delta
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Adds the adapters' updates to the base weight.
+
+        The sum is made in float32 or wider and rounded once to the weight's dtype. The weight as it was is kept in
+        main memory, so that `unmerge` brings it back bit for bit (a quantised base is requantised, which rounds).
+
+        Args:
+            safe_merge: check the merged weight first; raises ValueError and changes nothing if it is not finite.
+            adapter_names: which; by default the active ones.
+        """
+        names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.lowrank_adapters]
+        if not names:
+            return
+        backend = self.quantization_backend
+        if backend is not None and not backend.supports_merge:
+            raise TypeError(
+                f"a base quantised with {backend.backend_name} cannot be merged into; fold the adapter instead"
+            )
+        with torch.no_grad():
+            weight = self.get_base_weight()
+            merged = weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
+            for name in names:
+                merged += self.get_delta_weight(name).to(merged.device, merged.dtype)
+            if safe_merge and not torch.isfinite(merged).all():
+                raise ValueError(f"NaNs detected in the merged weights. The adapters {names} seem to be broken")
+            if backend is None and not self.merged:
+                self._weight_before_merge = weight.to("cpu", copy=True)
+            self.set_base_weight(merged.to(weight.dtype))
+        self.merged_adapters += names
+
+    def unmerge(self) -> None:
+        """Takes all merged updates out again."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        with torch.no_grad():
+            if self._weight_before_merge is not None:
+                self.set_base_weight(self._weight_before_merge.to(self.get_base_weight().device))
+            else:
+                weight = self.get_base_weight()
+                for name in self.merged_adapters:
+                    weight = weight - self.get_delta_weight(name).to(weight.device, weight.dtype)
+                self.set_base_weight(weight)
+        self._weight_before_merge = None
+        self.merged_adapters.clear()
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether PEFT's `convert_to_lora` applies (`rankfold fold` does the same exactly, and faster)."""
+        return adapter_name not in self.lowrank_adapters or self.adapters([adapter_name])[0].fixed
+
+
+def _is_plain(base: nn.Module) -> bool:
+    """Whether the base is nothing but x Wᵀ + b on an ordinary tensor: no subclass, hook, quantisation or shard."""
+    return (
+        type(base) in (nn.Linear, Conv1D)
+        and type(base.weight) in (nn.Parameter, Tensor)
+        and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks)
+    )

@@ -1,0 +1,65 @@
+"""Plain LoRA inside our core: the yardstick that every other method and PEFT's own LoRA are measured against.
+
+Paper: LoRA, arXiv 2106.09685, ΔW = (α/r)·B·A; A Kaiming-uniform (a = √5), B = 0, as PEFT does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import nn
+
+from rankfold.adapter import Adapter, Site, kaiming_
+from rankfold.config import LowRankConfig
+from rankfold.factors import Factors
+from rankfold.registry import Method, register
+
+
+@dataclass
+class PlainLoraConfig(LowRankConfig):
+    """LoRA (arXiv 2106.09685) as rankfold runs it. PEFT's own is `peft.LoraConfig`.
+
+    `init_lora_weights`: True, "gaussian" (A ~ N(0, 1/r²), as PEFT), or False (random A and B, for tests).
+    """
+
+    method: ClassVar[str] = "lora"
+
+    def check(self) -> None:
+        super().check()
+        init = self.init_lora_weights
+        self.require("init_lora_weights", init, init in (True, False, "gaussian"), 'true, false or "gaussian"')
+
+
+class Lora(Adapter):
+    def __init__(self, config: LowRankConfig, site: Site, shared: nn.Module | None = None) -> None:
+        super().__init__(config, site, shared)
+        self.down = nn.Parameter(torch.empty(self.r, site.in_features))  # A
+        self.up = nn.Parameter(torch.empty(site.out_features, self.r))  # B
+
+    def reset_parameters(self, init: bool | str) -> None:
+        if init == "gaussian":
+            nn.init.normal_(self.down, std=1 / self.r)
+        else:
+            kaiming_(self.down)
+        if init is False:
+            kaiming_(self.up)
+        else:
+            nn.init.zeros_(self.up)
+
+    def blocks(self) -> Sequence[Factors]:
+        return (Factors(self.down, self.up, scale=self.scaling),)
+
+
+LORA = register(
+    Method(
+        name="lora",
+        title="LoRA",
+        paper="2106.09685",
+        summary="One low-rank pair per layer; the yardstick.",
+        config=PlainLoraConfig,
+        adapter=Lora,
+    )
+)
