@@ -9,7 +9,24 @@ from rankfold.peft_types import check_peft
 check_peft()
 
 from rankfold.factors import Factors  # noqa: E402
-from rankfold.methods import PlainLoraConfig, RasaConfig  # noqa: E402
+from rankfold.methods import (  # noqa: E402
+    AdaSvdConfig,
+    DynamicDoraConfig,
+    PlainLoraConfig,
+    RasaConfig,
+    SoraConfig,
+)
+
+from rankfold.control import AdapterCallback, attach  # noqa: E402  isort: skip
 
 __version__ = "0.1.0"
-__all__ = ["Factors", "PlainLoraConfig", "RasaConfig"]
+__all__ = [
+    "AdaSvdConfig",
+    "AdapterCallback",
+    "DynamicDoraConfig",
+    "Factors",
+    "PlainLoraConfig",
+    "RasaConfig",
+    "SoraConfig",
+    "attach",
+]

@@ -16,9 +16,10 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -61,6 +62,9 @@ class Adapter(nn.Module):
 
     #: Whether the update is a fixed matrix. A method with an input-dependent update overrides `forward` and sets False.
     fixed: ClassVar[bool] = True
+    #: Whether the method has a schedule (its registry row sets this), and whether a controller runs it here.
+    has_schedule: ClassVar[bool] = False
+    scheduled: bool = False
 
     def __init__(self, config: LowRankConfig, site: Site, shared: nn.Module | None = None) -> None:
         super().__init__()
@@ -74,7 +78,8 @@ class Adapter(nn.Module):
         self._shared = (shared,)
 
     @property
-    def shared(self) -> nn.Module | None:
+    def shared(self) -> Any:
+        """What `make_shared` returned; a method narrows the type."""
         return self._shared[0]
 
     # What a method says about sharing -------------------------------------------------------------------------------
@@ -115,7 +120,13 @@ class Adapter(nn.Module):
 
     # What the layer runs --------------------------------------------------------------------------------------------
 
+    def alive(self) -> int:
+        """The rank of the update now."""
+        return sum(block.rank for block in self.blocks())
+
     def term(self) -> Term:
+        if self.has_schedule and self.training and not self.scheduled and not torch.compiler.is_compiling():
+            self._watch_for_unscheduled_steps()
         return Term(self.blocks(), self.dropout if self.training else 0.0)
 
     def forward(self, y: Tensor, x: Tensor) -> Tensor:
@@ -126,6 +137,28 @@ class Adapter(nn.Module):
             x: … × in.
         """
         return low_rank_update(y, x, [self.term()])
+
+    # The trap of a schedule that nobody runs ------------------------------------------------------------------------
+
+    def trained_unscheduled(self) -> bool:
+        """Whether parameters moved since the first training forward, with no controller attached."""
+        seen = getattr(self, "_versions", None)
+        return not self.scheduled and seen is not None and self._version() != seen
+
+    def _version(self) -> int:
+        return sum(p._version for p in nn.Module.parameters(self))
+
+    def _watch_for_unscheduled_steps(self) -> None:
+        if not hasattr(self, "_versions"):
+            self._versions = self._version()
+        elif self.trained_unscheduled() and not getattr(self, "_warned", False):
+            self._warned = True
+            warnings.warn(
+                f"{type(self).__name__} at {self.site.name} is being trained without its controller, so its ranks will "
+                "never change: call rankfold.attach(model, optimizer, total_steps=...) before the loop, or give "
+                "Trainer callbacks=[rankfold.AdapterCallback()]",
+                stacklevel=2,
+            )
 
     # Following the model --------------------------------------------------------------------------------------------
 

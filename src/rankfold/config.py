@@ -60,6 +60,13 @@ class LowRankConfig(PeftConfig):
     )
     bias: str = field(default="none", metadata={"help": 'Only "none": a trained bias cannot be folded into a LoRA.'})
 
+    allow_unscheduled: bool = field(
+        default=False, metadata={"help": "Save or fold a scheduled method although its schedule did not run."}
+    )
+    schedule: dict | None = field(
+        default=None, metadata={"help": "Written by the controller: how far the schedule has run. Not for you to set."}
+    )
+
     #: The method's name in the registry; its PEFT type is this in upper case behind "RANKFOLD_".
     method: ClassVar[str]
 

@@ -77,20 +77,29 @@ def low_rank_update(y: Tensor, x: Tensor, terms: Sequence[Term]) -> Tensor:
     """
     if _order == "separate":
         return _separate(y, x, terms)
+    if not any(term.blocks for term in terms):
+        return y
     return y + _apply(x.to(_compute_dtype(x)), None, None, terms).to(y.dtype)
 
 
-def _compute_dtype(x: Tensor) -> torch.dtype:
+def _autocasts(x: Tensor) -> bool:
     kind = x.device.type
-    if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
-        return torch.get_autocast_dtype(kind)
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)  # there is none on "meta"
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    if _autocasts(x) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(x.device.type)
     return x.dtype
 
 
 def _separate(y: Tensor, x: Tensor, terms: Sequence[Term]) -> Tensor:
     for term in terms:
+        if not term.blocks:
+            continue
+        dropped = F.dropout(x.to(term.blocks[0].down.dtype), term.dropout)  # once: the blocks of a term share it
         for f in term.blocks:
-            h = F.linear(F.dropout(x.to(f.down.dtype), term.dropout), f.down)
+            h = F.linear(dropped.to(f.down.dtype), f.down)
             h = h if f.gate is None else h * f.gate
             y = (y + F.linear(h, f.up) * f.scale).to(y.dtype)
     return y
@@ -104,13 +113,14 @@ def _apply(x: Tensor, weight: Tensor | None, bias: Tensor | None, terms: Sequenc
         keep = 1.0 - term.dropout
         mask = None
         if term.dropout > 0.0:
-            mask = torch.empty_like(x, dtype=torch.bool).bernoulli_(keep)
-        for f in term.blocks:
-            if f.rank:  # a rank-0 block adds nothing
-                layout.append((len(masks), 1.0 / keep if keep else 0.0, f.scale))
-                tensors += [f.down, f.up, f.gate]
+            mask = torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(keep)
+        for f in term.blocks:  # a rank-0 block too: DDP waits for its (empty) gradients
+            layout.append((len(masks), 1.0 / keep if keep else 0.0, f.scale))
+            tensors += [f.down, f.up, f.gate]
         masks.append(mask)
-    return _LowRankLinear.apply(x, weight, bias, tuple(layout), *masks, *tensors)  # pyright: ignore[reportReturnType]
+    y: Tensor = _LowRankLinear.apply(x, weight, bias, tuple(layout), *masks, *tensors)  # pyright: ignore[reportAssignmentType]
+    # out here, since autograd forbids writing in place to a view that a Function returns
+    return y.view(*x.shape[:-1], y.shape[-1])
 
 
 class _LowRankLinear(torch.autograd.Function):
@@ -121,10 +131,7 @@ class _LowRankLinear(torch.autograd.Function):
         n_masks = len(rest) - 3 * len(layout)
         masks, tensors = rest[:n_masks], rest[n_masks:]
         flat = x.reshape(-1, x.shape[-1])
-        if weight is not None:
-            y = F.linear(x, weight, bias).view(-1, weight.shape[0])
-        else:
-            y = flat.new_zeros(flat.shape[0], tensors[1].shape[0])
+        y = F.linear(flat, weight, bias) if weight is not None else flat.new_zeros(len(flat), tensors[1].shape[0])
         hidden = []
         for (which, inv_keep, scale), (down, up, gate) in zip(layout, _triples(tensors), strict=True):
             mask = masks[which]
@@ -135,49 +142,54 @@ class _LowRankLinear(torch.autograd.Function):
             hidden.append(h)
         ctx.layout, ctx.n_masks, ctx.has_bias = layout, n_masks, bias is not None
         ctx.save_for_backward(x, weight, *hidden, *rest)
-        return y.view(*x.shape[:-1], y.shape[-1])
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, g):  # pyright: ignore[reportIncompatibleMethodOverride]
-        x, weight, *saved = ctx.saved_tensors
-        n = len(ctx.layout)
-        hidden, rest = saved[:n], saved[n:]
-        masks, tensors = rest[: ctx.n_masks], rest[ctx.n_masks :]
-        need_x, need_weight, need_bias, _, *need = ctx.needs_input_grad
-        need = need[ctx.n_masks :]
-        flat, g = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1]).to(x.dtype)
+        if not _autocasts(g):
+            return _backward(ctx, g)
+        with torch.autocast(g.device.type, enabled=False):  # the forward has settled the dtypes
+            return _backward(ctx, g)
 
-        dx = None
-        if need_x:
-            dx = g @ weight if weight is not None else torch.zeros_like(flat)
-        grads: list[Tensor | None] = []
-        for k, ((which, inv_keep, scale), (down, up, gate)) in enumerate(
-            zip(ctx.layout, _triples(tensors), strict=True)
-        ):
-            need_down, need_up, need_gate = need[3 * k : 3 * k + 3]
-            mask, h, c = masks[which], hidden[k], scale * inv_keep
-            d_down = d_up = d_gate = None
-            if need_up or need_gate:
-                cross = (h.T @ g).T  # out×r; this order is faster than gᵀh (shared/performance.md §3)
-                if need_gate:
-                    d_gate = (cross * up.to(cross.dtype)).sum(0, dtype=gate.dtype) * c
-                if need_up:
-                    d_up = (cross * c if gate is None else cross * (gate * c).to(cross.dtype)).to(up.dtype)
-            if need_x or need_down:
-                gh = g @ _weighted(up, gate, x.dtype)
-                if need_down:
-                    dropped = flat if mask is None else flat * mask.view_as(flat)
-                    d_down = (gh.T @ dropped).mul_(c).to(down.dtype)
-                if dx is not None and mask is None:
-                    dx.addmm_(gh, down.to(x.dtype), alpha=c)
-                elif dx is not None:
-                    dx.addcmul_(gh @ down.to(x.dtype), mask.view_as(flat).to(x.dtype), value=c)
-            grads += [d_down, d_up, d_gate]
-        d_weight = g.T @ flat if need_weight else None
-        d_bias = g.sum(0) if need_bias else None
-        dx = None if dx is None else dx.view_as(x)
-        return dx, d_weight, d_bias, None, *([None] * ctx.n_masks), *grads
+
+def _backward(ctx, g: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, *saved = ctx.saved_tensors
+    n = len(ctx.layout)
+    hidden, rest = saved[:n], saved[n:]
+    masks, tensors = rest[: ctx.n_masks], rest[ctx.n_masks :]
+    need_x, need_weight, need_bias, _, *need = ctx.needs_input_grad
+    need = need[ctx.n_masks :]
+    flat, g = x.reshape(-1, x.shape[-1]), g.to(x.dtype)
+
+    dx = None
+    if need_x:
+        dx = g @ weight if weight is not None else torch.zeros_like(flat)
+    grads: list[Tensor | None] = []
+    for k, ((which, inv_keep, scale), (down, up, gate)) in enumerate(zip(ctx.layout, _triples(tensors), strict=True)):
+        need_down, need_up, need_gate = need[3 * k : 3 * k + 3]
+        mask, h, c = masks[which], hidden[k], scale * inv_keep
+        d_down = d_up = d_gate = None
+        if need_up or need_gate:
+            cross = (h.T @ g).T  # out×r; this order is faster than gᵀh (shared/performance.md §3)
+            if need_gate:
+                d_gate = (cross * up.to(cross.dtype)).sum(0, dtype=gate.dtype) * c
+            if need_up:
+                d_up = (cross * c if gate is None else cross * (gate * c).to(cross.dtype)).to(up.dtype)
+        if need_x or need_down:
+            gh = g @ _weighted(up, gate, x.dtype)
+            if need_down:
+                dropped = flat if mask is None else flat * mask.view_as(flat)
+                d_down = (gh.T @ dropped).mul_(c).to(down.dtype)
+            if dx is not None and mask is None:
+                dx.addmm_(gh, down.to(x.dtype), alpha=c)
+            elif dx is not None:
+                dx.addcmul_(gh @ down.to(x.dtype), mask.view_as(flat).to(x.dtype), value=c)
+        grads += [d_down, d_up, d_gate]
+    d_weight = g.T @ flat if need_weight else None
+    d_bias = g.sum(0) if need_bias else None
+    dx = None if dx is None else dx.view_as(x)
+    return dx, d_weight, d_bias, None, *([None] * ctx.n_masks), *grads
 
 
 def _triples(tensors: Sequence) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:

@@ -8,7 +8,8 @@
     >>> f.select(torch.tensor([True, False])).rank   # a pruned gate is a select
     1
 
-Pure: no module, no PEFT; every function works in whatever dtype its tensors have, float64 included.
+Pure: no module, no PEFT; every function works in whatever dtype its tensors have, float64 included (those that need a
+QR widen half precision to float32, which torch's has to).
 """
 
 from __future__ import annotations
@@ -116,19 +117,22 @@ class Factors:
         """Gate and scale baked in and each component's norm split evenly, ‖up_i‖ = ‖down_i‖; a dead component is zero."""
         f = self.baked()
         up, down = f.up.norm(dim=0), f.down.norm(dim=1)
-        alive = (up > 0) & (down > 0)
+        alive = (up != 0) & (down != 0)  # NaN is alive: it must not turn into a silent zero
         ratio = torch.where(alive, (down / up.where(alive, torch.ones_like(up))).sqrt(), torch.zeros_like(up))
         inverse = torch.where(alive, 1 / ratio.where(alive, torch.ones_like(ratio)), torch.zeros_like(ratio))
         return Factors(f.down * inverse[:, None], f.up * ratio)
 
     def svd(self) -> tuple[Tensor, Tensor, Tensor]:
         """U (out × q), σ (q, descending), Vᵀ (q × in) of ΔW with q = min(r, out, in), by QR of both factors and an SVD
-        of the small core: never of an out × in matrix."""
-        f = self.baked()
+        of the small core: never of an out × in matrix. In float32 at least."""
+        f = self._wide().baked()
         q_up, r_up = torch.linalg.qr(f.up)
         q_down, r_down = torch.linalg.qr(f.down.T)
         u, sigma, vt = torch.linalg.svd(r_up @ r_down.T, full_matrices=False)
         return q_up @ u, sigma, vt @ q_down.T
+
+    def _wide(self) -> Factors:
+        return self.to(torch.promote_types(self.up.dtype, torch.float32))
 
     def compress(self, rank: int | None = None, *, energy: float | None = None) -> Factors:
         """The best approximation in the Frobenius norm.
@@ -146,7 +150,7 @@ class Factors:
         if energy is not None:
             if not 0 < energy <= 1:
                 raise ValueError(f"Factors.compress: energy={energy} is not in (0, 1]")
-            kept = sigma.square().cumsum(0)
+            kept = sigma.cpu().double().square().cumsum(0)  # in float32, energy=1 would lose all σ below 3e-4·σ₁
             rank = int((kept < energy * kept[-1]).sum()) + 1 if len(sigma) and kept[-1] > 0 else 0
         assert rank is not None
         if rank < 0:
@@ -156,7 +160,7 @@ class Factors:
 
     def norm(self) -> Tensor:
         """‖ΔW‖_F from r×r products of the QR cores (exact to rounding, no cancellation)."""
-        f = self.baked()
+        f = self._wide().baked()
         if f.rank == 0:
             return f.up.new_zeros(())
         return (torch.linalg.qr(f.up).R @ torch.linalg.qr(f.down.T).R.T).norm()

@@ -39,12 +39,21 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
         self.quantization_backend = resolve_quantization_backend(base, get_apply_tensor_subclass=apply_tensor_subclass)
         self.transposed = isinstance(base, Conv1D)
         self._weight_before_merge: Tensor | None = None
+        # The model's shared state (tuner.py), in a tuple to stay out of the module registry
+        self.shared_state: tuple[nn.ModuleDict | None] = (None,)
 
     def add_adapter(self, name: str, adapter: Adapter, inference_mode: bool = False) -> None:
         """Hosts one more adapter, on the base's device and dtype; it becomes trainable if it is active."""
         self.lowrank_adapters[name] = adapter
         self._move_adapter_to_device_of_base_layer(name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Here and not on the tuner, because transformers' `model.delete_adapter` asks only the layers."""
+        super().delete_adapter(adapter_name)
+        (shared,) = self.shared_state
+        if shared is not None and adapter_name in shared:
+            del shared[adapter_name]
 
     def adapters(self, names: Sequence[str]) -> list[Adapter]:
         return [self.lowrank_adapters[n] for n in names if n in self.lowrank_adapters]  # pyright: ignore[reportReturnType]

@@ -40,7 +40,7 @@ def add_peft_type(name: str) -> PeftType:
     member = str.__new__(PeftType, key)
     member._name_, member._value_ = key, key
     member.__objclass__ = PeftType  # pyright: ignore[reportAttributeAccessIssue]
-    member._sort_order_ = len(PeftType._member_names_)
+    member._sort_order_ = len(PeftType._member_names_)  # pyright: ignore[reportAttributeAccessIssue]
     PeftType._member_names_.append(key)
     PeftType._member_map_[key] = PeftType._value2member_map_[key] = member
     type.__setattr__(PeftType, key, member)

@@ -62,7 +62,9 @@ def register(method: Method) -> Method:
     name = peft_name(method.name)
     if add_peft_type(name) not in PEFT_TYPE_TO_CONFIG_MAPPING:
         tuner = type(f"{method.adapter.__name__}Model", (LowRankTuner,), {"method": method, "__module__": __name__})
+        globals()[tuner.__name__] = tuner  # pickle finds a class by its module and name
         register_peft_method(name=name, config_cls=method.config, model_cls=tuner, prefix=PREFIX)
+    method.adapter.has_schedule = method.controller is not None
     METHODS[method.name] = method
     return method
 

@@ -21,7 +21,7 @@ from peft.utils.quantization_utils import resolve_quantization_backend
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from rankfold.adapter import Adapter, Group, Site
+from rankfold.adapter import Group, Site
 from rankfold.config import LowRankConfig
 from rankfold.layer import AdaptedLinear
 
@@ -75,7 +75,7 @@ class LowRankTuner(BaseTuner):
                 inside = (*inside, name + ".")
             if not (key in named if named is not None else self._check_target_module_exists(config, key)):
                 continue
-            sites[key] = _site(key, module)
+            sites[key] = site_of(key, module)
         adapter_cls = self.method.adapter
         members: dict[str, list[Site]] = {}
         for site in sites.values():
@@ -97,6 +97,9 @@ class LowRankTuner(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, state_dict=None, **kwargs: Any) -> None:
         self._plan = self.plan(self.peft_config[adapter_name], model, state_dict)
+        stale = getattr(model, SHARED, {})  # PEFT allows injecting a second time under one name
+        if adapter_name in stale:
+            del stale[adapter_name]
         super().inject_adapter(model, adapter_name, *args, state_dict=state_dict, **kwargs)
 
     def _create_and_replace(
@@ -111,6 +114,7 @@ class LowRankTuner(BaseTuner):
             layer = AdaptedLinear(target, quantised.get("get_apply_tensor_subclass"))
             layer._active_adapter = self.active_adapters
             self._replace_module(parent, target_name, layer, target)
+        layer.shared_state = (getattr(self.model, SHARED, None),)
         layer.add_adapter(adapter_name, adapter, inference_mode=peft_config.inference_mode)
 
     def _shared_state(self, config: LowRankConfig, adapter_name: str, site: Site) -> nn.Module | None:
@@ -146,14 +150,6 @@ class LowRankTuner(BaseTuner):
             for t in [*by_group[adapter_name].parameters(), *by_group[adapter_name].buffers()]:
                 if t.is_floating_point() and t.dtype.itemsize < 4:
                     t.data = t.data.float()
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        super().delete_adapter(adapter_name)
-        by_group = getattr(self.model, SHARED, None)
-        if by_group is not None and adapter_name in by_group:
-            del by_group[adapter_name]
-            if not by_group:
-                delattr(self.model, SHARED)
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any):
         model = super()._unload_and_optionally_merge(*args, **kwargs)
@@ -196,6 +192,7 @@ class LowRankTuner(BaseTuner):
 
     @classmethod
     def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
+        _check_scheduled(model, config, adapter_name)
         own = _owned(model, adapter_name)
         kept = {k: v for k, v in state_dict.items() if k.startswith(own)}
         # PEFT has filtered out every key that contains another adapter's *name*; one called like a module takes ours along
@@ -225,7 +222,7 @@ class LowRankTuner(BaseTuner):
         return {expected[k][0] if k in expected else k: v for k, v in state_dict.items()}
 
 
-def _site(name: str, module: nn.Module) -> Site:
+def site_of(name: str, module: nn.Module) -> Site:
     base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
     quantised = resolve_quantization_backend(base, get_apply_tensor_subclass=lambda: None)
     linear = isinstance(base, (nn.Linear, Conv1D)) or (quantised is not None and quantised.layer_type == "linear")
@@ -248,6 +245,22 @@ def _owned(model: nn.Module, adapter_name: str) -> tuple[str, ...]:
         elif isinstance(module._modules.get(SHARED), nn.ModuleDict):
             own.append(f"{dot}{SHARED}.{adapter_name}.")
     return tuple(own)
+
+
+def _check_scheduled(model: nn.Module, config: LowRankConfig, adapter_name: str) -> None:
+    """Raises RuntimeError for a scheduled adapter that was trained without its controller."""
+    if config.allow_unscheduled:
+        return
+    for module in model.modules():
+        if isinstance(module, AdaptedLinear):
+            for adapter in module.adapters([adapter_name]):
+                if adapter.trained_unscheduled():
+                    raise RuntimeError(
+                        f"This {config.method} adapter was trained without its controller: its ranks never changed, and "
+                        "what would be saved is not the method. Call rankfold.attach(model, optimizer, total_steps=...) "
+                        "before the loop or give Trainer callbacks=[rankfold.AdapterCallback()]; to save it all the "
+                        "same, set allow_unscheduled=True in its config."
+                    )
 
 
 def _check_checkpoint(config: LowRankConfig, expected: dict[str, Tensor], found: dict[str, Tensor]) -> None:

@@ -1,6 +1,9 @@
 """One file a method. Importing this package registers them all."""
 
+from rankfold.methods.adalora import AdaSvdConfig
+from rankfold.methods.dynamic_dora import DynamicDoraConfig
 from rankfold.methods.lora import PlainLoraConfig
 from rankfold.methods.rasa import RasaConfig
+from rankfold.methods.sora import SoraConfig
 
-__all__ = ["PlainLoraConfig", "RasaConfig"]
+__all__ = ["AdaSvdConfig", "DynamicDoraConfig", "PlainLoraConfig", "RasaConfig", "SoraConfig"]

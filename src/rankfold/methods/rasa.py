@@ -13,7 +13,6 @@ which turns α/r into α/√r.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -67,8 +66,7 @@ class Pool(Shared):
 class Rasa(Adapter):
     def __init__(self, config: RasaConfig, site: Site, shared: Pool | None) -> None:
         super().__init__(config, site, shared)
-        k = config.pooled(self.r)
-        self.private, self.pool = self.r - k, shared
+        self.private = self.r - config.pooled(self.r)
         pooled = 0 if shared is None else shared.down.shape[0]
         self.down = nn.Parameter(torch.empty(self.private, site.in_features))  # Ã_i
         self.up = nn.Parameter(torch.empty(site.out_features, self.private))  # B̃_i
@@ -112,9 +110,10 @@ class Rasa(Adapter):
 
     def blocks(self) -> Sequence[Factors]:
         private = Factors(self.down, self.up, self.gate[: self.private])
-        if self.pool is None:
+        pool: Pool | None = self.shared
+        if pool is None:
             return (private,)
-        return private, Factors(self.pool.down, self.pool.up, self.gate[self.private :])
+        return private, Factors(pool.down, pool.up, self.gate[self.private :])
 
 
 RASA = register(

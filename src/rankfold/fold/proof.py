@@ -1,0 +1,127 @@
+"""The proof beside a fold: how far its factors, as read back from disk, are from the trained update."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from rankfold.factors import Factors
+
+
+@dataclass(frozen=True)
+class LayerProof:
+    """One module. Errors are relative to ‖ΔW‖_F (`frobenius`) and to max |ΔW| (`max`), computed in float64.
+
+    `algebra` is the fold before rounding to the file's dtype, `frobenius` and `max` what was read back from disk.
+    """
+
+    module: str
+    rank: int
+    norm: float
+    algebra: float
+    frobenius: float
+    max: float
+
+
+@dataclass
+class FoldReport:
+    """What was folded, how exactly, and how to serve it."""
+
+    adapter: str
+    method: str
+    base: str | None
+    rank: int
+    needed_rank: int
+    dtype: str
+    parameters: int
+    bytes: int
+    layers: list[LayerProof]
+    probe: dict[str, object]
+    serve: dict[str, str]
+    notes: list[str]
+    sha256: dict[str, str]
+    versions: dict[str, str] = field(default_factory=lambda: {p: version(p) for p in ("rankfold", "peft", "torch")})
+
+    @property
+    def worst(self) -> LayerProof:
+        return max(self.layers, key=lambda p: p.frobenius)
+
+    def to_json(self) -> str:
+        totals = {"worst_frobenius": self.worst.frobenius, "worst_algebra": max(p.algebra for p in self.layers)}
+        return json.dumps({**totals, **asdict(self)}, indent=2) + "\n"
+
+    def summary(self) -> str:
+        """What a person wants to know, in a few lines."""
+        worst = self.worst
+        lines = [
+            f"folded {self.method} into a plain LoRA: rank {self.rank} ({self.needed_rank} needed), "
+            f"{len(self.layers)} modules, {self.parameters:,} numbers in {self.dtype}, {self.bytes / 1e6:.1f} MB",
+            f"error against the trained update: {max(p.algebra for p in self.layers):.1e} before rounding to {self.dtype}, "
+            f"{worst.frobenius:.1e} on disk (relative Frobenius, worst layer {worst.module})",
+        ]
+        if "max_logit_error" in self.probe:
+            lines.append(
+                f"probe: largest logit difference {self.probe['max_logit_error']:.1e} "
+                f"where logits reach {self.probe['max_logit']:.1f} (stock PEFT, same base, float32)"
+            )
+        else:
+            lines.append(f"probe: not run ({self.probe['skipped']})")
+        lines += [f"serve with {engine}: {flags}" for engine, flags in self.serve.items()]
+        return "\n".join([*lines, *(f"note: {n}" for n in self.notes)])
+
+
+def prove(module: str, trained: Factors, algebra: Factors, on_disk: Factors) -> LayerProof:
+    """Compares one module's folded factors, before rounding and as read back, with the trained update (all float64)."""
+    norm = float(trained.norm())
+    largest = _max_abs(trained)
+    scale = norm or 1.0
+    return LayerProof(
+        module=module,
+        rank=trained.rank,
+        norm=norm,
+        algebra=float(algebra.minus(trained).norm()) / scale,
+        frobenius=float(on_disk.minus(trained).norm()) / scale,
+        max=_max_abs(on_disk.minus(trained)) / (largest or 1.0),
+    )
+
+
+def _max_abs(factors: Factors, rows: int = 512) -> float:
+    """max |ΔW|, a few rows at a time. The r×r core is made first in float64, so that a difference of two large updates
+    keeps its digits; the wide product may then run in float32."""
+    f = factors.baked()
+    if f.rank == 0:
+        return 0.0
+    q_up, r_up = torch.linalg.qr(f.up)
+    q_down, r_down = torch.linalg.qr(f.down.T)
+    left, right = (q_up @ (r_up @ r_down.T)).float(), q_down.T.float()
+    return max(float((part @ right).abs().max()) for part in left.split(rows))
+
+
+def serve_flags(rank: int, largest: int, out: Path) -> dict[str, str]:
+    """The flags with which each engine loads the fold; vLLM takes only certain values, `largest` is one."""
+    return {
+        "vLLM": f"vllm serve BASE --enable-lora --max-lora-rank {largest} --lora-modules fold={out}",
+        "SGLang": f"python -m sglang.launch_server --model-path BASE --max-lora-rank {rank} --lora-paths fold={out}",
+        "TGI": f"text-generation-launcher --model-id BASE --lora-adapters fold={out}",
+        "PEFT": f"PeftModel.from_pretrained(base, {str(out)!r})",
+    }
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def logit_error(ours: Tensor, folded: Tensor) -> dict[str, object]:
+    ours, folded = ours.double(), folded.double()
+    return {
+        "max_logit_error": float((ours - folded).abs().max()),
+        "max_logit": float(ours.abs().max()),
+        "same_argmax": bool((ours.argmax(-1) == folded.argmax(-1)).all()),
+    }

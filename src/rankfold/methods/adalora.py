@@ -1,0 +1,171 @@
+"""AdaLoRA: P Λ Q with near-orthogonal P and Q; the triplets with the least importance lose their singular value, down to a
+budget over the whole model.
+
+Paper: arXiv 2303.10512 (ICLR 2023). From the paper: importance |w·∂L/∂w|, smoothed, times its smoothed uncertainty; a triplet
+scores its singular value plus the means of its two vectors; the cubic budget, in the code's form (the paper's Eq. 14 has a
+misprint); P, Q ~ N(0, 0.02²), Λ = 0. From the code: the regulariser as a mean of un-squared Frobenius norms (published γ belong
+to it) and the scale α/(r + 1e-5) of the start rank, for ever. Ours: exactly b triplets survive, ties broken by position (the
+code's `S ≤ θ` masks more); the regulariser's gradient is added just before the step, after the loop's clipping; resumable.
+PEFT's own AdaLoRA is `peft.AdaLoraConfig`; it prunes only if the loop calls `update_and_allocate`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from rankfold.adapter import Site
+from rankfold.config import LowRankConfig
+from rankfold.control.controller import Controller, finite
+from rankfold.methods.gated import Gated, lowest
+from rankfold.registry import Method, register
+
+
+@dataclass
+class AdaSvdConfig(LowRankConfig):
+    """AdaLoRA (arXiv 2303.10512) as rankfold runs it; the names are those of PEFT's AdaLoraConfig, with r for init_r.
+
+    Args:
+        r: rank of every module at the start.
+        target_r: mean rank at the end; the budget is target_r × number of modules. 1 ≤ target_r ≤ r.
+        tinit, tfinal: steps before the first cut, and steps at the end with the final ranks.
+        deltaT: steps between two cuts.
+        beta1, beta2: smoothing of importance and of its uncertainty.
+        orth_reg_weight: γ, weight of the orthogonality of P and Q.
+        total_step: optimiser steps of the run; needed only in a loop that does not tell `attach`.
+    """
+
+    method: ClassVar[str] = "adalora"
+    r: int = field(default=12, metadata={"help": "Rank of every module at the start."})
+    target_r: int = field(default=8, metadata={"help": "Mean rank of a module at the end."})
+    tinit: int = field(default=0, metadata={"help": "Steps before the first cut."})
+    tfinal: int = field(default=0, metadata={"help": "Steps at the end with the final ranks."})
+    deltaT: int = field(default=1, metadata={"help": "Steps between two cuts."})
+    beta1: float = field(default=0.85, metadata={"help": "Smoothing of the importance."})
+    beta2: float = field(default=0.85, metadata={"help": "Smoothing of the importance's uncertainty."})
+    orth_reg_weight: float = field(
+        default=0.5, metadata={"help": "gamma: weight of the orthogonality of both factors."}
+    )
+    total_step: int | None = field(default=None, metadata={"help": "Optimiser steps of the run; Trainers tell it."})
+
+    def check(self) -> None:
+        super().check()
+        self.require("target_r", self.target_r, 1 <= self.target_r <= self.r, f"in 1..r={self.r}")
+        for name in ("tinit", "tfinal"):
+            self.require(name, getattr(self, name), getattr(self, name) >= 0, "an integer >= 0")
+        self.require("deltaT", self.deltaT, self.deltaT >= 1, "an integer >= 1")
+        for name in ("beta1", "beta2"):
+            self.require(name, getattr(self, name), 0 <= getattr(self, name) < 1, "in [0, 1)")
+        self.require("orth_reg_weight", self.orth_reg_weight, self.orth_reg_weight >= 0, "a number >= 0")
+
+
+class AdaSvd(Gated):
+    def __init__(self, config: AdaSvdConfig, site: Site, shared: nn.Module | None = None) -> None:
+        super().__init__(config, site, shared)
+        self.scaling = self.lora_alpha / (self.r + 1e-5)
+
+    def first_values(self) -> None:
+        nn.init.normal_(self.down, std=0.02)  # Q
+        nn.init.normal_(self.up, std=0.02)  # P
+        nn.init.zeros_(self.gate)  # λ
+
+
+def budget(t: int, b0: int, bT: int, tinit: int, tfinal: int, total: int, deltaT: int) -> tuple[int, bool]:
+    """(triplets to keep after 0-based step t, whether to mask now): cubic, fast first."""
+    if t <= tinit:
+        return b0, False
+    if t > total - tfinal:
+        return bT, True
+    m = 1 - (t - tinit) / (total - tfinal - tinit)
+    return int(bT + (b0 - bT) * m**3), t % deltaT == 0
+
+
+def importance(i_bar: Tensor, u_bar: Tensor, w: Tensor, grad: Tensor, beta1: float, beta2: float) -> Tensor:
+    """s(w) = Ī·Ū after one step of both averages (in place), I = |w·∂L/∂w|."""
+    i = (w * grad).abs().to(i_bar.dtype)
+    i_bar.mul_(beta1).add_(i, alpha=1 - beta1)
+    u_bar.mul_(beta2).add_((i - i_bar).abs(), alpha=1 - beta2)
+    return i_bar * u_bar
+
+
+class AdaSvdController(Controller[AdaSvd, AdaSvdConfig]):
+    def __init__(self, config: AdaSvdConfig, adapters: Sequence[AdaSvd], total_steps: int | None) -> None:
+        super().__init__(config, adapters, config.total_step or total_steps)
+        if not self.total_steps or self.total_steps < 1:
+            raise ValueError(
+                "AdaSvdConfig: total_step is not known; give it in the config or to attach(total_steps=...)"
+            )
+        c, room = self.config, self.total_steps - config.tfinal - config.tinit
+        if room <= 0:
+            raise ValueError(
+                f"AdaSvdConfig: tinit={c.tinit} + tfinal={c.tfinal} leave no step to cut ranks in a run of "
+                f"{self.total_steps}; choose tinit + tfinal < {self.total_steps}"
+            )
+        names = ("down", "up", "gate")
+        self.state |= {
+            # Ī and Ū of every entry of Q, P, λ
+            "I": [{n: torch.zeros_like(getattr(a, n), dtype=_wide(a)) for n in names} for a in self.adapters],
+            "U": [{n: torch.zeros_like(getattr(a, n), dtype=_wide(a)) for n in names} for a in self.adapters],
+        }
+
+    def extra_loss(self) -> Tensor | None:
+        if not self.config.orth_reg_weight:
+            return None
+        norms = []
+        for a in self.adapters:
+            eye = torch.eye(a.r, device=a.up.device, dtype=a.up.dtype)
+            norms += [torch.linalg.norm(a.up.T @ a.up - eye), torch.linalg.norm(a.down @ a.down.T - eye)]
+        return self.config.orth_reg_weight * torch.stack(norms).mean()
+
+    def after_step(self, optimizer: torch.optim.Optimizer) -> None:
+        c, t, total = self.config, self.step - 1, self.total_steps
+        assert total is not None
+        if t < total - c.tfinal:  # frozen afterwards, so that the same triplets stay out
+            self._update()
+        b0, bT = sum(a.r for a in self.adapters), c.target_r * len(self.adapters)
+        b, now = budget(t, b0, bT, c.tinit, c.tfinal, total, c.deltaT)
+        if now and b < b0:
+            for adapter, out in zip(self.adapters, lowest(self._scores(), b0 - b), strict=True):
+                adapter.gate[out] = 0.0  # P and Q stay: a triplet dropped by mistake can come back
+
+    def _update(self) -> None:
+        c = self.config
+        for a, i_bar, u_bar in zip(self.adapters, self.state["I"], self.state["U"], strict=True):
+            for name in i_bar:
+                w: nn.Parameter = getattr(a, name)
+                if w.grad is not None:
+                    grad = finite(f"AdaLoRA: the gradient of {name} at {a.site.name}", w.grad)
+                    importance(i_bar[name], u_bar[name], w, grad, c.beta1, c.beta2)
+
+    def _scores(self) -> list[Tensor]:
+        scores = []
+        for i, u in zip(self.state["I"], self.state["U"], strict=True):
+            s = {name: i[name] * u[name] for name in i}
+            scores.append(s["gate"] + s["up"].mean(0) + s["down"].mean(1))
+        return scores
+
+    def finished(self) -> bool:
+        assert self.total_steps is not None
+        return self.step > self.total_steps - self.config.tfinal - 1
+
+
+def _wide(adapter: AdaSvd) -> torch.dtype:
+    return torch.promote_types(adapter.down.dtype, torch.float32)
+
+
+ADALORA = register(
+    Method(
+        name="adalora",
+        title="AdaLoRA",
+        paper="2303.10512",
+        summary="Singular triplets compete for a budget over the whole model; unimportant ones are zeroed on a schedule.",
+        config=AdaSvdConfig,
+        adapter=AdaSvd,
+        controller=AdaSvdController,
+        folds_at="triplets left, per layer",
+    )
+)

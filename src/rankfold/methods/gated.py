@@ -1,0 +1,53 @@
+"""ΔW = s · up · diag(gate) · down with a trainable gate: the forward that SoRA, AdaLoRA and dynamic DoRA have in common.
+
+They differ in first values and in who zeroes entries of the gate, and when; that is in their files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from rankfold.adapter import Adapter, Site, kaiming_
+from rankfold.config import LowRankConfig
+from rankfold.factors import Factors
+
+
+class Gated(Adapter):
+    def __init__(self, config: LowRankConfig, site: Site, shared: nn.Module | None = None) -> None:
+        super().__init__(config, site, shared)
+        self.down = nn.Parameter(torch.empty(self.r, site.in_features))
+        self.up = nn.Parameter(torch.empty(site.out_features, self.r))
+        self.gate = nn.Parameter(torch.empty(self.r, dtype=torch.float32))
+
+    def reset_parameters(self, init: bool | str) -> None:
+        if init:
+            self.first_values()
+        else:
+            kaiming_(self.down)
+            kaiming_(self.up)
+            nn.init.normal_(self.gate)
+
+    def first_values(self) -> None:
+        """The paper's first values of down, up and gate; ΔW = 0."""
+        raise NotImplementedError(f"{type(self).__name__} does not say how it starts")
+
+    def blocks(self) -> Sequence[Factors]:
+        return (Factors(self.down, self.up, self.gate, self.scaling),)
+
+    def alive(self) -> int:
+        return int(self.gate.count_nonzero())
+
+
+def lowest(scores: Sequence[Tensor], count: int) -> Iterator[Tensor]:
+    """For each vector, the mask (bool) of its entries among the `count` lowest of all vectors together.
+
+    Ties are broken by position, so exactly `count` are named; `S ≤ kthvalue(count)`, as reference codes have it, names
+    more where scores tie. Without ties the two are the same.
+    """
+    flat = torch.cat(list(scores))
+    mask = torch.zeros_like(flat, dtype=torch.bool)
+    mask[flat.argsort(stable=True)[:count]] = True
+    return iter(mask.split([len(s) for s in scores]))
