@@ -1,0 +1,64 @@
+"""Exact parameter counts of an adapted model, and the memory that follows from them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import safe_open
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Numbers of parameters; shared tensors count once.
+
+    Args:
+        base: frozen.
+        adapter: trained in the adapter.
+        head: trained in full beside it (`modules_to_save`).
+        base_bytes, trained_bytes: their memory as they are now.
+    """
+
+    base: int
+    adapter: int
+    head: int
+    base_bytes: int
+    trained_bytes: int
+
+    @property
+    def trainable(self) -> int:
+        return self.adapter + self.head
+
+    def memory(self) -> dict[str, int]:
+        """Bytes while training with AdamW (two float32 states), without activations."""
+        return {
+            "frozen weights": self.base_bytes,
+            "trained weights": self.trained_bytes,
+            "gradients": self.trained_bytes,
+            "optimiser": 8 * self.trainable,
+        }
+
+
+def count(model: nn.Module) -> Budget:
+    """The budget of a PEFT model, by what requires a gradient."""
+    base = adapter = head = base_bytes = trained_bytes = 0
+    for name, p in model.named_parameters():
+        size = p.numel() * p.element_size()
+        if p.requires_grad:
+            trained_bytes += size
+            in_full = ".modules_to_save." in name
+            head, adapter = (head + p.numel(), adapter) if in_full else (head, adapter + p.numel())
+        else:
+            base_bytes += size
+            base += 0 if ".original_module." in name else p.numel()  # the head's untouched copy is no second head
+    return Budget(base, adapter, head, base_bytes, trained_bytes)
+
+
+def stored(adapter: Path) -> tuple[int, int]:
+    """Parameters and bytes of a saved adapter."""
+    file = adapter / "adapter_model.safetensors"
+    with safe_open(file, "pt") as tensors:
+        numbers = sum(math.prod(tensors.get_slice(key).get_shape()) for key in tensors.keys())  # noqa: SIM118 (not a dict)
+    return numbers, file.stat().st_size

@@ -1,0 +1,129 @@
+"""What happens around the trainer's steps: the file of metrics, the progress bar, the clock, AdaLoRA's schedule."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from transformers import ProgressCallback, TrainerCallback
+
+from rankfold.train.metrics import read_metrics
+
+# What the trainer logs beside losses, metrics, learning rate and gradient norm.
+_UNINTERESTING = (
+    "epoch",
+    "total_flos",
+    "runtime",
+    "per_second",
+    "preparation_time",
+    "train_loss",
+    "num_tokens",
+    "tokens_seen",
+    "entropy",
+)
+
+
+class MetricsFile(TrainerCallback):
+    """Writes every log of the trainer as one line of a JSONL file.
+
+    When a run resumes, the lines that it will write again are dropped first.
+    """
+
+    def __init__(self, path: Path, resume_at: int | None):
+        self.path = path
+        rows = [] if resume_at is None else [row for row in read_metrics(path) if row["step"] <= resume_at]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        row = {key: value for key, value in (logs or {}).items() if not key.endswith(_UNINTERESTING)}
+        if "test_loss" in row:  # TRL calls its own metrics of any evaluation eval_
+            row = {key.replace("eval_", "test_"): value for key, value in row.items()}
+        if row:
+            row = {"step": state.global_step, "epoch": state.epoch, "tokens": state.num_input_tokens_seen, **row}
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+
+
+class Progress(ProgressCallback):
+    """The trainer's bar with the loss in it; where nobody watches, one line a log instead."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.watched = sys.stderr.isatty()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.began, self.began_at = time.monotonic(), state.global_step
+        if self.watched:
+            super().on_train_begin(args, state, control, **kwargs)
+            bar: Any = self.training_bar
+            bar.initial = bar.n = self.current_step = state.global_step  # a resumed run does not start at 0
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.training_bar is not None:
+            super().on_step_end(args, state, control, **kwargs)
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.watched:
+            super().on_prediction_step(args, state, control, **kwargs)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        logs = logs or {}
+        shown = {
+            key: f"{value:.4g}"
+            for key, value in logs.items()
+            if (key == "loss" or key.startswith("eval_"))
+            and not key.endswith(_UNINTERESTING)
+            and "test_loss" not in logs
+        }
+        if not shown or not state.is_world_process_zero:
+            return
+        if self.training_bar is not None:
+            if "loss" in shown:
+                self.training_bar.set_postfix(shown)
+            else:
+                self.training_bar.write(f"step {state.global_step}: {_pairs(shown)}", file=sys.stderr)
+        elif not self.watched:
+            done = state.global_step - getattr(self, "began_at", state.global_step)
+            left = ""
+            if done:
+                seconds = (time.monotonic() - self.began) / done * (state.max_steps - state.global_step)
+                left = f", {seconds / 60:.0f} min left" if seconds >= 90 else f", {seconds:.0f} s left"
+            print(f"step {state.global_step}/{state.max_steps}: {_pairs(shown)}{left}", file=sys.stderr, flush=True)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.training_bar is not None:
+            super().on_train_end(args, state, control, **kwargs)
+
+
+def _pairs(values: dict[str, str]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in values.items())
+
+
+class Clock(TrainerCallback):
+    """Time spent in steps, and what they saw; evaluation and saving do not count."""
+
+    def __init__(self) -> None:
+        self.seconds, self.steps, self.tokens = 0.0, 0, 0
+        self._began = self._tokens_at = 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._tokens_at = state.num_input_tokens_seen
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._began = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.seconds += time.perf_counter() - self._began
+        self.steps += 1
+        self.tokens = int(state.num_input_tokens_seen - self._tokens_at)
+
+
+class RankAllocation(TrainerCallback):
+    """Calls AdaLoRA's `update_and_allocate`, which neither PEFT nor Trainer does."""
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        # After the optimiser's step and before zero_grad: AdaLoRA reads the gradients.
+        model.base_model.update_and_allocate(state.global_step)

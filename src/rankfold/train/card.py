@@ -1,0 +1,115 @@
+"""The model card beside the adapter: what it is, what it was trained on, what it costs, how well it does, how to use it."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
+
+import yaml
+
+if TYPE_CHECKING:
+    from rankfold.train.plan import Prepared
+    from rankfold.train.run import TrainResult
+
+PACKAGES = ("rankfold", "peft", "transformers", "trl", "torch", "datasets")
+
+
+def versions() -> dict[str, str]:
+    """Python's and those of the packages that a run depends on."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def model_card(prepared: Prepared, result: TrainResult) -> str:
+    """The README.md of the adapter's folder."""
+    from rankfold.train import bundled
+
+    run, rows = prepared.run, prepared.rows
+    ours = not run.method.name.startswith("peft:")
+    front = {
+        "library_name": "peft",
+        "base_model": run.model.name,
+        "pipeline_tag": "text-generation" if run.task == "causal-lm" else "text-classification",
+        "tags": ["rankfold", run.method.name.removeprefix("peft:"), run.task],
+    }
+    source = run.data.source or run.data.train
+    data = bundled.DATASETS.get(source or "")
+    base = bundled.MODELS.get(run.model.name)
+    splits = ", ".join(f"{len(split):,} {name}" for name, split in rows.splits.items())
+    fields = "\n".join(f"| {key} | `{value}` |" for key, value in run.method.fields.items())
+    t = run.training
+    seen = f" in {result.seconds / 60:.1f} minutes" if result.seconds else ""
+    best = f"; the checkpoint of step {result.best_step} is kept, the best on validation" if result.best_step else ""
+    scores = "\n".join(f"| {name} | {before} | {after} |" for name, before, after in result.scores())
+    results = "No rows were held out to measure it on."
+    if scores:
+        results = f"On the {result.measured_on} rows.\n\n| metric | before | after |\n|---|---|---|\n{scores}"
+    model_class = "AutoModelForCausalLM" if run.task == "causal-lm" else "AutoModelForSequenceClassification"
+    arguments = f", num_labels={len(rows.labels)}" if rows.labels else ""
+    classes = f"| classes | {', '.join(rows.labels)} |\n" if rows.labels else ""
+    title = run.method.name
+    if ours:
+        from rankfold import registry
+
+        title = registry.get(run.method.name).title
+    use = f"import rankfold  # makes {title} known to PEFT\n" if ours else ""
+    return f"""---
+{yaml.safe_dump(front, sort_keys=False).strip()}
+---
+
+# {prepared.run.output.rstrip("/").rpartition("/")[2]}
+
+An adapter of `{run.model.name}` for {run.task}, trained with **{title}** by
+[rankfold](https://pypi.org/project/rankfold) on `{source}`.
+
+| | |
+|---|---|
+| base model | `{run.model.name}`{f" ({base.licence})" if base else ""} |
+| data | `{source}`: {splits} rows{f" ({data.licence})" if data else ""} |
+{classes}| method | {title} |
+{fields}
+| trainable parameters | {result.trainable:,} (adapter {result.adapter:,}, head {result.head:,}) of {result.total:,} |
+| stored parameters | {result.stored:,} ({result.stored_bytes / 1e6:.2f} MB) |
+| training | {result.steps:,} steps ({result.epochs:.3g} epochs){seen}{best} |
+| optimiser | {t.optimizer}, learning rate {t.learning_rate:g} ({t.schedule}), batch {t.batch_size}, seed {t.seed} |
+
+## Results
+
+{results}
+
+## Use
+
+```python
+from peft import PeftModel
+from transformers import {model_class}
+{use}
+model = {model_class}.from_pretrained({prepared.place!r}{arguments})
+model = PeftModel.from_pretrained(model, "path/to/this/folder")
+```
+
+## Made by
+
+```
+{result.command}
+```
+
+{", ".join(f"{name} {number}" for name, number in result.versions.items())}
+{_citation(data.citation if data else "", run.method.name)}"""
+
+
+def _citation(data: str, method: str) -> str:
+    lines = []
+    if data:
+        lines.append(f"Data: {data}")
+    if not method.startswith("peft:"):
+        from rankfold import registry
+
+        row = registry.get(method)
+        lines.append(f"Method: {row.title}, [arXiv {row.paper}](https://arxiv.org/abs/{row.paper}).")
+    return "\n" + "\n\n".join(lines) + "\n" if lines else ""

@@ -1,0 +1,53 @@
+"""Find the last checkpoint that is whole: a run that is killed while it saves leaves one that is not."""
+
+from __future__ import annotations
+
+import json
+import re
+import zipfile
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+# Trainer writes trainer_state.json last.
+FILES = ("adapter_config.json", "adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json")
+
+
+def last_whole(folder: Path) -> tuple[Path | None, list[str]]:
+    """The checkpoint to resume from, or None, and a sentence for each newer one that is damaged."""
+    numbered = {
+        int(m[1]): path for path in folder.glob("checkpoint-*") if (m := re.fullmatch(r"checkpoint-(\d+)", path.name))
+    }
+    skipped = []
+    for _, path in sorted(numbered.items(), reverse=True):
+        damage = what_is_damaged(path)
+        if damage is None:
+            return path, skipped
+        skipped.append(f"{path.name} is incomplete: {damage}")
+    return None, skipped
+
+
+def what_is_damaged(checkpoint: Path) -> str | None:
+    """Why Trainer could not continue from this checkpoint, or None."""
+    for name in FILES:
+        if not (checkpoint / name).is_file():
+            return f"{name} is missing"
+    if not list(checkpoint.glob("rng_state*.pth")):
+        return "rng_state.pth is missing"
+    for path in checkpoint.glob("*.json"):
+        try:
+            json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            return f"{path.name} is cut off"
+    for path in [*checkpoint.glob("*.pt"), *checkpoint.glob("*.pth")]:
+        if not zipfile.is_zipfile(path):
+            return f"{path.name} is cut off"
+    try:
+        with safe_open(checkpoint / "adapter_model.safetensors", "pt") as tensors:
+            for key in tensors.keys():  # noqa: SIM118 (not a dict)
+                if not bool(torch.isfinite(tensors.get_tensor(key)).all()):
+                    return f"{key} holds NaN or infinite numbers"
+    except SafetensorError as e:
+        return f"adapter_model.safetensors is cut off or foreign ({e})"
+    return None

@@ -1,0 +1,92 @@
+"""Read one local file of rows (JSONL, JSON, CSV, TSV, Parquet), or say which line of it is broken."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+
+
+class DataError(ValueError):
+    """The rows cannot be trained on; the message names file, row or column, and the fix."""
+
+
+def is_data_file(name: str) -> bool:
+    """Does the name look like a file of rows (whether or not it exists)?"""
+    return Path(name).suffix in SUFFIXES
+
+
+def read_file(path: Path) -> Dataset:
+    """All rows of a file.
+
+    Raises:
+        DataError: missing, empty, broken (with the line) or of an unknown kind.
+    """
+    from datasets import Dataset, Features, Value
+    from datasets.exceptions import DatasetGenerationError
+
+    if not path.is_file():
+        raise DataError(f"no data file '{path}' (looked in {path.absolute().parent})")
+    if path.suffix not in SUFFIXES:
+        raise DataError(f"{path}: cannot read '{path.suffix}' files; use one of {', '.join(SUFFIXES)}")
+    if path.stat().st_size == 0:
+        raise DataError(f"{path}: the file is empty")
+    try:
+        if path.suffix == ".parquet":
+            rows = Dataset.from_parquet(str(path))
+        elif path.suffix in (".csv", ".tsv"):
+            separator = "\t" if path.suffix == ".tsv" else ","
+            # Every value stays the text it is: pandas would read 007 as 7 and the word NA as a missing value.
+            columns = _header(path, separator)
+            rows = Dataset.from_csv(
+                str(path),
+                features=Features({c: Value("string") for c in columns}),
+                sep=separator,
+                keep_default_na=False,
+            )
+        else:
+            rows = Dataset.from_json(str(path))
+            with path.open(encoding="utf-8") as lines:  # Arrow does not look, and would fail at the first use
+                for _ in lines:
+                    pass
+    except (DatasetGenerationError, ValueError, csv.Error) as e:  # Arrow's and Unicode's errors are ValueErrors
+        raise DataError(f"{path}{_what_is_broken(path) or f': cannot be read ({e.__cause__ or e})'}") from e
+    return rows
+
+
+def _header(path: Path, separator: str) -> list[str]:
+    with path.open(encoding="utf-8-sig", newline="") as lines:
+        return next(csv.reader(lines, delimiter=separator))
+
+
+def _what_is_broken(path: Path) -> str | None:
+    """The line and the reason, as `:7: ...`; None where only the reader knows."""
+    if path.suffix == ".parquet":
+        return None
+    lines = [(number, line) for number, line in enumerate(path.read_bytes().splitlines(), 1) if line.strip()]
+    for number, line in lines:
+        try:
+            line.decode("utf-8")
+        except UnicodeDecodeError as e:
+            return f":{number}: not UTF-8 text (byte {e.start})"
+    if len(lines) <= (path.suffix in (".csv", ".tsv")):
+        return ": the file has no rows"
+    if path.suffix == ".json":
+        try:
+            json.loads(path.read_text(encoding="utf-8"))
+        except json.JSONDecodeError as e:
+            return f":{e.lineno}: malformed JSON ({e.msg}); for one row a line, call the file .jsonl"
+    for number, line in lines if path.suffix == ".jsonl" else ():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as e:
+            return f":{number}: malformed JSON ({e.msg}, column {e.colno})"
+        if not isinstance(row, dict):
+            return f':{number}: must be an object like {{"text": ...}}, got {type(row).__name__}'
+    return None

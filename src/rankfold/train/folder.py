@@ -1,0 +1,90 @@
+"""The output folder of a run: what is in it, and when it may be used."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from rankfold.train.problems import RunFileError
+from rankfold.train.runfile import RunFile, load
+
+OURS = ("adapter", "checkpoints", "run.yaml", "metrics.jsonl", "result.json", "metrics.png", "metrics.svg")
+
+
+class FolderError(ValueError):
+    """The output folder cannot be used; the message says what to do."""
+
+
+def check(run: RunFile, *, resume: bool, overwrite: bool) -> None:
+    """May this run write into its folder? Changes nothing.
+
+    Raises:
+        FolderError: it has other contents, or, for `resume`, another run's.
+    """
+    folder = Path(run.output)
+    if folder.exists() and not folder.is_dir():
+        raise FolderError(f"output: '{folder}' is a file; name a folder")
+    present = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
+    if resume and overwrite:
+        raise FolderError("--resume continues a run and --overwrite deletes it; use one of the two")
+    if resume:
+        _check_same_run(run, folder / "run.yaml")
+    elif present and not overwrite:
+        raise FolderError(
+            f"output: the folder '{folder}' exists and is not empty ({', '.join(present[:3])}{', ...' if present[3:] else ''}); "
+            f"continue with --resume, replace with --overwrite, or name another folder"
+        )
+    elif present and not set(present) & {"run.yaml", "checkpoints", "adapter"}:
+        raise FolderError(
+            f"output: '{folder}' does not look like the folder of a run; --overwrite will not delete in it"
+        )
+
+
+def _check_same_run(run: RunFile, saved: Path) -> None:
+    if not saved.is_file():
+        return
+    try:
+        before = load(saved).model_dump()
+    except RunFileError as e:
+        raise FolderError(
+            f"output: {saved} is damaged, so --resume cannot tell what was trained; use --overwrite\n{e}"
+        ) from e
+    now = run.model_dump()
+    fixed = ("model", "task", "data", "method")
+    changed = [
+        f"{path} was {old!r}, is {new!r}"
+        for key in fixed
+        for path, old, new in _differences(key, before[key], now[key])
+    ]
+    if changed:
+        raise FolderError(
+            f"output: the run in '{saved.parent}' is another one: {'; '.join(changed)}. "
+            f"Undo the change to resume it, or name another output"
+        )
+
+
+def _differences(path: str, old: object, new: object) -> Iterator[tuple[str, object, object]]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in {**old, **new}:
+            yield from _differences(f"{path}.{key}", old.get(key), new.get(key))
+    elif old != new:
+        yield path, old, new
+
+
+def clear(folder: Path) -> None:
+    """Delete what runs write, and nothing else."""
+    for name in OURS:
+        path = folder / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that a crash or a full disk leaves as it was before, never half."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -1,0 +1,158 @@
+"""The pretrained model of a run, with its tokenizer and its adapter."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import PeftModel, get_peft_model
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from rankfold.train import bundled
+from rankfold.train.checks import peft_config
+from rankfold.train.problems import nearest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+    from rankfold.train.runfile import Model, RunFile
+
+# PEFT trains and saves modules of these names by itself.
+_HEADS_OF_PEFT = {"classifier", "score"}
+
+
+class ModelError(ValueError):
+    """The model cannot be found, read or adapted; the message names it and the fix."""
+
+
+def locate(name: str) -> str:
+    """What `from_pretrained` takes for a run file's model name: a folder, or a hub id as it is.
+
+    Raises:
+        ModelError: a file or folder that is not a model.
+    """
+    if name in bundled.MODELS:
+        return str(bundled.model_path(name))
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf":
+        return str(bundled.load_gguf_folder(path))
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelError(f"model.name: the folder '{name}' has no config.json, so it is not a saved model")
+        return str(path)
+    if path.is_file() or name.startswith((".", "/", "~")) or name.count("/") > 1 or (os.sep != "/" and os.sep in name):
+        raise ModelError(f"model.name: '{name}' is no folder with a saved model and no GGUF file")
+    return name
+
+
+def load_tokenizer(model: Model, place: str) -> PreTrainedTokenizerBase:
+    """The model's tokenizer; it can pad."""
+    tokenizer = _from(AutoTokenizer, model, place)
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise ModelError(f"model.name: the tokenizer of '{model.name}' has neither a pad token nor an eos token")
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_config(run: RunFile, place: str, labels: list[str]) -> PreTrainedConfig:
+    """The model's config, with the run's classes."""
+    names: dict[str, Any] = {}
+    if labels:
+        names = {
+            "num_labels": len(labels),
+            "id2label": dict(enumerate(labels)),
+            "label2id": {label: i for i, label in enumerate(labels)},
+        }
+    return _from(AutoConfig, run.model, place, **names)
+
+
+def load_model(
+    run: RunFile, place: str, config: PreTrainedConfig, *, weights: bool = True
+) -> tuple[PreTrainedModel, list[str]]:
+    """The model, and the modules that must be trained in full because their weights are new.
+
+    Without `weights` it is built on the meta device: shapes and counts, no memory.
+    """
+    auto = AutoModelForCausalLM if run.task == "causal-lm" else AutoModelForSequenceClassification
+    options: dict[str, Any] = {"attn_implementation": run.model.attention} if run.model.attention else {}
+    if not weights:
+        dtype = config.dtype if run.model.dtype == "auto" else getattr(torch, run.model.dtype)
+        with torch.device("meta"):
+            model = auto.from_config(config, dtype=dtype, trust_remote_code=run.model.trust_remote_code, **options)
+        return model, _head(model) if run.task == "classification" else []
+    model, report = _from(
+        auto, run.model, place, config=config, dtype=run.model.dtype, output_loading_info=True, **options
+    )
+    _reject_nan(model, run.model.name)
+    new = {key.rpartition(".")[0] for key in report["missing_keys"]}
+    if run.task == "classification":
+        head = _head(model)
+        return model, head + sorted(module for module in new if module.split(".")[0] not in head)
+    if new:
+        raise ModelError(f"model.name: '{run.model.name}' lacks weights of a language model: {', '.join(sorted(new))}")
+    return model, []
+
+
+def _head(model: PreTrainedModel) -> list[str]:
+    """Everything outside the pretrained trunk. PEFT knows two names of heads; a head under another one stays random."""
+    return [
+        name
+        for name, module in model.named_children()
+        if name != model.base_model_prefix and any(True for _ in module.parameters())
+    ]
+
+
+def adapt(
+    model: PreTrainedModel, run: RunFile, train_in_full: list[str], tokenizer: PreTrainedTokenizerBase
+) -> PeftModel:
+    """The model with the run's adapter.
+
+    Raises:
+        ModelError: the method's config does not fit the model.
+    """
+    config = peft_config(run)
+    if run.task == "classification":
+        if model.config.pad_token_id is None:
+            model.config.pad_token_id = tokenizer.pad_token_id
+        if more := [name for name in train_in_full if name not in _HEADS_OF_PEFT]:
+            setattr(config, "modules_to_save", [*(getattr(config, "modules_to_save", None) or []), *more])  # noqa: B010
+    try:
+        return get_peft_model(model, config)
+    except (ValueError, TypeError, KeyError) as e:
+        linear = {name.rpartition(".")[2] for name, module in model.named_modules() if hasattr(module, "weight")}
+        raise ModelError(f"method: {e}. Modules with a weight: {', '.join(sorted(linear))}") from e
+
+
+def _from(auto: Any, model: Model, place: str, **options: Any) -> Any:
+    options |= {"revision": model.revision} if model.revision else {}
+    try:
+        return auto.from_pretrained(place, trust_remote_code=model.trust_remote_code, **options)
+    except (OSError, ValueError, SafetensorError) as e:
+        reason = str(e).strip().splitlines()[0]
+        if place != model.name or Path(place).is_dir():
+            raise ModelError(f"model.name: '{model.name}' cannot be read ({place}): {reason}") from e
+        raise ModelError(
+            f"model.name: '{model.name}' is no folder, no GGUF file and no bundled model"
+            f"{nearest(model.name, bundled.MODELS, 'bundled')}; as a hub id it cannot be loaded: {reason}"
+        ) from e
+
+
+def _reject_nan(model: PreTrainedModel, name: str) -> None:
+    for key, weight in model.named_parameters():
+        if (
+            weight.is_floating_point()
+            and not bool(torch.isfinite(weight.detach().sum()))
+            and not bool(torch.isfinite(weight).all())
+        ):
+            raise ModelError(f"model.name: '{name}' holds NaN or infinite numbers in {key}; the file is damaged")

@@ -1,0 +1,286 @@
+"""One training run: rows and model in, adapter, model card, metrics and picture out.
+
+`train` reads top to bottom: check the folder, prepare, adapt, measure, train, measure, save.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import EarlyStoppingCallback, TrainerCallback, set_seed
+
+from rankfold.folders import whole_folder
+from rankfold.train import budget, checkpoints, folder, model
+from rankfold.train.arguments import LOGGED_AS
+from rankfold.train.callbacks import Clock, MetricsFile
+from rankfold.train.card import model_card, versions
+from rankfold.train.checks import check
+from rankfold.train.datafile import DataError
+from rankfold.train.metrics import read_metrics, tidy
+from rankfold.train.plan import Prepared, prepare, processes
+from rankfold.train.plot import plot_metrics
+from rankfold.train.problems import RunFileError
+from rankfold.train.runfile import RunFile
+from rankfold.train.tokens import encoded
+from rankfold.train.trainers import CarefulTrainer, SaveError, make_trainer
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run made and measured; the same as its result.json.
+
+    Args:
+        output: the run's folder; the adapter is in `adapter` below it.
+        metric: the one that chooses the best checkpoint.
+        measured_on: the split of `before` and `after`: test, else validation, else train.
+        total, trainable, adapter, head: parameters; `head` is what is trained in full beside the adapter.
+        stored, stored_bytes: of the saved adapter.
+        seconds: spent in optimiser steps of this session.
+        best_step: of the checkpoint that was kept, or None for the last one.
+    """
+
+    output: str
+    model: str
+    task: str
+    method: dict[str, Any]
+    metric: str
+    measured_on: str
+    before: dict[str, float]
+    after: dict[str, float]
+    total: int
+    trainable: int
+    adapter: int
+    head: int
+    stored: int
+    stored_bytes: int
+    steps: int
+    epochs: float
+    best_step: int | None
+    seconds: float
+    samples_per_second: float
+    tokens_per_second: float
+    peak_memory: int
+    labels: list[str]
+    notes: list[str]
+    command: str
+    versions: dict[str, str]
+
+    @property
+    def adapter_path(self) -> Path:
+        return Path(self.output, "adapter")
+
+    def scores(self) -> list[tuple[str, str, str]]:
+        """Metric, before and after, in words; a run that was resumed may not know what was before."""
+        return [
+            (name, f"{self.before[name]:.4f}" if name in self.before else "?", f"{value:.4f}")
+            for name, value in self.after.items()
+        ]
+
+    def lines(self) -> list[tuple[str, str]]:
+        """The result in words: pairs of a heading and a value."""
+        speed = f"{self.tokens_per_second:,.0f} tokens a second"
+        if self.task == "classification":
+            speed = f"{self.samples_per_second:,.1f} rows a second, {speed}"
+        scores = [(f"{self.measured_on} {name}", f"{before} -> {after}") for name, before, after in self.scores()]
+        return [
+            *scores,
+            ("trained", f"{self.trainable:,} parameters (adapter {self.adapter:,}, head {self.head:,})"),
+            ("stored", f"{self.stored:,} parameters, {self.stored_bytes / 1e6:.2f} MB"),
+            (
+                "steps",
+                f"{self.steps:,}" + (f", the best on validation at {self.best_step:,}" if self.best_step else ""),
+            ),
+            ("speed", f"{speed}; {self.seconds:,.0f} s in steps"),
+            ("peak memory", f"{self.peak_memory / 1e9:.2f} GB"),
+            ("adapter", str(self.adapter_path)),
+        ]
+
+
+def train(
+    run: RunFile,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    command: str = "",
+    say: Callable[[str], None] = print,
+) -> TrainResult:
+    """Train as the run file says.
+
+    Args:
+        resume: continue from the last whole checkpoint in the output folder; start if there is none.
+        overwrite: delete an earlier run in the output folder first.
+        command: how the run was started, for the model card.
+        say: takes each sentence for the reader (on the main process only).
+
+    Raises:
+        RunFileError, FolderError, DataError, ModelError: before anything is written.
+        DivergedError: the loss is no number. SaveError: a checkpoint cannot be written.
+    """
+    state = processes()
+    say = say if state.is_main_process else _silent
+    if problems := check(run):
+        raise RunFileError(problems)
+    folder.check(run, resume=resume, overwrite=overwrite)
+    output = Path(run.output)
+
+    set_seed(run.training.seed)
+    prepared = prepare(run)
+    rows = prepared.rows
+    if rows["validation"] is None and run.training.early_stopping:
+        raise DataError("training.early_stopping needs validation rows; hold some out with data.validation: 0.1")
+    for note in rows.notes:
+        say(note)
+    checkpoint, damaged = checkpoints.last_whole(output / "checkpoints") if resume else (None, [])
+    for sentence in damaged:
+        say(sentence)
+    if resume:
+        say(f"resuming from {checkpoint}" if checkpoint else "no whole checkpoint to resume from: starting at step 0")
+
+    set_seed(run.training.seed)  # the new weights depend on the seed alone, not on what the rows drew
+    base, new_modules = model.load_model(run, prepared.place, prepared.config)
+    adapted = model.adapt(base, run, new_modules, prepared.tokenizer)
+    spent = budget.count(adapted)
+    clock = Clock()
+    trainer = make_trainer(run, adapted, prepared.tokenizer, rows, prepared.max_length, [clock])
+
+    # Nothing was written up to here.
+    resume_at = int(checkpoint.name.rpartition("-")[2]) if checkpoint else None
+    if state.is_main_process:
+        if overwrite:
+            folder.clear(output)
+        output.mkdir(parents=True, exist_ok=True)
+        folder.write_whole(output / "run.yaml", f"# {command or 'rankfold.train.run.train'}\n{run.to_yaml()}")
+        trainer.add_callback(MetricsFile(output / "metrics.jsonl", resume_at))
+    state.wait_for_everyone()
+
+    split, measured = _measured_split(prepared)
+    first = _MeasureFirst(lambda: _measure(trainer, split, measured))
+    if checkpoint:
+        first.scores = _recorded(output / "metrics.jsonl", split)
+    elif measured is not None:
+        say(f"measuring on {len(measured):,} {split} rows before training")
+        trainer.add_callback(first)
+    if run.training.early_stopping:
+        trainer.add_callback(EarlyStoppingCallback(run.training.early_stopping))
+        trainer.args.restore_callback_states_from_checkpoint = True
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    trainer.remove_callback(EarlyStoppingCallback)  # the measurement below is no further evaluation
+    after = _measure(trainer, split, measured)
+
+    best = trainer.state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
+    rows_a_step = run.training.batch_size * run.training.gradient_accumulation * state.num_processes
+    main = state.is_main_process
+    with whole_folder(output / "adapter", force=True) if main else nullcontext(output / "adapter") as partial:
+        _save(trainer, partial)
+        stored, stored_bytes = budget.stored(partial) if state.is_main_process else (0, 0)
+        result = TrainResult(
+            output=str(output),
+            model=run.model.name,
+            task=run.task,
+            method={"name": run.method.name, **run.method.fields},
+            metric=run.metric,
+            measured_on=split or "",
+            before=first.scores,
+            after=after,
+            total=spent.base + spent.trainable,
+            trainable=spent.trainable,
+            adapter=spent.adapter,
+            head=spent.head,
+            stored=stored,
+            stored_bytes=stored_bytes,
+            steps=trainer.state.global_step,
+            epochs=float(trainer.state.epoch or 0),
+            best_step=int(best.rpartition("-")[2]) if best else None,
+            seconds=clock.seconds,
+            samples_per_second=clock.steps * rows_a_step / clock.seconds if clock.seconds else 0.0,
+            tokens_per_second=clock.tokens / clock.seconds if clock.seconds else 0.0,
+            peak_memory=_peak_memory(),
+            labels=rows.labels,
+            notes=rows.notes,
+            command=command,
+            versions=versions(),
+        )
+        if state.is_main_process:
+            (partial / "README.md").write_text(model_card(prepared, result), encoding="utf-8")
+    if state.is_main_process:
+        folder.write_whole(output / "result.json", json.dumps(asdict(result), indent=2) + "\n")
+        title = f"{run.method.name} on {run.model.name}, {run.data.source or run.data.train}"
+        logged = read_metrics(output / "metrics.jsonl")
+        plot_metrics(logged, LOGGED_AS.get(run.metric, run.metric), title, output, result.best_step)
+    state.wait_for_everyone()
+    return result
+
+
+class _MeasureFirst(TrainerCallback):
+    """Measures when training begins.
+
+    Not before it: transformers 5.23 would prepare the model for evaluation only, and then several processes would each
+    train a copy of their own without a word.
+    """
+
+    def __init__(self, measure: Callable[[], dict[str, float]]):
+        self.measure = measure
+        self.scores: dict[str, float] = {}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.scores = self.measure()
+
+
+def _silent(sentence: str) -> None:
+    pass
+
+
+def _measured_split(prepared: Prepared) -> tuple[str | None, Any]:
+    """The rows for the scores before and after: test, else validation (which also chose the checkpoint), else none."""
+    rows = prepared.rows
+    split = next((name for name in ("test", "validation") if rows[name] is not None), None)
+    measured = rows[split] if split else None
+    if measured is not None and prepared.run.task == "classification":
+        measured = encoded(measured, prepared.tokenizer, prepared.max_length)
+    return split, measured
+
+
+def _prefix(split: str) -> str:
+    return "test" if split == "test" else "eval"
+
+
+def _measure(trainer: CarefulTrainer, split: str | None, measured: Any) -> dict[str, float]:
+    if split is None:
+        return {}
+    return tidy(trainer.evaluate(measured, metric_key_prefix=_prefix(split)), _prefix(split))
+
+
+def _recorded(metrics: Path, split: str | None) -> dict[str, float]:
+    """The scores before training, as the interrupted run wrote them down."""
+    first = [row for row in read_metrics(metrics) if row["step"] == 0 and split and f"{_prefix(split)}_loss" in row]
+    return tidy(first[0], _prefix(split or "")) if first else {}
+
+
+def _save(trainer: CarefulTrainer, path: Path) -> None:
+    try:
+        trainer.save_model(str(path))  # every process: a sharded model is gathered here
+    except (SafetensorError, RuntimeError) as e:
+        raise SaveError(f"cannot save the adapter to {path.parent}: {e}; make room and continue with --resume") from e
+    (path / "training_args.bin").unlink(missing_ok=True)  # a pickle that nobody needs to open
+
+
+def _peak_memory() -> int:
+    """Bytes: of the accelerator while training, else of the process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak

@@ -1,0 +1,96 @@
+"""The two trainers, transformers' and TRL's, made careful: no step after a loss that is no number, no half checkpoint."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from safetensors import SafetensorError
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from trl.trainer.sft_trainer import SFTTrainer
+
+from rankfold.control import AdapterCallback
+from rankfold.train.arguments import arguments_class, trainer_arguments
+from rankfold.train.callbacks import Progress, RankAllocation
+from rankfold.train.data import Rows
+from rankfold.train.metrics import classification_metrics
+from rankfold.train.runfile import RunFile
+from rankfold.train.tokens import encoded
+
+
+class DivergedError(ValueError):
+    """The loss is NaN or infinite; the message says at which step and what to try."""
+
+
+class SaveError(OSError):
+    """A checkpoint could not be written; nothing of it is left."""
+
+
+class CarefulTrainer(Trainer):
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = super().training_step(*args, **kwargs)
+        if not bool(torch.isfinite(loss)):
+            # Before the optimiser's step, so the weights are still those of the last good one.
+            raise DivergedError(
+                f"the loss is {loss.item()} at step {self.state.global_step + 1}; lower training.learning_rate "
+                f"(now {self.args.learning_rate:g}), raise training.warmup, or try another training.precision"
+            )
+        return loss
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        try:
+            super()._save_checkpoint(model, trial)
+        except (OSError, SafetensorError, RuntimeError) as e:  # torch.save on a full disk is a RuntimeError
+            folder = Path(self.args.output_dir or ".", f"checkpoint-{self.state.global_step}")
+            shutil.rmtree(folder, ignore_errors=True)
+            raise SaveError(f"cannot save {folder}: {e}; make room and continue with --resume") from e
+
+
+class CarefulSFTTrainer(CarefulTrainer, SFTTrainer):
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """None in checkpoints: the run writes its own card."""
+
+
+def make_trainer(
+    run: RunFile,
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Rows,
+    max_length: int,
+    callbacks: list[TrainerCallback],
+) -> CarefulTrainer:
+    """The trainer of the run's task, with the rows it trains and validates on."""
+    arguments = trainer_arguments(run, validated=rows["validation"] is not None, kind=rows.kind, max_length=max_length)
+    # transformers wants to be told that a machine has no accelerator before it trains in bf16 there.
+    arguments |= {"use_cpu": not torch.accelerator.is_available(), "dataloader_pin_memory": torch.cuda.is_available()}
+    arguments |= run.training.extra
+    options: dict[str, Any] = {
+        "model": model,
+        "args": arguments_class(run.task)(**arguments),
+        "train_dataset": rows["train"],
+        "eval_dataset": rows["validation"],
+        "processing_class": tokenizer,
+        "callbacks": [AdapterCallback(), *callbacks],
+    }
+    if run.task == "classification":
+        options |= {key: split and encoded(split, tokenizer, max_length) for key, split in _datasets(rows).items()}
+        trainer = CarefulTrainer(**options, compute_metrics=classification_metrics)
+        # BERT's kind takes any keyword but means its loss over its own batch, so that Trainer, which believes that the
+        # loss is divided by the rows of all batches, would multiply it by the accumulated batches or the processes.
+        trainer.model_accepts_loss_kwargs = False
+    else:
+        trainer = CarefulSFTTrainer(**options)
+    trainer.remove_callback(ProgressCallback)
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(Progress())
+    if hasattr(model.base_model, "update_and_allocate"):
+        trainer.add_callback(RankAllocation())
+    return trainer
+
+
+def _datasets(rows: Rows) -> dict[str, Any]:
+    return {"train_dataset": rows["train"], "eval_dataset": rows["validation"]}

@@ -1,0 +1,297 @@
+"""Rows: every source, every kind, and every way they can be wrong."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from datasets import Dataset
+from tiny import byte_tokenizer, sentiment, write_jsonl
+
+from rankfold.train.data import load_rows
+from rankfold.train.datafile import DataError, read_file
+from rankfold.train.runfile import parse
+from rankfold.train.tokens import longest_row, note_cut_off, token_counts
+
+
+def rows_of(task: str, **data):
+    method = {"name": "lora", "r": 2}
+    return load_rows(parse({"model": "m", "task": task, "data": data, "method": method, "output": "o"}))
+
+
+def error_of(task: str, **data) -> str:
+    with pytest.raises(DataError) as error:
+        rows_of(task, **data)
+    return str(error.value)
+
+
+def error_in(path) -> str:
+    with pytest.raises(DataError) as error:
+        read_file(path)
+    return str(error.value).replace(str(path), path.name)
+
+
+# --- files --------------------------------------------------------------------------------------------------------------
+
+
+def test_jsonl_csv_tsv_and_parquet_are_the_same_rows(tmp_path):
+    rows = sentiment(6)
+    jsonl = write_jsonl(tmp_path / "a.jsonl", rows)
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    (tmp_path / "a.csv").write_text("text,label\n" + "".join(f'"{r["text"]}",{r["label"]}\n' for r in rows))
+    (tmp_path / "a.tsv").write_text("text\tlabel\n" + "".join(f"{r['text']}\t{r['label']}\n" for r in rows))
+    Dataset.from_list(rows).to_parquet(tmp_path / "a.parquet")
+    for suffix in ("json", "csv", "tsv", "parquet"):
+        assert read_file(tmp_path / f"a.{suffix}").to_list() == read_file(jsonl).to_list() == rows
+
+
+def test_csv_values_stay_the_text_they_are(tmp_path):
+    (tmp_path / "a.csv").write_text("text,label\nNA,007\n,null\n1e3,True\n")
+    assert read_file(tmp_path / "a.csv").to_list() == [
+        {"text": "NA", "label": "007"},
+        {"text": "", "label": "null"},
+        {"text": "1e3", "label": "True"},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b"", "a.jsonl: the file is empty"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": "b"\n{"text": "c"}\n', "a.jsonl:2: malformed JSON"),
+        ("a.jsonl", b'{"text": "a"}\n\n["b"]\n', "a.jsonl:3: must be an object"),
+        ("a.jsonl", b"\n\n", "a.jsonl: the file has no rows"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', "a.jsonl:2: not UTF-8 text"),
+        ("a.json", b'{"text": "a"}{"text"', "a.json:1: malformed JSON"),
+        ("a.csv", b"text,label\n", "a.csv: the file has no rows"),
+        ("a.csv", b"text,label\na,b\nc,d,e\n", "a.csv: cannot be read (Error tokenizing data. C error: Expected 2 fields in line 3"),
+        ("a.csv", b"text,label\n\xff,b\n", "a.csv:2: not UTF-8 text"),
+        ("a.parquet", b"PAR1 and no more", "a.parquet: cannot be read"),
+        ("a.txt", b"hello", "a.txt: cannot read '.txt' files; use one of .jsonl, .json, .csv, .tsv, .parquet"),
+    ],
+)  # fmt: skip
+def test_broken_files(tmp_path, name, content, message):
+    path = tmp_path / name
+    path.write_bytes(content)
+    assert error_in(path).startswith(message)
+
+
+def test_missing_file(tmp_path):
+    assert "no data file" in error_in(tmp_path / "none.jsonl")
+    assert "no data file 'none.csv'" in error_of("classification", source="none.csv")
+
+
+# --- sources ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_with_splits(reviews):
+    rows = rows_of("classification", source=str(reviews))
+    assert {name: len(split) for name, split in rows.splits.items()} == {"train": 32, "validation": 8, "test": 8}
+    assert rows.kind == ("text", "label")
+    assert rows.labels == ["neg", "pos"]
+    assert rows.splits["train"][1] == {"text": "good film number 1", "label": 1}
+    assert rows.notes == []
+
+
+def test_files_for_each_split_and_limits(reviews):
+    files = {split: str(reviews / f"{split}.jsonl") for split in ("train", "validation", "test")}
+    rows = rows_of("classification", **files, max_train=10, max_test=100)
+    assert {name: len(split) for name, split in rows.splits.items()} == {"train": 10, "validation": 8, "test": 8}
+    assert (
+        rows.splits["train"]["text"][:] == rows_of("classification", **files, max_train=10).splits["train"]["text"][:]
+    )
+
+
+def test_a_split_by_name(reviews):
+    rows = rows_of("classification", source=str(reviews), validation="test", test=str(reviews / "validation.jsonl"))
+    assert rows.splits["validation"][0]["text"] == "bad film number 200"
+    assert "'tests' is no file" in (text := error_of("classification", source=str(reviews), validation="tests"))
+    assert "did you mean 'test'?" in text
+
+
+def test_unknown_sources(tmp_path):
+    message = error_of("classification", source="movie-review")
+    assert "'movie-review' is no local file or folder and no bundled data set; did you mean 'movie-reviews'?" in message
+    assert "has no file train.jsonl" in error_of("classification", source=str(tmp_path))
+
+
+def test_held_out_shares_keep_duplicates_on_one_side(tmp_path):
+    texts = [f"{'good' if i % 2 else 'bad'} film number {i % 150}" for i in range(300)]  # each one twice
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": t, "label": t[0]} for t in texts])
+    rows = rows_of("classification", source=str(path), validation=0.2, test=0.1)
+    sizes = {name: len(split) for name, split in rows.splits.items()}
+    assert sum(sizes.values()) == 300
+    assert 30 <= sizes["validation"] <= 90
+    assert 10 <= sizes["test"] <= 60
+    assert rows.notes == []
+    again = rows_of("classification", source=str(path), validation=0.2, test=0.1)
+    assert again.splits["test"].to_list() == rows.splits["test"].to_list()
+    # a row keeps its side when others are added
+    more = write_jsonl(
+        tmp_path / "b.jsonl",
+        [{"text": f"new {i}", "label": "b"} for i in range(50)] + [{"text": t, "label": t[0]} for t in texts],
+    )
+    grown = rows_of("classification", source=str(more), validation=0.2, test=0.1)
+    assert set(rows.splits["test"]["text"]) <= set(grown.splits["test"]["text"])
+
+
+def test_a_share_of_too_few_rows(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", sentiment(3))
+    assert "data.validation: a share of 0.001 of 3 rows leaves none" in error_of(
+        "classification", source=str(path), validation=0.001
+    )
+
+
+# --- columns ------------------------------------------------------------------------------------------------------------
+
+
+def test_columns_are_mapped(tmp_path):
+    rows = [{"review": r["text"], "stars": int(r["label"] == "pos"), "id": i} for i, r in enumerate(sentiment(6))]
+    path = write_jsonl(tmp_path / "a.jsonl", rows)
+    found = rows_of("classification", source=str(path), columns={"text": "review", "label": "stars"})
+    assert found.splits["train"].column_names == ["text", "label"]
+    assert found.labels == ["0", "1"]
+    assert "train has no column 'text' for the text" in (text := error_of("classification", source=str(path)))
+    assert "it has: id, review, stars" in text
+    near = error_of("classification", source=str(path), columns={"text": "revue", "label": "stars"})
+    assert "did you mean 'review'?" in near
+
+
+def test_pairs_of_texts(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", [{"a": "x", "b": "y", "label": "n"}, {"a": "x", "b": "z", "label": "m"}])
+    rows = rows_of("classification", source=str(path), columns={"text": "a", "text_pair": "b"})
+    assert rows.kind == ("text", "text_pair", "label")
+    assert token_counts(rows, byte_tokenizer()) == {"train": [2, 2]}
+
+
+@pytest.mark.parametrize(
+    ("row", "columns", "kind"),
+    [
+        ({"text": "a", "other": 1}, {}, ("text",)),
+        ({"prompt": "a", "completion": "b", "text": "c"}, {}, ("prompt", "completion")),
+        ({"prompt": "a", "completion": "b", "body": "c"}, {"text": "body"}, ("text",)),
+        ({"question": "a", "answer": "b"}, {"prompt": "question", "completion": "answer"}, ("prompt", "completion")),
+        ({"messages": [{"role": "user", "content": "a"}]}, {}, ("messages",)),
+        ({"conversations": [{"from": "user", "value": "a"}]}, {"messages": "conversations"}, ("messages",)),
+    ],
+)
+def test_kinds_of_language_model_rows(tmp_path, row, columns, kind):
+    rows = rows_of("causal-lm", source=str(write_jsonl(tmp_path / "a.jsonl", [row, row])), columns=columns)
+    assert rows.kind == kind
+    assert tuple(rows.splits["train"].column_names) == kind
+    if kind == ("messages",):
+        assert rows.splits["train"][0]["messages"] == [{"role": "user", "content": "a"}]
+
+
+def test_no_known_column(tmp_path):
+    message = error_of("causal-lm", source=str(write_jsonl(tmp_path / "a.jsonl", [{"body": "x"}])))
+    assert "train has none of the columns messages, prompt + completion, or text; it has: body" in message
+    assert "data.columns: {text: body}" in message
+
+
+# --- contents -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"text": 7}, "train, row 2: column 'text' holds 7, not text"),
+        ({"text": None}, "train, row 2: column 'text' holds None, not text"),
+        ({"prompt": "a", "completion": None}, "train, row 2: column 'completion' must be a list"),
+        ({"messages": []}, "train, row 2: column 'messages' must be a list of {role, content}, got []"),
+        ({"messages": [{"role": "robot", "content": "a"}]}, "train, row 2: column 'messages' has the role 'robot'"),
+    ],
+)
+def test_bad_rows_have_a_number(tmp_path, row, message):
+    good = {
+        "text": "a",
+        "prompt": "a",
+        "completion": "b",
+        "messages": [{"role": "user", "content": "a"}],
+    }
+    path = write_jsonl(tmp_path / "a.jsonl", [{k: good[k] for k in row}, row])
+    assert error_of("causal-lm", source=str(path)).startswith(message)
+
+
+def test_empty_texts_are_counted(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", [*sentiment(4), {"text": "  ", "label": "pos"}])
+    assert rows_of("classification", source=str(path)).notes == ["train: 1 of 5 rows have an empty text"]
+
+
+def test_duplicates_between_train_and_test_are_reported(tmp_path):
+    train = write_jsonl(tmp_path / "a.jsonl", sentiment(6))
+    test = write_jsonl(tmp_path / "b.jsonl", [{"text": "GOOD  film number 1", "label": "pos"}, *sentiment(3, 50)])
+    (note,) = rows_of("classification", train=str(train), test=str(test)).notes
+    assert note.startswith("test: 1 of 4 rows also occur in train")
+
+
+# --- labels -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_a_label_never_seen_in_training(tmp_path, split):
+    train = write_jsonl(tmp_path / "a.jsonl", sentiment(6))
+    other = write_jsonl(tmp_path / "b.jsonl", [*sentiment(2, 50), {"text": "so so", "label": "meh"}])
+    message = error_of("classification", train=str(train), **{split: str(other)})
+    assert message == f"{split}: the label 'meh' (1 row) is never seen in train; known labels: neg, pos"
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (["pos", None], "train, row 2: the label is missing"),
+        ([0.5, 1.5], "train, row 1: the label is 0.5; a class is text or a whole number"),
+        (["pos", "pos"], "train has the single label 'pos'; classification needs at least two"),
+    ],
+)
+def test_bad_labels(tmp_path, labels, message):
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": f"t{i}", "label": label} for i, label in enumerate(labels)])
+    assert error_of("classification", source=str(path)) == message
+
+
+def test_the_order_of_labels(tmp_path):
+    stars = write_jsonl(tmp_path / "a.jsonl", [{"text": f"t{i}", "label": str(i)} for i in (10, 9, 1)])
+    assert rows_of("classification", source=str(stars)).labels == ["1", "9", "10"]
+    assert rows_of("classification", source=str(stars), labels=["10", "1", 9]).labels == ["10", "1", "9"]
+    assert "train: the label '10' (1 row) is not in data.labels" in error_of(
+        "classification", source=str(stars), labels=["1", "9"]
+    )
+    assert "names '1' more than once" in error_of("classification", source=str(stars), labels=["1", 1])
+    (note,) = rows_of("classification", source=str(stars), labels=["1", "9", "10", "7"]).notes
+    assert note == "train: no row has the label 7 of data.labels"
+
+
+# --- tokens -------------------------------------------------------------------------------------------------------------
+
+
+def test_texts_that_are_cut_off_are_counted(tmp_path):
+    rows = [{"prompt": "a" * n, "completion": "b"} for n in (1, 5, 9)]
+    found = rows_of("causal-lm", source=str(write_jsonl(tmp_path / "a.jsonl", rows)))
+    counts = token_counts(found, byte_tokenizer())
+    assert counts == {"train": [2, 6, 10]}
+    note_cut_off(found, counts, 8)
+    (note,) = found.notes
+    assert note.startswith("train: 1 of 3 rows are longer than 8 tokens and are cut off there (the longest has 10)")
+
+
+def test_chats_are_counted_with_their_template(tmp_path):
+    chat = [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "c"}]
+    found = rows_of("causal-lm", source=str(write_jsonl(tmp_path / "a.jsonl", [{"messages": chat}])))
+    assert token_counts(found, byte_tokenizer()) == {"train": [len("<|user|>ab<|assistant|>c") + 1]}
+
+
+def test_the_longest_row_that_fits(bert):
+    from transformers import AutoConfig
+
+    config, tokenizer = AutoConfig.from_pretrained(bert), byte_tokenizer()
+
+    def longest(**data):
+        run = parse(
+            {"model": "m", "task": "classification", "data": {"source": "s", **data}, "method": "lora", "output": "o"}
+        )
+        return longest_row(run, config, tokenizer)
+
+    assert longest() == 64
+    assert longest(max_length=10) == 10
+    with pytest.raises(DataError, match=r"data\.max_length: 65 tokens do not fit the model, which takes 64"):
+        longest(max_length=65)

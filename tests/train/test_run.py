@@ -1,0 +1,478 @@
+"""Training runs on tiny models: what they leave behind, how they resume, and how they fail."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from tiny import sentiment, write_jsonl
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, Trainer, TrainerCallback
+
+from rankfold.train import run as run_module
+from rankfold.train.checkpoints import last_whole, what_is_damaged
+from rankfold.train.datafile import DataError
+from rankfold.train.folder import FolderError
+from rankfold.train.metrics import read_metrics
+from rankfold.train.model import ModelError
+from rankfold.train.plan import make_plan, prepare
+from rankfold.train.run import train
+from rankfold.train.runfile import parse
+from rankfold.train.trainers import CarefulTrainer, DivergedError, SaveError
+
+Values = dict[str, Any]
+
+
+def change(values: Values, *overrides: str):
+    return parse(values, overrides)
+
+
+def silent(sentence: str) -> None:
+    pass
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+# --- what a run leaves behind -------------------------------------------------------------------------------------------
+
+
+def test_classification(classification: Values, tmp_path: Path):
+    run = change(classification, "training.metric=macro_f1")
+    said: list[str] = []
+    result = train(run, command="rankfold train run.yaml", say=said.append)
+
+    folder = tmp_path / "run"
+    assert {p.name for p in folder.iterdir()} == {
+        "adapter", "checkpoints", "run.yaml", "metrics.jsonl", "result.json", "metrics.png", "metrics.svg",
+    }  # fmt: skip
+    assert json.loads((folder / "result.json").read_text())["after"] == result.after
+    assert result.measured_on == "test"
+    assert result.before.keys() == result.after.keys() == {"loss", "accuracy", "macro_f1"}
+    assert result.after["accuracy"] == 1.0
+    assert result.after["loss"] < result.before["loss"]
+    assert (result.steps, result.labels) == (8, ["neg", "pos"])
+
+    # the budget is that of the file
+    tensors = weights(folder / "adapter")
+    assert result.stored == sum(t.numel() for t in tensors.values()) == result.trainable == result.adapter + result.head
+    assert result.head == 2 * 16 + 2
+
+    rows = read_metrics(folder / "metrics.jsonl")
+    assert [row["step"] for row in rows if "loss" in row] == list(range(1, 9))
+    assert [row["step"] for row in rows if "eval_macro_f1" in row] == [2, 4, 6, 8]
+    assert [row["step"] for row in rows if "test_loss" in row] == [0, 8]
+
+    card = (folder / "adapter" / "README.md").read_text()
+    for part in ("RaSA", "arXiv 2503.12576", f"{result.trainable:,}", "32 train, 8 validation, 8 test", "transformers 5",
+                 "rankfold train run.yaml", "neg, pos", f"| accuracy | {result.before['accuracy']:.4f} | 1.0000 |"):  # fmt: skip
+        assert part in card
+    assert not list(folder.rglob(".*"))
+    assert not (folder / "adapter" / "training_args.bin").exists()
+
+
+def test_the_saved_adapter_is_what_was_measured(classification: Values, tmp_path: Path):
+    run = change(classification)
+    result = train(run, say=silent)
+    base = AutoModelForSequenceClassification.from_pretrained(run.model.name, num_labels=2)
+    model = PeftModel.from_pretrained(base, str(result.adapter_path)).eval()
+    prepared = prepare(run)
+    test = prepared.rows["test"]
+    inputs = prepared.tokenizer(test["text"][:], return_tensors="pt", padding=True)
+    with torch.no_grad():
+        loss = torch.nn.functional.cross_entropy(model(**inputs).logits, torch.tensor(test["label"][:]))
+    assert loss.item() == pytest.approx(result.after["loss"], rel=1e-5)
+
+
+def test_the_plan_is_what_happens(classification: Values, language_model: Values):
+    for values in (classification, language_model):
+        run = change(values, "training.gradient_accumulation=2")
+        plan = make_plan(prepare(run))
+        result = train(run, overwrite=True, say=silent)
+        assert not Path(run.output, "plan").exists()
+        b = plan.budget
+        assert (b.adapter, b.head, b.base + b.trainable) == (result.adapter, result.head, result.total)
+        assert plan.steps == result.steps
+        if run.task == "classification":  # whole epochs, so the tokens are exact too
+            assert plan.tokens == read_metrics(Path(run.output, "metrics.jsonl"))[-1]["tokens"]
+        assert any(heading == "memory" and "optimiser" in text for heading, text in plan.lines())
+
+
+def test_the_plan_writes_nothing(classification: Values, tmp_path: Path):
+    make_plan(prepare(change(classification)))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("options", [[], ["data.loss_on=all"], ["data.packing=true"], ["training.precision=bf16"]])
+def test_language_model(language_model: Values, options: list[str]):
+    run = change(language_model, *options)
+    result = train(run, say=silent)
+    assert result.measured_on == "validation"
+    assert result.after["loss"] < result.before["loss"]
+    assert result.after.keys() == {"loss", "token_accuracy"}
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(run.model.name), str(result.adapter_path))
+    assert isinstance(model, PeftModel)
+
+
+def test_the_loss_is_on_the_completion_only(language_model: Values):
+    """The same completions behind other prompts of the same length: the loss cannot tell unless it sees the prompt."""
+    result = train(change(language_model, "training.learning_rate=1e-12"), say=silent)
+    whole = train(
+        change(language_model, "training.learning_rate=1e-12", "data.loss_on=all"), overwrite=True, say=silent
+    )
+    assert result.before["loss"] != pytest.approx(whole.before["loss"], rel=1e-3)
+
+
+def test_chat(language_model: Values, tmp_path: Path):
+    chats = [[{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": f"{i}!"}] for i in range(16)]
+    path = write_jsonl(tmp_path / "chats.jsonl", [{"messages": chat} for chat in chats])
+    result = train(change(language_model, f"data={path}", "training.max_steps=2"), say=silent)
+    assert math.isfinite(result.steps)
+    assert result.measured_on == ""
+    assert result.before == result.after == {}
+    assert "No rows were held out" in (result.adapter_path / "README.md").read_text()
+
+
+def test_text(language_model: Values, tmp_path: Path):
+    path = write_jsonl(tmp_path / "t.jsonl", [{"text": f"line {i}"} for i in range(16)])
+    said: list[str] = []
+    train(change(language_model, f"data={path}", "data.max_length=5", "training.max_steps=1"), say=said.append)
+    assert any("16 of 16 rows are longer than 5 tokens" in sentence for sentence in said)
+
+
+@pytest.mark.filterwarnings("ignore:.*LoRA tensor.* have invalid shape")  # PEFT takes AdaLoRA's rank 0 for an error
+def test_peft_methods(language_model: Values, tmp_path: Path):
+    assert train(change(language_model, "method={name: 'peft:lora', r: 2}"), say=silent).adapter == 2 * 2 * 2 * (
+        16 + 12
+    )
+    adalora = "method={name: 'peft:adalora', init_r: 4, target_r: 1, tinit: 1, tfinal: 1, deltaT: 1, total_step: 4}"
+    train(change(language_model, adalora), overwrite=True, say=silent)
+    config = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())
+    assert config["rank_pattern"]  # its schedule ran, which PEFT leaves to the caller
+
+
+def test_a_scheduled_method_of_ours(classification: Values, tmp_path: Path):
+    from rankfold import registry
+
+    scheduled = [method.name for method in registry.METHODS.values() if method.controller]
+    assert scheduled
+    for name in scheduled:
+        train(
+            change(classification, f"method={{name: {name}, r: 12, target_modules: all-linear}}"),
+            overwrite=True,
+            say=silent,
+        )
+
+
+def test_seeds(classification: Values, tmp_path: Path):
+    runs = [train(change(classification, f"training.seed={seed}", f"output={tmp_path / name}"), say=silent)
+            for seed, name in ((0, "a"), (0, "b"), (1, "c"))]  # fmt: skip
+    a, b, c = (weights(run.adapter_path) for run in runs)
+    assert same(a, b)
+    assert not same(a, c)
+
+
+def test_early_stopping_and_the_best_checkpoint(classification: Values):
+    options = [
+        "training.epochs=10",
+        "training.early_stopping=2",
+        "training.evaluate_every=1",
+        "training.learning_rate=0.03",
+    ]
+    result = train(change(classification, *options), say=silent)
+    assert result.steps < 40
+    assert result.best_step is not None
+    assert result.best_step <= result.steps - 2
+    rows = read_metrics(Path(result.output, "metrics.jsonl"))
+    scores = {row["step"]: row["eval_accuracy"] for row in rows if "eval_accuracy" in row}
+    assert scores[result.best_step] == max(scores.values())
+    with pytest.raises(DataError, match="early_stopping needs validation rows"):
+        train(
+            change(classification, *options, f"data={Path(classification['data']['source'], 'train.jsonl')}"),
+            overwrite=True,
+        )
+
+
+def test_a_head_with_another_name_is_trained(classification: Values, tmp_path: Path):
+    """PEFT knows `classifier` and `score`; DistilBERT's pre_classifier would stay random for ever."""
+    from transformers import DistilBertConfig, DistilBertModel
+
+    folder = tmp_path / "distilbert"
+    shutil.copytree(classification["model"], folder)
+    (folder / "model.safetensors").unlink()
+    config = DistilBertConfig(vocab_size=300, dim=16, hidden_dim=32, n_layers=1, n_heads=2, max_position_embeddings=64)
+    DistilBertModel(config).save_pretrained(folder)
+    run = change(classification, f"model={folder}")
+    plan, result = make_plan(prepare(run)), train(run, say=silent)
+    assert result.head == plan.budget.head == (16 * 16 + 16) + (2 * 16 + 2)
+    assert any("pre_classifier" in key for key in weights(result.adapter_path))
+
+
+# --- killed and resumed -------------------------------------------------------------------------------------------------
+
+
+class Kill(TrainerCallback):
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+def killed(run: Any, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def make(*args: Any, **kwargs: Any) -> CarefulTrainer:
+        trainer = original(*args, **kwargs)
+        trainer.add_callback(Kill(step))
+        return trainer
+
+    original = run_module.make_trainer
+    monkeypatch.setattr(run_module, "make_trainer", make)
+    with pytest.raises(KeyboardInterrupt):
+        train(run, say=silent)
+    monkeypatch.setattr(run_module, "make_trainer", original)
+
+
+@pytest.mark.parametrize("task", ["classification", "language_model"])
+def test_killed_and_resumed_is_bit_identical(task: str, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch):
+    values = request.getfixturevalue(task)
+    whole = train(change(values, f"output={tmp_path / 'whole'}"), say=silent)
+    run = change(values)
+    killed(run, 3, monkeypatch)
+    said: list[str] = []
+    result = train(run, resume=True, say=said.append)
+    assert any("resuming from" in s and "checkpoint-2" in s for s in said)
+    assert same(weights(result.adapter_path), weights(whole.adapter_path))
+    assert (result.before, result.after) == (whole.before, whole.after)
+    drop = ("grad_norm", "tokens")  # of the log alone
+    logs = [
+        [{k: v for k, v in row.items() if k not in drop} for row in read_metrics(Path(r.output, "metrics.jsonl"))]
+        for r in (result, whole)
+    ]
+    assert logs[0] == logs[1]
+
+
+def test_resume_skips_what_is_half_written(classification: Values, tmp_path: Path, monkeypatch):
+    run = change(classification, "training.keep_checkpoints=5")
+    killed(run, 7, monkeypatch)
+    checkpoints = tmp_path / "run" / "checkpoints"
+    assert last_whole(checkpoints) == (checkpoints / "checkpoint-6", [])
+    (checkpoints / "checkpoint-6" / "trainer_state.json").unlink()
+    (checkpoints / "checkpoint-4" / "optimizer.pt").write_bytes(
+        (checkpoints / "checkpoint-4" / "optimizer.pt").read_bytes()[:-100]
+    )
+    said: list[str] = []
+    train(run, resume=True, say=said.append)
+    assert "checkpoint-6 is incomplete: trainer_state.json is missing" in said
+    assert "checkpoint-4 is incomplete: optimizer.pt is cut off" in said
+    assert any("checkpoint-2" in s and "resuming" in s for s in said)
+
+
+def test_damaged_checkpoints(classification: Values, tmp_path: Path):
+    train(change(classification), say=silent)
+    whole = tmp_path / "run" / "checkpoints" / "checkpoint-8"
+    assert what_is_damaged(whole) is None
+
+    def damaged(change: Any) -> str:
+        copy = tmp_path / "copy"
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(whole, copy)
+        change(copy)
+        return what_is_damaged(copy) or ""
+
+    file = "adapter_model.safetensors"
+    assert "is cut off or foreign" in damaged(lambda c: (c / file).write_bytes((c / file).read_bytes()[:-10]))
+    assert "is cut off or foreign" in damaged(lambda c: (c / file).write_bytes(b"GIF89a of another program"))
+    nan = {key: t * math.nan for key, t in weights(whole).items()}
+    assert "holds NaN" in damaged(lambda c: save_file(nan, c / file))
+    assert "trainer_state.json is cut off" in damaged(lambda c: (c / "trainer_state.json").write_text('{"epoch": 1.'))
+    assert "rng_state.pth is missing" in damaged(lambda c: (c / "rng_state.pth").unlink())
+
+
+def test_resume_without_a_checkpoint_starts(classification: Values):
+    said: list[str] = []
+    assert train(change(classification), resume=True, say=said.append).steps == 8
+    assert any("starting at step 0" in s for s in said)
+
+
+def test_a_finished_run_resumes_to_the_same(classification: Values):
+    first = train(change(classification), say=silent)
+    again = train(change(classification), resume=True, say=silent)
+    assert (again.steps, again.after, again.before) == (first.steps, first.after, first.before)
+    assert train(change(classification, "training.epochs=3"), resume=True, say=silent).steps == 12
+
+
+def test_another_run_is_not_resumed(classification: Values, tmp_path: Path):
+    train(change(classification, "training.max_steps=1", "training.epochs=null"), say=silent)
+    with pytest.raises(FolderError, match=r"is another one: method\.r was 2, is 3\. Undo the change"):
+        train(change(classification, "method.r=3"), resume=True, say=silent)
+    (tmp_path / "run" / "run.yaml").write_text("model: [")
+    with pytest.raises(FolderError, match="is damaged"):
+        train(change(classification), resume=True, say=silent)
+
+
+# --- refused, with nothing written --------------------------------------------------------------------------------------
+
+
+def test_output_folders(classification: Values, tmp_path: Path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    run = change(classification, "training.max_steps=1", "training.epochs=null")
+    train(run, say=silent)  # an empty folder is fine
+    with pytest.raises(FolderError, match=r"exists and is not empty .* --resume, replace with --overwrite"):
+        train(run, say=silent)
+    with pytest.raises(FolderError, match="use one of the two"):
+        train(run, resume=True, overwrite=True, say=silent)
+    (folder / "notes.txt").write_text("mine")
+    train(run, overwrite=True, say=silent)
+    assert (folder / "notes.txt").read_text() == "mine"
+    other = tmp_path / "home"
+    other.mkdir()
+    (other / "thesis.tex").write_text("x")
+    with pytest.raises(FolderError, match="does not look like the folder of a run"):
+        train(change(classification, f"output={other}"), overwrite=True, say=silent)
+    with pytest.raises(FolderError, match="is a file"):
+        train(change(classification, f"output={other / 'thesis.tex'}"), say=silent)
+
+
+@pytest.mark.parametrize(
+    ("override", "error", "message"),
+    [
+        ("model=/no/such/folder", ModelError, "'/no/such/folder' is no folder with a saved model and no GGUF file"),
+        ("model=all-minilm-l6", ModelError, "did you mean 'all-minilm-l6-v2'?"),
+        ("method={name: rasa, target_modules: [qurey]}", ModelError, "Modules with a weight: .*query"),
+        ("data.columns.label=stars", DataError, "train has no column 'stars' for the label"),
+        ("data.max_length=100", DataError, "data.max_length: 100 tokens do not fit the model, which takes 64"),
+    ],
+)
+def test_bad_input(classification: Values, tmp_path: Path, override: str, error: type, message: str):
+    with pytest.raises(error, match=message):
+        train(change(classification, override), say=silent)
+    assert not (tmp_path / "run").exists()
+
+
+def test_damaged_models(classification: Values, tmp_path: Path):
+    model = tmp_path / "model"
+
+    def attempt() -> str:
+        with pytest.raises(ModelError) as error:
+            train(change(classification, f"model={model}"), say=silent)
+        assert not (tmp_path / "run").exists()
+        return str(error.value)
+
+    model.mkdir()
+    assert "has no config.json" in attempt()
+    shutil.copytree(classification["model"], model, dirs_exist_ok=True)
+    good = load_file(model / "model.safetensors")
+    save_file({**good, "encoder.layer.0.attention.self.query.weight": torch.full((16, 16), math.nan)},
+              model / "model.safetensors", {"format": "pt"})  # fmt: skip
+    assert "holds NaN or infinite numbers in bert.encoder.layer.0.attention.self.query.weight" in attempt()
+    (model / "model.safetensors").write_bytes((model / "model.safetensors").read_bytes()[:-100])
+    assert "cannot be read" in attempt()
+    (tmp_path / "no.gguf").write_bytes(b"GIF89a")
+    with pytest.raises(ValueError, match="is not a GGUF file"):
+        train(change(classification, f"model={tmp_path / 'no.gguf'}"), say=silent)
+
+
+# --- failing half-way ---------------------------------------------------------------------------------------------------
+
+
+def test_a_loss_that_is_no_number_stops_the_run(classification: Values, tmp_path: Path):
+    with pytest.raises(
+        DivergedError, match=r"the loss is (nan|inf) at step \d+; lower training.learning_rate \(now 1e\+30\)"
+    ):
+        train(change(classification, "training.learning_rate=1e30", "training.max_grad_norm=0"), say=silent)
+    assert not (tmp_path / "run" / "adapter").exists()
+
+
+def full_disk(*args: Any, **kwargs: Any) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_disk_full_at_a_checkpoint(classification: Values, tmp_path: Path, monkeypatch):
+    original = Trainer._save_rng_state
+    monkeypatch.setattr(Trainer, "_save_rng_state", full_disk)
+    with pytest.raises(
+        SaveError, match=r"cannot save .*checkpoint-2: .*No space left on device; make room and continue with"
+    ):
+        train(change(classification), say=silent)
+    assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
+    monkeypatch.setattr(Trainer, "_save_rng_state", original)
+    assert train(change(classification), resume=True, say=silent).steps == 8
+
+
+def test_disk_full_at_the_end(classification: Values, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(run_module, "model_card", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        train(change(classification), say=silent)
+    left = {path.name for path in (tmp_path / "run").iterdir()}
+    assert left == {"checkpoints", "run.yaml", "metrics.jsonl"}
+    monkeypatch.undo()
+    assert train(change(classification), resume=True, say=silent).after["accuracy"] == 1.0
+
+
+# --- several processes --------------------------------------------------------------------------------------------------
+
+
+# Adam divides rounding by rounding where a gradient is nearly 0; plain descent shows a wrong scale at once.
+SGD = ["training.optimizer=sgd", "training.learning_rate=0.3", "training.max_grad_norm=0"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["classification", "language_model"])
+def test_two_processes_train_as_one(task: str, request: pytest.FixtureRequest, tmp_path: Path):
+    options = ["method.lora_dropout=0.0", *SGD]
+    options += ["data.max_train=12", "training.epochs=null", "training.max_steps=3"]  # 12: every batch is full
+    one = change(request.getfixturevalue(task), *options, f"output={tmp_path / 'one'}", "training.batch_size=4")
+    two = change(request.getfixturevalue(task), *options, "training.batch_size=2")
+    (tmp_path / "run.yaml").write_text(two.to_yaml())
+    command = [
+        sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
+        "--mixed_precision", "no", "--dynamo_backend", "no", "-m", "rankfold", "train", str(tmp_path / "run.yaml"),
+    ]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("rows before training") == 1  # one process speaks
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    alone = train(one, say=silent)
+    assert result["steps"] == alone.steps
+    if task == "classification":  # TRL takes the mean over batches, which are of another size here
+        assert result["after"] == pytest.approx(alone.after, rel=1e-4)
+    a, b = weights(alone.adapter_path), weights(tmp_path / "run" / "adapter")
+    assert all(torch.allclose(a[key], b[key], atol=1e-5) for key in a)
+
+
+def test_rows_that_are_too_few(classification: Values, tmp_path: Path):
+    path = write_jsonl(tmp_path / "two.jsonl", sentiment(2))
+    assert train(change(classification, f"data={path}"), say=silent).steps == 2
+
+
+def test_accumulated_and_checkpointed_gradients_are_the_same(classification: Values, tmp_path: Path):
+    options = ["method.lora_dropout=0.0", *SGD]
+    variants = {
+        "a": [],
+        "b": ["training.batch_size=4", "training.gradient_accumulation=2"],
+        "c": ["training.gradient_checkpointing=true"],
+    }
+    a, b, c = (
+        weights(train(change(classification, *options, *more, f"output={tmp_path / name}"), say=silent).adapter_path)
+        for name, more in variants.items()
+    )
+    assert all(torch.allclose(a[key], b[key], atol=1e-4) for key in a)
+    assert all(torch.allclose(a[key], c[key], atol=1e-6) for key in a)
