@@ -11,6 +11,7 @@ check_peft()
 from rankfold.factors import Factors  # noqa: E402
 from rankfold.methods import (  # noqa: E402
     AdaSvdConfig,
+    CoraConfig,
     DynamicDoraConfig,
     PlainLoraConfig,
     RasaConfig,
@@ -23,6 +24,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AdaSvdConfig",
     "AdapterCallback",
+    "CoraConfig",
     "DynamicDoraConfig",
     "Factors",
     "PlainLoraConfig",

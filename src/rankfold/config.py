@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -77,19 +78,21 @@ class LowRankConfig(PeftConfig):
             value = getattr(self, name)
             if isinstance(value, (list, tuple)):
                 setattr(self, name, set(value))
+        self.rank_pattern, self.alpha_pattern = self.rank_pattern or {}, self.alpha_pattern or {}
         self.check()
 
     def check(self) -> None:
         """Raises ValueError for a field out of its range. Methods extend it."""
-        self.require("r", self.r, isinstance(self.r, int) and self.r > 0, "an integer > 0")
-        self.require("lora_alpha", self.lora_alpha, self.lora_alpha > 0, "a number > 0")
-        self.require("lora_dropout", self.lora_dropout, 0.0 <= self.lora_dropout < 1.0, "in [0, 1)")
+        self.require("r", self.r, is_whole(self.r) and self.r > 0, "an integer > 0")
+        self.require("lora_alpha", self.lora_alpha, is_number(self.lora_alpha) and self.lora_alpha > 0, "a number > 0")
+        p = self.lora_dropout
+        self.require("lora_dropout", p, is_number(p) and 0.0 <= p < 1.0, "a number in [0, 1)")
         self.require("bias", self.bias, self.bias == "none", '"none": a trained bias cannot be folded into a LoRA')
         for name, rank in self.rank_pattern.items():
-            self.require(f"rank_pattern[{name!r}]", rank, isinstance(rank, int) and rank > 0, "an integer > 0")
+            self.require(f"rank_pattern[{name!r}]", rank, is_whole(rank) and rank > 0, "an integer > 0")
         for name, alpha in self.alpha_pattern.items():
-            self.require(f"alpha_pattern[{name!r}]", alpha, alpha > 0, "a number > 0")
-        if isinstance(self.target_modules, str) and self.target_modules != "all-linear":
+            self.require(f"alpha_pattern[{name!r}]", alpha, is_number(alpha) and alpha > 0, "a number > 0")
+        if isinstance(self.target_modules, str) and self.target_modules.lower() != "all-linear":
             for name in ("layers_to_transform", "layers_pattern"):
                 self.require(
                     name, getattr(self, name), getattr(self, name) is None, "None when target_modules is a regex"
@@ -100,6 +103,10 @@ class LowRankConfig(PeftConfig):
             not self.layers_pattern or self.layers_to_transform is not None,
             "None unless layers_to_transform is given",
         )
+
+    def default_targets(self) -> set[str] | None:
+        """What to adapt where `target_modules` is None; None leaves it to PEFT's table of architectures."""
+        return None
 
     def require(self, name: str, value: object, ok: bool, allowed: str) -> None:
         """Raises ValueError, naming field, value and what is allowed, unless `ok`."""
@@ -112,3 +119,12 @@ class LowRankConfig(PeftConfig):
 
     def alpha_at(self, module: str) -> float:
         return self.alpha_pattern.get(get_pattern_key(list(self.alpha_pattern), module), self.lora_alpha)
+
+
+def is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_number(value: object) -> bool:
+    """Whether it is a finite number; true and false are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

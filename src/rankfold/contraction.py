@@ -172,7 +172,7 @@ def _backward(ctx, g: Tensor) -> tuple[Tensor | None, ...]:
         d_down = d_up = d_gate = None
         if need_up or need_gate:
             cross = (h.T @ g).T  # out×r; this order is faster than gᵀh (shared/performance.md §3)
-            if need_gate:
+            if gate is not None and need_gate:
                 d_gate = (cross * up.to(cross.dtype)).sum(0, dtype=gate.dtype) * c
             if need_up:
                 d_up = (cross * c if gate is None else cross * (gate * c).to(cross.dtype)).to(up.dtype)
@@ -181,10 +181,11 @@ def _backward(ctx, g: Tensor) -> tuple[Tensor | None, ...]:
             if need_down:
                 dropped = flat if mask is None else flat * mask.view_as(flat)
                 d_down = (gh.T @ dropped).mul_(c).to(down.dtype)
-            if dx is not None and mask is None:
-                dx.addmm_(gh, down.to(x.dtype), alpha=c)
-            elif dx is not None:
-                dx.addcmul_(gh @ down.to(x.dtype), mask.view_as(flat).to(x.dtype), value=c)
+            if dx is not None:
+                if mask is None:
+                    dx.addmm_(gh, down.to(x.dtype), alpha=c)
+                else:
+                    dx.addcmul_(gh @ down.to(x.dtype), mask.view_as(flat).to(x.dtype), value=c)
         grads += [d_down, d_up, d_gate]
     d_weight = g.T @ flat if need_weight else None
     d_bias = g.sum(0) if need_bias else None

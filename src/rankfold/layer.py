@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
@@ -41,10 +41,11 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
         self._weight_before_merge: Tensor | None = None
         # The model's shared state (tuner.py), in a tuple to stay out of the module registry
         self.shared_state: tuple[nn.ModuleDict | None] = (None,)
+        self.train(base_layer.training)
 
     def add_adapter(self, name: str, adapter: Adapter, inference_mode: bool = False) -> None:
-        """Hosts one more adapter, on the base's device and dtype; it becomes trainable if it is active."""
-        self.lowrank_adapters[name] = adapter
+        """Hosts one more adapter, in the base's mode, device and dtype; it becomes trainable if it is active."""
+        self.lowrank_adapters[name] = adapter.train(self.training)
         self._move_adapter_to_device_of_base_layer(name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
@@ -54,6 +55,12 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
         (shared,) = self.shared_state
         if shared is not None and adapter_name in shared:
             del shared[adapter_name]
+
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        """For the shared state too: this is how transformers freezes an adapter that it has loaded."""
+        for adapter in self.lowrank_adapters.values():
+            adapter.requires_grad_(requires_grad)
+        return super().requires_grad_(requires_grad)
 
     def adapters(self, names: Sequence[str]) -> list[Adapter]:
         return [self.lowrank_adapters[n] for n in names if n in self.lowrank_adapters]  # pyright: ignore[reportReturnType]
@@ -101,11 +108,20 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
         delta = factors.detach().to(wide).delta()
         return delta.T if self.transposed else delta
 
+    def merged_weight(self, names: Sequence[str]) -> Tensor:
+        """The base weight plus these adapters' updates, summed in float32 or wider and rounded once to its dtype."""
+        with torch.no_grad():
+            weight = self.get_base_weight()
+            merged = weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
+            for name in names:
+                merged += self.get_delta_weight(name).to(merged.device, merged.dtype)
+            return merged.to(weight.dtype)
+
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Adds the adapters' updates to the base weight.
 
-        The sum is made in float32 or wider and rounded once to the weight's dtype. The weight as it was is kept in
-        main memory, so that `unmerge` brings it back bit for bit (a quantised base is requantised, which rounds).
+        The weight as it was is kept in main memory, so that `unmerge` brings it back bit for bit (a quantised base is
+        requantised, which rounds).
 
         Args:
             safe_merge: check the merged weight first; raises ValueError and changes nothing if it is not finite.
@@ -119,16 +135,13 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
             raise TypeError(
                 f"a base quantised with {backend.backend_name} cannot be merged into; fold the adapter instead"
             )
+        merged = self.merged_weight(names)
+        if safe_merge and not torch.isfinite(merged).all():
+            raise ValueError(f"NaNs detected in the merged weights. The adapters {names} seem to be broken")
         with torch.no_grad():
-            weight = self.get_base_weight()
-            merged = weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
-            for name in names:
-                merged += self.get_delta_weight(name).to(merged.device, merged.dtype)
-            if safe_merge and not torch.isfinite(merged).all():
-                raise ValueError(f"NaNs detected in the merged weights. The adapters {names} seem to be broken")
             if backend is None and not self.merged:
-                self._weight_before_merge = weight.to("cpu", copy=True)
-            self.set_base_weight(merged.to(weight.dtype))
+                self._weight_before_merge = self.get_base_weight().to("cpu", copy=True)
+            self.set_base_weight(merged)
         self.merged_adapters += names
 
     def unmerge(self) -> None:

@@ -34,7 +34,9 @@ class RasaFit:
 
     def updates(self) -> list[Factors]:
         """What each layer adds, at rank r−k+Lk, private components first."""
-        return [f.concat(Factors(self.pool.down, self.pool.up, d)) for f, d in zip(self.private, self.gates, strict=True)]
+        return [
+            f.concat(Factors(self.pool.down, self.pool.up, d)) for f, d in zip(self.private, self.gates, strict=True)
+        ]
 
     def error(self, targets: Sequence[Tensor]) -> float:
         """Σ_i ‖M_i − ΔW_i‖²_F."""
@@ -61,11 +63,13 @@ def feasible_point(targets: Sequence[Tensor], r: int, k: int) -> RasaFit:
         ValueError: as `lora_error`, r > min(out, in), or not 0 ≤ k ≤ r.
     """
     _check(targets, r, k)
-    spectra = [torch.linalg.svd(m, full_matrices=False) for m in targets]
-    private = tuple(_top(u, sigma, vt, r - k) for u, sigma, vt in spectra)
+    spectra = [_leading(m, r) for m in targets]
+    private = tuple(_balanced(u[:, : r - k], sigma[: r - k], vt[: r - k]) for u, sigma, vt in spectra)
     slots = slice(r - k, r)
     pool = Factors(torch.cat([vt[slots] for _, _, vt in spectra]), torch.cat([u[:, slots] for u, _, _ in spectra], 1))
-    gates = torch.block_diag(*(sigma[None, slots] for _, sigma, _ in spectra)) if k else pool.up.new_zeros(len(targets), 0)
+    gates = (
+        torch.block_diag(*(sigma[None, slots] for _, sigma, _ in spectra)) if k else pool.up.new_zeros(len(targets), 0)
+    )
     return RasaFit(private, pool, tuple(gates))
 
 
@@ -89,10 +93,10 @@ def coordinate_descent(targets: Sequence[Tensor], r: int, k: int, sweeps: int = 
 def _sweep(targets: Sequence[Tensor], fit: RasaFit, private_rank: int) -> RasaFit:
     """Private factors, then B_S, A_S and D, in the order of appendix A; its transposes re-derived."""
     a, b, d = fit.pool.down, fit.pool.up, torch.stack(fit.gates)
-    private = tuple(
-        _top(*torch.linalg.svd(m - (b * g) @ a, full_matrices=False), private_rank)
-        for m, g in zip(targets, d, strict=True)
-    )
+    private = fit.private  # nothing to do where they have rank 0
+    if private_rank:
+        rest = (m - (b * g) @ a for m, g in zip(targets, d, strict=True))
+        private = tuple(_balanced(*_leading(m, private_rank)) for m in rest)
     left = [m - f.delta() for m, f in zip(targets, private, strict=True)]  # R_i = M_i − B̃_i Ã_i
     # Pseudo-inverses: the Gram matrices start singular, because the layers' slots of D are disjoint
     overlap = d.T @ d  # Σ_i D_i X D_i = X ∘ Σ_i d_i d_iᵀ
@@ -104,9 +108,20 @@ def _sweep(targets: Sequence[Tensor], fit: RasaFit, private_rank: int) -> RasaFi
     return RasaFit(private, Factors(a, b), tuple(d))
 
 
-def _top(u: Tensor, sigma: Tensor, vt: Tensor, rank: int) -> Factors:
-    root = sigma[:rank].sqrt()
-    return Factors(root[:, None] * vt[:rank], u[:, :rank] * root)
+def _leading(m: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """U, σ and Vᵀ of the leading terms of the SVD, by the eigenvectors of the smaller Gram matrix: many times faster, and
+    what the squares lose lies below 1e-16 of ‖m‖² in float64."""
+    if m.shape[0] > m.shape[1]:
+        u, sigma, vt = _leading(m.T, rank)
+        return vt.T, sigma, u.T
+    u = torch.linalg.eigh(m @ m.T).eigenvectors.flip(1)[:, :rank]
+    rows = u.T @ m
+    return u, rows.norm(dim=1), torch.nn.functional.normalize(rows, dim=1, eps=torch.finfo(m.dtype).tiny)
+
+
+def _balanced(u: Tensor, sigma: Tensor, vt: Tensor) -> Factors:
+    root = sigma.sqrt()
+    return Factors(root[:, None] * vt, u * root)
 
 
 def _pinv(gram: Tensor) -> Tensor:

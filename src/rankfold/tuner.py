@@ -14,6 +14,7 @@ from peft.tuners.tuners_utils import (
     BaseTunerLayer,
     _get_in_out_features,
     _maybe_include_all_linear_layers,
+    onload_layer,
 )
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, get_quantization_kwargs
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -93,6 +94,11 @@ class LowRankTuner(BaseTuner):
             return None
         return BaseTuner._check_target_module_exists(peft_config, key)
 
+    def _prepare_adapter_config(self, peft_config: LowRankConfig, model_config: dict) -> LowRankConfig:  # pyright: ignore[reportIncompatibleMethodOverride]
+        if peft_config.target_modules is None:
+            peft_config.target_modules = peft_config.default_targets()  # pyright: ignore[reportAttributeAccessIssue]
+        return super()._prepare_adapter_config(peft_config, model_config)  # pyright: ignore[reportReturnType]
+
     # Injection ------------------------------------------------------------------------------------------------------
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, state_dict=None, **kwargs: Any) -> None:
@@ -151,11 +157,34 @@ class LowRankTuner(BaseTuner):
                 if t.is_floating_point() and t.dtype.itemsize < 4:
                     t.data = t.data.float()
 
-    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any):
-        model = super()._unload_and_optionally_merge(*args, **kwargs)
+    # Merging --------------------------------------------------------------------------------------------------------
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        if safe_merge:
+            self._check_finite(adapter_names)
+        super().merge_adapter(adapter_names, safe_merge)
+
+    def _unload_and_optionally_merge(
+        self, merge: bool = True, progressbar: bool = False, safe_merge: bool = False, adapter_names=None
+    ):
+        if merge and safe_merge:
+            self._check_finite(adapter_names)
+        model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         if hasattr(model, SHARED):
             delattr(model, SHARED)
         return model
+
+    def _check_finite(self, adapter_names: list[str] | None) -> None:
+        """Looks at every layer before any is merged, so that a safe merge is all or nothing (PEFT stops half way)."""
+        for name, layer in self.model.named_modules():
+            if isinstance(layer, AdaptedLinear):
+                wanted = layer.active_adapters if adapter_names is None else adapter_names
+                new = [n for n in wanted if n in layer.lowrank_adapters and n not in layer.merged_adapters]
+                with onload_layer(layer):
+                    if new and not torch.isfinite(layer.merged_weight(new)).all():
+                        raise ValueError(
+                            f"NaNs detected in the merged weights at {name}. The adapters {new} seem to be broken"
+                        )
 
     # Mixed batches ----------------------------------------------------------------------------------------------------
 
@@ -171,11 +200,13 @@ class LowRankTuner(BaseTuner):
         unknown = {n for n in names if n != "__base__"} - set(self.peft_config)
         if unknown:
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}")
-        if (kwargs.get("num_beams") or 1) > 1:
-            names = [n for n in names for _ in range(kwargs["num_beams"])]
+        # Beam search repeats every row, but only after an encoder has read it
+        encoder = self.model.get_encoder() if hasattr(self.model, "get_encoder") else self.model
+        once = set() if encoder is self.model else set(encoder.modules())
+        repeated = [n for n in names for _ in range(kwargs.get("num_beams") or 1)]
 
         def pass_names(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-            return args, {**kwargs, "adapter_names": names}
+            return args, {**kwargs, "adapter_names": names if module in once else repeated}
 
         hooks = [
             m.register_forward_pre_hook(pass_names, with_kwargs=True)
@@ -218,7 +249,8 @@ class LowRankTuner(BaseTuner):
             state_dict = {
                 k if k.startswith("base_model.model.") else "base_model.model." + k: v for k, v in state_dict.items()
             }
-        _check_checkpoint(config, {k: v for k, (_, v) in expected.items()}, state_dict)
+        others = {"base_model.model." + k.removeprefix("base_model.model.") for k in model.state_dict()}
+        _check_checkpoint(config, {k: v for k, (_, v) in expected.items()}, others, state_dict)
         return {expected[k][0] if k in expected else k: v for k, v in state_dict.items()}
 
 
@@ -263,10 +295,18 @@ def _check_scheduled(model: nn.Module, config: LowRankConfig, adapter_name: str)
                     )
 
 
-def _check_checkpoint(config: LowRankConfig, expected: dict[str, Tensor], found: dict[str, Tensor]) -> None:
-    """Raises ValueError for a checkpoint that lacks tensors, has foreign ones, other shapes, or NaN or infinity."""
+def _check_checkpoint(
+    config: LowRankConfig, expected: dict[str, Tensor], others: set[str], found: dict[str, Tensor]
+) -> None:
+    """Raises ValueError for a checkpoint that lacks tensors, has foreign ones, other shapes, or NaN or infinity.
+
+    Args:
+        expected: the adapter's tensors as it is now, by their key in a file.
+        others: keys of the model's other tensors, which may be in a file too (a head, resized embeddings).
+        found: the file's.
+    """
     what = f"this {config.method} adapter"
-    ours = {k: v for k, v in found.items() if f".{LAYERS}." in k or f".{SHARED}." in k}
+    ours = {k: v for k, v in found.items() if k in expected or k not in others}
     missing, foreign = expected.keys() - ours.keys(), ours.keys() - expected.keys()
     if missing or foreign:
         lacks = f"lacks {len(missing)} of {len(expected)} tensors (such as {min(missing)})" if missing else ""

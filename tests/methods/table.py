@@ -1,0 +1,253 @@
+"""The one table: every method, its variants, and what its paper says must come out.
+
+A new method adds one `Facts` with its variants to `TABLE`, and inherits every check of tests/methods/test_table*.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from models import ARCHS, Arch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+
+from rankfold import attach, registry
+from rankfold.config import LowRankConfig
+from rankfold.layer import AdaptedLinear
+
+State = dict[str, Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Facts:
+    """What a method's paper says, in plain numbers and tensors; written without the code it judges.
+
+    Args:
+        method: name in the registry.
+        count: trainable numbers of L layers of one kind: (config, r, out, in, L) → int.
+        rank: rank of the folded update of one layer: (config, r, L) → int.
+        delta: the update of one layer in float64: (config, r, α, own state, shared state) → out × in.
+        variants: what to configure; the first is the one that runs where one a method must do.
+        bad: configs that must be refused, each with what the error must name.
+        starts_at_base: whether the first update is zero.
+    """
+
+    method: str
+    count: Callable[[Any, int, int, int, int], int]
+    rank: Callable[[Any, int, int], int]
+    delta: Callable[[Any, int, float, State, State], Tensor]
+    variants: dict[str, dict[str, Any]]
+    bad: tuple[tuple[dict[str, Any], str], ...] = ()
+    starts_at_base: bool = True
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    facts: Facts
+    variant: str
+    kwargs: dict[str, Any]
+
+    def __str__(self) -> str:
+        return f"{self.facts.method}-{self.variant}"
+
+    def config(self, arch: Arch, **changes: Any) -> LowRankConfig:
+        """The row's config for an architecture; in patterns 0 and 1 stand for its two kinds of layer."""
+        kwargs = {"target_modules": list(arch.targets), "task_type": arch.task, **self.kwargs, **changes}
+        for name in ("rank_pattern", "alpha_pattern"):
+            if kwargs.get(name):
+                kwargs[name] = {arch.targets[k] if isinstance(k, int) else k: v for k, v in kwargs[name].items()}
+        return registry.get(self.facts.method).config(**kwargs)
+
+
+def scale(config: LowRankConfig, r: int, alpha: float) -> float:
+    return alpha / (math.sqrt(r) if config.use_rslora else r)
+
+
+def _lora_delta(config: Any, r: int, alpha: float, own: State, _: State) -> Tensor:
+    return scale(config, r, alpha) * own["up"] @ own["down"]
+
+
+def _rasa_k(config: Any, r: int) -> int:
+    return max(r // 8, 1) if config.shared_rank is None else config.shared_rank
+
+
+def _rasa_delta(config: Any, r: int, alpha: float, own: State, pool: State) -> Tensor:
+    d = own["gate"]
+    if not pool:
+        return own["up"] @ torch.diag(d) @ own["down"]
+    return torch.cat([own["up"], pool["up"]], 1) @ torch.diag(d) @ torch.cat([own["down"], pool["down"]])
+
+
+def _rasa_count(config: Any, r: int, out: int, inn: int, layers: int) -> int:
+    k = _rasa_k(config, r)
+    return layers * r * (inn + out) + layers * (r - k + layers * k)
+
+
+LORA = Facts(
+    method="lora",
+    count=lambda config, r, out, inn, layers: layers * r * (inn + out),
+    rank=lambda config, r, layers: r,
+    delta=_lora_delta,
+    variants={
+        "default": {},
+        "rslora": {"r": 4, "use_rslora": True},
+        "dropout": {"r": 4, "lora_alpha": 12, "lora_dropout": 0.3},
+        "patterns": {"r": 4, "rank_pattern": {0: 2}, "alpha_pattern": {1: 5}},
+        "gaussian": {"r": 3, "init_lora_weights": "gaussian"},
+    },
+    bad=(({"init_lora_weights": "pissa"}, "init_lora_weights"), ({"init_lora_weights": 3}, "init_lora_weights")),
+)
+RASA = Facts(
+    method="rasa",
+    count=_rasa_count,
+    rank=lambda config, r, layers: r - _rasa_k(config, r) + layers * _rasa_k(config, r),
+    delta=_rasa_delta,
+    variants={
+        "default": {},
+        "k0": {"r": 4, "shared_rank": 0},
+        "k1": {"r": 4, "lora_alpha": 6, "shared_rank": 1},
+        "kr": {"r": 3, "shared_rank": 3},
+        "rslora": {"r": 4, "shared_rank": 2, "use_rslora": True},
+        "dropout": {"r": 4, "shared_rank": 2, "lora_dropout": 0.3},
+        "patterns": {"r": 4, "rank_pattern": {0: 2}, "alpha_pattern": {1: 5}},
+    },
+    bad=(
+        ({"r": 4, "shared_rank": 5}, "shared_rank"),
+        ({"shared_rank": -1}, "shared_rank"),
+        ({"shared_rank": 1.0}, "shared_rank"),
+        ({"shared_rank": "1"}, "shared_rank"),
+        ({"r": 8, "shared_rank": 4, "rank_pattern": {0: 2}}, "shared_rank"),
+        ({"init_lora_weights": "gaussian"}, "init_lora_weights"),
+    ),
+)
+
+TABLE = [LORA, RASA]
+ROWS = [Row(facts, variant, kwargs) for facts in TABLE for variant, kwargs in facts.variants.items()]
+FIRST = [next(row for row in ROWS if row.facts is facts) for facts in TABLE]
+
+rows = pytest.mark.parametrize("row", ROWS, ids=str)
+first_rows = pytest.mark.parametrize("row", FIRST, ids=str)
+archs = pytest.mark.parametrize("arch", ARCHS.values(), ids=lambda arch: arch.name)
+
+
+def adapt(
+    arch: Arch,
+    row: Row,
+    device: torch.device | str = "cpu",
+    *,
+    dtype: torch.dtype = torch.float32,
+    live: bool = True,
+    seed: int = 2,
+    name: str = "default",
+    options: dict[str, Any] | None = None,
+    **changes: Any,
+) -> PeftModel:
+    """The architecture with the row's adapter on it, in eval mode.
+
+    Args:
+        live: move every adapter tensor off its first value, as if trained.
+        options: for `get_peft_model`.
+        changes: of the config.
+    """
+    config = row.config(arch, **changes)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = get_peft_model(arch.build(device, dtype), config, adapter_name=name, **(options or {}))  # pyright: ignore[reportArgumentType]
+    if live:
+        stir(model, name, seed)
+    return model.eval()  # pyright: ignore[reportReturnType]
+
+
+def second(model: PeftModel, arch: Arch, row: Row, name: str = "other", **changes: Any) -> None:
+    """Adds one more adapter, of a rank of its own, so that it shows if the two are mixed up, and as if trained."""
+    model.add_adapter(name, row.config(arch, **{"r": 5, "rank_pattern": {}, **changes}))
+    stir(model, name, seed=5)
+
+
+def stir(model: nn.Module, name: str = "default", seed: int = 2) -> None:
+    """Adds noise to every tensor of one adapter."""
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for _, p in adapter_parameters(model, name):
+            p += (0.2 * torch.randn(p.shape, generator=g)).to(p)
+
+
+def fit(arch: Arch, model: nn.Module, steps: int, lr: float = 0.01) -> None:
+    """Trains by hand, with the method's controller where it has one."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
+    attached = attach(model, optimizer, total_steps=steps)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        arch.loss(model).backward()
+        optimizer.step()
+    attached.remove()
+
+
+def adapter_parameters(model: nn.Module, name: str = "default") -> list[tuple[str, nn.Parameter]]:
+    """An adapter's parameters, shared ones once."""
+    marks = (f"lowrank_adapters.{name}.", f"lowrank_shared.{name}.")
+    return [(n, p) for n, p in model.named_parameters() if any(mark in n for mark in marks)]
+
+
+def layers(model: nn.Module) -> dict[str, AdaptedLinear]:
+    """The adapted layers by their name in the base model."""
+    return {n.removeprefix("base_model.model."): m for n, m in model.named_modules() if isinstance(m, AdaptedLinear)}
+
+
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of the base weights under the adapters."""
+    return {name: layer.get_base_weight().clone() for name, layer in layers(model).items()}
+
+
+def snapshot(model: nn.Module) -> State:
+    return {k: v.detach().clone() for k, v in model.state_dict().items()}
+
+
+def assert_same(a: State, b: State) -> None:
+    """The same keys, and bit for bit the same tensors."""
+    assert a.keys() == b.keys()
+    different = [k for k in a if a[k].dtype != b[k].dtype or not torch.equal(a[k], b[k])]
+    assert not different, f"{len(different)} of {len(a)} tensors differ, such as {different[:3]}"
+
+
+def stock_lora(model: PeftModel, arch: Arch, name: str = "default", dtype: torch.dtype = torch.float32) -> PeftModel:
+    """What `factors()` says, as PEFT's own LoRA with alpha = rank on a fresh base."""
+    found = {n: a.lowrank_adapters[name].factors().baked().detach() for n, a in layers(model).items()}
+    ranks = {n.replace(".", r"\."): f.rank for n, f in found.items()}
+    widest = max(ranks.values())
+    config = LoraConfig(
+        r=widest,
+        lora_alpha=widest,
+        rank_pattern=ranks,
+        alpha_pattern=ranks,
+        target_modules=list(found),
+        task_type=arch.task,
+        fan_in_fan_out=arch.name == "gpt2",
+    )
+    device = next(model.parameters()).device
+    lora = get_peft_model(arch.build(device, dtype), config, autocast_adapter_dtype=False)  # pyright: ignore[reportArgumentType]
+    for n, f in found.items():
+        layer = lora.get_submodule(f"base_model.model.{n}")
+        layer.lora_A["default"].weight.data = f.down.to(dtype)  # pyright: ignore[reportIndexIssue]
+        layer.lora_B["default"].weight.data = f.up.to(dtype)  # pyright: ignore[reportIndexIssue]
+    return lora.eval()  # pyright: ignore[reportReturnType]
+
+
+def state_at(model: nn.Module, name: str, adapter: str = "default") -> tuple[State, State]:
+    """Own and shared tensors of the adapter on one layer, in float64, read off the modules by name alone."""
+    module = layers(model)[name].lowrank_adapters[adapter]
+    own = {k: v.detach().double() for k, v in module.state_dict().items()}
+    shared = {} if module.shared is None else module.shared.state_dict()  # pyright: ignore[reportCallIssue]
+    return own, {k: v.detach().double() for k, v in shared.items()}
+
+
+def assert_distinct(tensors: list[Tensor]) -> None:
+    """No tensor twice, and no memory in two."""
+    assert len({id(t) for t in tensors}) == len(tensors)
+    memory = [t.data_ptr() for t in tensors if t.numel()]
+    assert len(set(memory)) == len(memory)
