@@ -20,9 +20,11 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from rankfold.contraction import Term, low_rank_update
 from rankfold.factors import Factors
@@ -51,6 +53,31 @@ class Group:
         return len(self.sites)
 
 
+#: Every adapter that has a schedule. A hook on all optimisers sees one that is stepped without its controller: a parameter's
+#: version counter would not (fused kernels leave it alone, loading moves it).
+_WATCHED: WeakSet[Adapter] = WeakSet()
+
+
+def _notice_unscheduled(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+    waiting = [a for a in _WATCHED if not a.scheduled and not a._stepped_unscheduled]
+    if not waiting:
+        return
+    stepped = {id(p) for g in optimizer.param_groups for p in g["params"] if p.requires_grad and p.grad is not None}
+    found = [a for a in waiting if any(id(p) in stepped for p in a.parameters())]
+    for adapter in found:
+        adapter._stepped_unscheduled = True
+    if found:
+        warnings.warn(
+            f"{type(found[0]).__name__} at {found[0].site.name} is being trained without its controller, so its ranks will "
+            "never change: call rankfold.attach(model, optimizer, total_steps=...) before the loop, or give "
+            "Trainer callbacks=[rankfold.AdapterCallback()]",
+            stacklevel=2,
+        )
+
+
+register_optimizer_step_post_hook(_notice_unscheduled)
+
+
 class Adapter(nn.Module):
     """Base of every method's adapter. Trainable tensors are parameters, frozen ones buffers; both are saved.
 
@@ -65,6 +92,7 @@ class Adapter(nn.Module):
     #: Whether the method has a schedule (its registry row sets this), and whether a controller runs it here.
     has_schedule: ClassVar[bool] = False
     scheduled: bool = False
+    _stepped_unscheduled: bool = False
 
     def __init__(self, config: LowRankConfig, site: Site, shared: nn.Module | None = None) -> None:
         super().__init__()
@@ -76,6 +104,8 @@ class Adapter(nn.Module):
         self.dropout = float(config.lora_dropout)
         # In a tuple, out of the module registry: the model owns shared state once (tuner.py), each adapter only reads it
         self._shared = (shared,)
+        if self.has_schedule:
+            _WATCHED.add(self)
 
     @property
     def shared(self) -> Any:
@@ -125,8 +155,6 @@ class Adapter(nn.Module):
         return sum(block.rank for block in self.blocks())
 
     def term(self) -> Term:
-        if self.has_schedule and self.training and not self.scheduled and not torch.compiler.is_compiling():
-            self._watch_for_unscheduled_steps()
         return Term(self.blocks(), self.dropout if self.training else 0.0)
 
     def forward(self, y: Tensor, x: Tensor) -> Tensor:
@@ -141,24 +169,8 @@ class Adapter(nn.Module):
     # The trap of a schedule that nobody runs ------------------------------------------------------------------------
 
     def trained_unscheduled(self) -> bool:
-        """Whether parameters moved since the first training forward, with no controller attached."""
-        seen = getattr(self, "_versions", None)
-        return not self.scheduled and seen is not None and self._version() != seen
-
-    def _version(self) -> int:
-        return sum(p._version for p in nn.Module.parameters(self))
-
-    def _watch_for_unscheduled_steps(self) -> None:
-        if not hasattr(self, "_versions"):
-            self._versions = self._version()
-        elif self.trained_unscheduled() and not getattr(self, "_warned", False):
-            self._warned = True
-            warnings.warn(
-                f"{type(self).__name__} at {self.site.name} is being trained without its controller, so its ranks will "
-                "never change: call rankfold.attach(model, optimizer, total_steps=...) before the loop, or give "
-                "Trainer callbacks=[rankfold.AdapterCallback()]",
-                stacklevel=2,
-            )
+        """Whether an optimiser stepped it with no controller attached."""
+        return not self.scheduled and self._stepped_unscheduled
 
     # Following the model --------------------------------------------------------------------------------------------
 
@@ -185,6 +197,14 @@ class Shared(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         return super()._apply(lambda t: _keep_vectors_wide(fn, t), recurse)
+
+
+class SharedState(nn.ModuleDict):
+    """All shared state of a model: adapter name → group → `Shared`. As a module it does nothing, because an
+    `nn.Sequential` that is adapted runs every child it has."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
 
 
 def _keep_vectors_wide(fn: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:

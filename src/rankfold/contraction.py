@@ -2,7 +2,8 @@
 
 What it does that a chain of modules does not (numbers in docs/performance.md):
 
-* x is saved once, as the tensor its producer and its sibling layers already hold; no copy in another dtype;
+* x is saved once, as the tensor its producer and its sibling layers already hold (where autocast must cast it, each layer
+  holds the copy that its own base product needs anyway);
 * gate and scale go onto the small factor; no pass over an N×out tensor is spent on them;
 * the r-wide product h is kept (N·r numbers), so the backward needs no second look at x·downᵀ;
 * both sums run in place in the GEMM that makes them (`addmm_`), into the base's output and into its input gradient;

@@ -22,7 +22,7 @@ from peft.utils.quantization_utils import resolve_quantization_backend
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from rankfold.adapter import Group, Site
+from rankfold.adapter import Group, SharedState, Site
 from rankfold.config import LowRankConfig
 from rankfold.layer import AdaptedLinear
 
@@ -130,7 +130,7 @@ class LowRankTuner(BaseTuner):
             return None
         if not hasattr(self.model, SHARED):
             # On the model and not on the tuner, so that it outlives the tuner where PEFT injects without a PeftModel
-            self.model.add_module(SHARED, nn.ModuleDict())
+            self.model.add_module(SHARED, SharedState())
         by_group = getattr(self.model, SHARED)
         if adapter_name not in by_group:
             by_group[adapter_name] = nn.ModuleDict()

@@ -83,7 +83,9 @@ def test_the_last_step_always_cuts_to_the_budget(tfinal: int, deltaT: int) -> No
     assert budget(29, 8, 4, 2, tfinal, 30, deltaT) == (4, True)
 
 
-@pytest.mark.parametrize(("tinit", "tfinal", "deltaT"), [(5, 8, 1), (5, 8, 3), (0, 0, 1), (0, 0, 7), (3, 1, 4), (3, 2, 4)])
+@pytest.mark.parametrize(
+    ("tinit", "tfinal", "deltaT"), [(5, 8, 1), (5, 8, 3), (0, 0, 1), (0, 0, 7), (3, 1, 4), (3, 2, 4)]
+)
 def test_exactly_the_budget_is_left(tinit: int, tfinal: int, deltaT: int) -> None:
     total = 30
     m = ada(tinit=tinit, tfinal=tfinal, deltaT=deltaT)
@@ -193,7 +195,9 @@ def test_orthogonality_at_the_start() -> None:
 
     (a,) = adapters(ada(base=Wide, r=12, target_r=8, target_modules=["a"]))
     q = a.down.detach()
-    assert torch.linalg.norm(q @ q.T - torch.eye(12)).item() == pytest.approx((1 - 4e-4 * 768) * math.sqrt(12), rel=0.02)
+    assert torch.linalg.norm(q @ q.T - torch.eye(12)).item() == pytest.approx(
+        (1 - 4e-4 * 768) * math.sqrt(12), rel=0.02
+    )
 
 
 def test_orthogonality_is_learned_early() -> None:

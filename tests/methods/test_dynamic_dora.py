@@ -19,7 +19,14 @@ TOTAL = 40
 
 
 def dora(dtype: torch.dtype = torch.float32, base: Any = None, **changes: Any) -> PeftModel:
-    defaults = {"r": 6, "target_r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "interval": 3, "target_modules": ["0", "2"]}
+    defaults = {
+        "r": 6,
+        "target_r": 4,
+        "lora_alpha": 8,
+        "lora_dropout": 0.0,
+        "interval": 3,
+        "target_modules": ["0", "2"],
+    }
     with torch.random.fork_rng():
         torch.manual_seed(5)
         base = base or nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 5))
@@ -120,7 +127,7 @@ def test_after_the_cuts_scores_rest_and_the_penalty_is_off() -> None:
 
 def test_a_very_short_run_is_refused() -> None:
     m = dora()
-    with pytest.raises(ValueError, match="start=0.15 and end=0.5 leave no step to cut ranks in a run of 2"):
+    with pytest.raises(ValueError, match=r"start=0\.15 and end=0.5 leave no step to cut ranks in a run of 2"):
         attach(m, adamw(m), total_steps=2)
     for bad in ({"start": 0.6, "end": 0.5}, {"start": -0.1}, {"interval": 0}, {"beta": 1.0}, {"dem_weight": -1.0}):
         with pytest.raises(ValueError, match=f"DynamicDoraConfig: {next(iter(bad))}="):

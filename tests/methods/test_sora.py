@@ -224,7 +224,7 @@ def test_a_gate_that_no_group_has_is_refused() -> None:
     matrices = torch.optim.AdamW([p for p in m.parameters() if p.requires_grad and p.ndim == 2])
     attach(m, matrices)
     loss(m).backward()
-    with pytest.raises(ValueError, match="is in no group of this optimiser.*gate_lr"):
+    with pytest.raises(ValueError, match=r"is in no group of this optimiser.*gate_lr"):
         matrices.step()
 
 

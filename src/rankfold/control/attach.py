@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from rankfold import registry
-from rankfold.config import LowRankConfig
 from rankfold.control.controller import Controller
 from rankfold.layer import AdaptedLinear
 
@@ -28,6 +28,7 @@ class Attached:
 
     controllers: dict[str, Controller]
     _handles: list[RemovableHandle] = field(default_factory=list)
+    _skipped: bool = False
 
     def ranks(self) -> dict[str, dict[str, int]]:
         return {name: c.ranks() for name, c in self.controllers.items()}
@@ -36,10 +37,21 @@ class Attached:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        for controller in self.controllers.values():
+            for adapter in controller.adapters:  # from here on, a step is one without a controller
+                adapter.scheduled = False
+                vars(adapter).pop("_stepped_unscheduled", None)
+
+
+#: A Trainer that is started again after an interrupt attaches to the same optimiser; two sets of hooks would run every
+#: schedule twice.
+_ATTACHED: WeakKeyDictionary[torch.optim.Optimizer, Attached] = WeakKeyDictionary()
 
 
 def attach(model: nn.Module, optimizer: torch.optim.Optimizer, *, total_steps: int | None = None) -> Attached:
-    """Attaches the controller of every trainable scheduled adapter of `model`; none is no error.
+    """Attaches the controller of every scheduled adapter of `model` that is trainable now; none is no error.
+
+    What was attached to the same optimiser before is detached; its state carries on.
 
     Args:
         model: anything that contains adapted layers.
@@ -50,14 +62,13 @@ def attach(model: nn.Module, optimizer: torch.optim.Optimizer, *, total_steps: i
         ValueError: a schedule that does not fit, or that needs total_steps and has none.
     """
     optimizer = getattr(optimizer, "optimizer", optimizer)
+    if optimizer in _ATTACHED:
+        _ATTACHED.pop(optimizer).remove()
     controllers: dict[str, Controller] = {}
-    configs: dict[str, LowRankConfig] = {}
     for name, (config, adapters) in _trainable(model, optimizer).items():
         controller_cls = registry.get(config.method).controller
         if controller_cls is not None:
-            controllers[name], configs[name] = controller_cls(config, adapters, total_steps), config
-            for adapter in adapters:
-                adapter.scheduled = True
+            controllers[name] = controller_cls(config, adapters, total_steps)
     attached = Attached(controllers)
     if not controllers:
         return attached
@@ -70,9 +81,19 @@ def attach(model: nn.Module, optimizer: torch.optim.Optimizer, *, total_steps: i
                 saved[name] = controller.state
             elif saved[name] is not controller.state:
                 controller.load_state(saved[name])
+                saved[name] = controller.state
+            controller.config.schedule = controller.progress() if controller.step else None
 
     def before(opt: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+        if (len(args) > 1 and args[1] is not None) or kwargs.get("closure") is not None:
+            raise TypeError(
+                "rankfold: optimizer.step(closure) makes its gradients where no controller can see them; call the closure "
+                "yourself and then optimizer.step()"
+            )
         adopt()
+        attached._skipped = _amp_skips(opt)
+        if attached._skipped:
+            return
         for controller in controllers.values():
             with torch.enable_grad():
                 loss = controller.extra_loss()
@@ -82,29 +103,50 @@ def attach(model: nn.Module, optimizer: torch.optim.Optimizer, *, total_steps: i
                 controller.before_step(opt)
 
     def after(opt: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
-        for name, controller in controllers.items():
+        if attached._skipped:
+            return
+        for controller in controllers.values():
             controller.state["step"] += 1
             with torch.no_grad():
                 controller.after_step(opt)
-            configs[name].schedule = controller.progress()
+            controller.config.schedule = controller.progress()
 
+    adopt()  # raises before anything is hooked
     attached._handles = [optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)]
-    adopt()
+    for controller in controllers.values():
+        for adapter in controller.adapters:
+            adapter.scheduled = True
+    _ATTACHED[optimizer] = attached
     return attached
 
 
-def _trainable(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, tuple[LowRankConfig, list]]:
+def _trainable(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, tuple[Any, list]]:
     """Adapter name to its config and adapters, for those that the optimiser steps."""
-    stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    inner: Any = model.module if hasattr(model, "module") else model  # DDP
-    configs = getattr(inner, "peft_config", {})
-    found: dict[str, tuple[LowRankConfig, list]] = {}
-    for module in inner.modules():
+    # A frozen adapter's parameters are in AdamW(model.parameters()) too
+    stepped = {id(p) for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
+    configs: dict[str, Any] = next((c for m in model.modules() if (c := getattr(m, "peft_config", None))), {})
+    found: dict[str, tuple[Any, list]] = {}
+    for module in model.modules():
         if isinstance(module, AdaptedLinear):
             for name, adapter in module.lowrank_adapters.items():
                 if any(id(p) in stepped for p in adapter.parameters()):
                     found.setdefault(name, (configs[name], []))[1].append(adapter)
     return found
+
+
+def _amp_skips(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether the coming step does nothing. A fused optimiser unscales and skips inside its kernel, so that GradScaler
+    calls its step all the same; what controllers see must be unscaled before."""
+    found_inf, scale = getattr(optimizer, "found_inf", None), getattr(optimizer, "grad_scale", None)
+    if found_inf is not None and bool(found_inf):
+        return True
+    if scale is not None:
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.grad.div_(scale.to(p.grad.device))
+        optimizer.grad_scale = None  # pyright: ignore[reportAttributeAccessIssue]
+    return False
 
 
 def _add_gradient(loss: torch.Tensor, controller: Controller) -> None:

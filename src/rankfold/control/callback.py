@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from peft.utils import CONFIG_NAME
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from rankfold.control.attach import Attached, attach
@@ -40,8 +41,15 @@ class AdapterCallback(TrainerCallback):
                 f.write(json.dumps({"step": state.global_step, "ranks": self.attached.ranks()}) + "\n")
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
-        if self.attached:
-            self.attached.remove()
+        if self.attached is None:
+            return
+        if args.load_best_model_at_end and state.best_model_checkpoint:
+            # The weights are those of an earlier step again, and so is how far their schedule has run
+            for name, controller in self.attached.controllers.items():
+                saved = Path(state.best_model_checkpoint, "" if name == "default" else name, CONFIG_NAME)
+                if saved.exists():
+                    controller.config.schedule = json.loads(saved.read_text(encoding="utf-8")).get("schedule")
+        self.attached.remove()
 
     @staticmethod
     def _path(args: TrainingArguments) -> Path:
@@ -58,6 +66,8 @@ def _drop_later_lines(path: Path, step: int) -> None:
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line)
-        except (json.JSONDecodeError, KeyError):
+        except (json.JSONDecodeError, KeyError, TypeError):
             continue  # half a line, from the moment of the kill
-    path.write_text("".join(kept), encoding="utf-8")
+    part = path.with_suffix(".part")  # a kill in here must not lose the lines
+    part.write_text("".join(kept), encoding="utf-8")
+    part.replace(path)

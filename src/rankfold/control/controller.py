@@ -9,6 +9,7 @@ It runs after `optimizer.step()` and before `zero_grad()`, once per real step, w
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any, Generic, TypeVar
 
@@ -63,7 +64,13 @@ class Controller(Generic[A, C]):
                 f"{type(self).__name__}: the optimiser's checkpoint holds the schedule of {len(state.get('sites', ()))} "
                 f"modules, and this model has {len(self.adapters)} others; resume with the config it was saved with"
             )
-        self.state = state
+        try:
+            self.state = _fitted(self.state, state)
+        except ValueError as e:
+            raise ValueError(
+                f"{type(self).__name__}: the optimiser's checkpoint holds the schedule of another method, rank or version "
+                f"({e}); resume with the config it was saved with"
+            ) from e
 
     def ranks(self) -> dict[str, int]:
         """Module name to the rank that is alive now, for logs and pictures."""
@@ -76,6 +83,39 @@ class Controller(Generic[A, C]):
     def finished(self) -> bool:
         """Whether the ranks are final: stopping now loses nothing of the method."""
         return True
+
+
+def run_length(config: Any, total_steps: int | None) -> int:
+    """Steps of a schedule: the config's `total_step`, else the run's; raises ValueError where neither is known."""
+    steps = config.total_step or total_steps
+    if not steps or steps < 1:
+        raise ValueError(
+            f"{type(config).__name__}: total_step is not known; give it in the config or to attach(total_steps=...)"
+        )
+    if total_steps and steps > total_steps:
+        warnings.warn(
+            f"{type(config).__name__}: total_step={steps} is longer than the run of {total_steps} steps, so the ranks will "
+            "not reach target_r; leave total_step out, or train longer",
+            stacklevel=2,
+        )
+    return steps
+
+
+def _fitted(now: Any, saved: Any, where: str = "state") -> Any:
+    """`saved` on the devices of `now`; raises ValueError where it is not built alike."""
+    if isinstance(now, Tensor):
+        if not isinstance(saved, Tensor) or saved.shape != now.shape:
+            raise ValueError(f"{where} is not of shape {tuple(now.shape)}")
+        return saved.to(now.device, now.dtype)
+    if isinstance(now, dict):
+        if not isinstance(saved, dict) or saved.keys() != now.keys():
+            raise ValueError(f"{where} does not have {', '.join(now)}")
+        return {k: _fitted(v, saved[k], f"{where}.{k}") for k, v in now.items()}
+    if isinstance(now, list):
+        if not isinstance(saved, list) or len(saved) != len(now):
+            raise ValueError(f"{where} does not have {len(now)} entries")
+        return [_fitted(v, s, f"{where}[{i}]") for i, (v, s) in enumerate(zip(now, saved, strict=True))]
+    return saved
 
 
 def finite(name: str, t: Tensor) -> Tensor:

@@ -5,7 +5,8 @@ Paper: arXiv 2303.10512 (ICLR 2023). From the paper: importance |w·∂L/∂w|, 
 scores its singular value plus the means of its two vectors; the cubic budget, in the code's form (the paper's Eq. 14 has a
 misprint); P, Q ~ N(0, 0.02²), Λ = 0. From the code: the regulariser as a mean of un-squared Frobenius norms (published γ belong
 to it) and the scale α/(r + 1e-5) of the start rank, for ever. Ours: exactly b triplets survive, ties broken by position (the
-code's `S ≤ θ` masks more); the regulariser's gradient is added just before the step, after the loop's clipping; resumable.
+code's `S ≤ θ` masks more); the last step cuts to the budget whatever tfinal and deltaT say (between cuts, triplets come back);
+the regulariser's gradient is added just before the step, after the loop's clipping; resumable.
 PEFT's own AdaLoRA is `peft.AdaLoraConfig`; it prunes only if the loop calls `update_and_allocate`.
 """
 
@@ -20,8 +21,8 @@ from torch import Tensor, nn
 
 from rankfold.adapter import Site
 from rankfold.config import LowRankConfig
-from rankfold.control.controller import Controller, finite
-from rankfold.methods.gated import Gated, lowest
+from rankfold.control.controller import Controller, finite, run_length
+from rankfold.methods.gated import Gated, check_budget, lowest
 from rankfold.registry import Method, register
 
 
@@ -55,6 +56,9 @@ class AdaSvdConfig(LowRankConfig):
     def check(self) -> None:
         super().check()
         self.require("target_r", self.target_r, 1 <= self.target_r <= self.r, f"in 1..r={self.r}")
+        steps = self.total_step
+        self.require("total_step", steps, steps is None or steps >= 1, "an integer >= 1, or null")
+        self.require("use_rslora", self.use_rslora, not self.use_rslora, "false: AdaLoRA's scale is alpha/(r + 1e-5)")
         for name in ("tinit", "tfinal"):
             self.require(name, getattr(self, name), getattr(self, name) >= 0, "an integer >= 0")
         self.require("deltaT", self.deltaT, self.deltaT >= 1, "an integer >= 1")
@@ -78,7 +82,7 @@ def budget(t: int, b0: int, bT: int, tinit: int, tfinal: int, total: int, deltaT
     """(triplets to keep after 0-based step t, whether to mask now): cubic, fast first."""
     if t <= tinit:
         return b0, False
-    if t > total - tfinal:
+    if t > total - tfinal or t == total - 1:
         return bT, True
     m = 1 - (t - tinit) / (total - tfinal - tinit)
     return int(bT + (b0 - bT) * m**3), t % deltaT == 0
@@ -94,12 +98,10 @@ def importance(i_bar: Tensor, u_bar: Tensor, w: Tensor, grad: Tensor, beta1: flo
 
 class AdaSvdController(Controller[AdaSvd, AdaSvdConfig]):
     def __init__(self, config: AdaSvdConfig, adapters: Sequence[AdaSvd], total_steps: int | None) -> None:
-        super().__init__(config, adapters, config.total_step or total_steps)
-        if not self.total_steps or self.total_steps < 1:
-            raise ValueError(
-                "AdaSvdConfig: total_step is not known; give it in the config or to attach(total_steps=...)"
-            )
+        super().__init__(config, adapters, run_length(config, total_steps))
+        assert self.total_steps is not None
         c, room = self.config, self.total_steps - config.tfinal - config.tinit
+        check_budget(config, self.adapters)
         if room <= 0:
             raise ValueError(
                 f"AdaSvdConfig: tinit={c.tinit} + tfinal={c.tfinal} leave no step to cut ranks in a run of "
@@ -121,6 +123,12 @@ class AdaSvdController(Controller[AdaSvd, AdaSvdConfig]):
             norms += [torch.linalg.norm(a.up.T @ a.up - eye), torch.linalg.norm(a.down @ a.down.T - eye)]
         return self.config.orth_reg_weight * torch.stack(norms).mean()
 
+    def before_step(self, optimizer: torch.optim.Optimizer) -> None:
+        for a in self.adapters:
+            for name, p in a.named_parameters():
+                if p.grad is not None:  # now, while the weights are still good
+                    finite(f"AdaLoRA: the gradient of {name} at {a.site.name}", p.grad)
+
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:
         c, t, total = self.config, self.step - 1, self.total_steps
         assert total is not None
@@ -138,8 +146,7 @@ class AdaSvdController(Controller[AdaSvd, AdaSvdConfig]):
             for name in i_bar:
                 w: nn.Parameter = getattr(a, name)
                 if w.grad is not None:
-                    grad = finite(f"AdaLoRA: the gradient of {name} at {a.site.name}", w.grad)
-                    importance(i_bar[name], u_bar[name], w, grad, c.beta1, c.beta2)
+                    importance(i_bar[name], u_bar[name], w, w.grad, c.beta1, c.beta2)
 
     def _scores(self) -> list[Tensor]:
         scores = []
@@ -150,7 +157,8 @@ class AdaSvdController(Controller[AdaSvd, AdaSvdConfig]):
 
     def finished(self) -> bool:
         assert self.total_steps is not None
-        return self.step > self.total_steps - self.config.tfinal - 1
+        # the first step that is sure to cut to the budget is t = total - tfinal + 1, or the last one
+        return self.step >= min(self.total_steps, self.total_steps - self.config.tfinal + 2)
 
 
 def _wide(adapter: AdaSvd) -> torch.dtype:

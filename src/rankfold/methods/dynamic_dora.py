@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from rankfold.adapter import kaiming_
 from rankfold.config import LowRankConfig
-from rankfold.control.controller import Controller, finite
-from rankfold.methods.gated import Gated, lowest
+from rankfold.control.controller import Controller, finite, run_length
+from rankfold.methods.gated import Gated, check_budget, lowest
 from rankfold.registry import Method, register
 
 
@@ -53,6 +53,8 @@ class DynamicDoraConfig(LowRankConfig):
     def check(self) -> None:
         super().check()
         self.require("target_r", self.target_r, 1 <= self.target_r <= self.r, f"in 1..r={self.r}")
+        steps = self.total_step
+        self.require("total_step", steps, steps is None or steps >= 1, "an integer >= 1, or null")
         self.require("dem_weight", self.dem_weight, self.dem_weight >= 0, "a number >= 0")
         self.require("interval", self.interval, self.interval >= 1, "an integer >= 1")
         self.require("beta", self.beta, 0 <= self.beta < 1, "in [0, 1)")
@@ -80,11 +82,9 @@ def cut(tau: int, tau_max: int, surplus: int) -> int:
 
 class DynamicDoraController(Controller[DynamicDora, DynamicDoraConfig]):
     def __init__(self, config: DynamicDoraConfig, adapters: Sequence[DynamicDora], total_steps: int | None) -> None:
-        super().__init__(config, adapters, config.total_step or total_steps)
-        if not self.total_steps or self.total_steps < 1:
-            raise ValueError(
-                "DynamicDoraConfig: total_step is not known; give it in the config or to attach(total_steps=...)"
-            )
+        super().__init__(config, adapters, run_length(config, total_steps))
+        assert self.total_steps is not None
+        check_budget(config, self.adapters)
         self.tau_max = int(self.total_steps * (1 - config.start - config.end))
         if self.tau_max < 1:
             raise ValueError(
@@ -107,6 +107,11 @@ class DynamicDoraController(Controller[DynamicDora, DynamicDoraConfig]):
             return None
         variances = [v for a in self.adapters for v in (a.down.var(dim=1), a.up.var(dim=0))]
         return self.config.dem_weight * torch.cat(variances).mean()
+
+    def before_step(self, optimizer: torch.optim.Optimizer) -> None:
+        for a in self.adapters:
+            if a.gate.grad is not None:  # now, while the weights are still good
+                finite(f"Dynamic DoRA: the gradient of gate at {a.site.name}", a.gate.grad)
 
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:
         c, tau = self.config, self.tau(self.step)

@@ -6,6 +6,7 @@ They differ in first values and in who zeroes entries of the gate, and when; tha
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +40,16 @@ class Gated(Adapter):
 
     def alive(self) -> int:
         return int(self.gate.count_nonzero())
+
+
+def check_budget(config: Any, adapters: Sequence[Gated]) -> None:
+    """Raises ValueError where the start ranks (`rank_pattern` included) are below the budget."""
+    start, goal = sum(a.r for a in adapters), config.target_r * len(adapters)
+    if start < goal:
+        raise ValueError(
+            f"{type(config).__name__}: target_r={config.target_r} asks for {goal} ranks over {len(adapters)} modules, which "
+            f"start with {start}; choose a smaller target_r or larger ranks"
+        )
 
 
 def lowest(scores: Sequence[Tensor], count: int) -> Iterator[Tensor]:

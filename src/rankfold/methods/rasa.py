@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from rankfold.adapter import Adapter, Group, Shared, Site, group_by_type, kaiming_
-from rankfold.config import LowRankConfig
+from rankfold.config import LowRankConfig, is_whole
 from rankfold.factors import Factors
 from rankfold.registry import Method, register
 
@@ -43,9 +43,13 @@ class RasaConfig(LowRankConfig):
         super().check()
         init = self.init_lora_weights
         self.require("init_lora_weights", init, init in (True, False), "true or false")
+        k = self.shared_rank
+        self.require(
+            "shared_rank", k, k is None or (is_whole(k) and k >= 0), "an integer >= 0, or null for max(r/8, 1)"
+        )
         for r in {self.r, *self.rank_pattern.values()}:
             k = self.pooled(r)
-            if not 0 <= k <= r:
+            if k > r:
                 raise ValueError(f"RasaConfig: shared_rank={k} exceeds r={r}; choose 0 <= shared_rank <= r")
 
     def pooled(self, r: int) -> int:
@@ -68,8 +72,9 @@ class Rasa(Adapter):
         super().__init__(config, site, shared)
         self.private = self.r - config.pooled(self.r)
         pooled = 0 if shared is None else shared.down.shape[0]
-        self.down = nn.Parameter(torch.empty(self.private, site.in_features))  # Ã_i
-        self.up = nn.Parameter(torch.empty(site.out_features, self.private))  # B̃_i
+        if self.private:  # k = r leaves none, and FSDP takes no empty tensor
+            self.down = nn.Parameter(torch.empty(self.private, site.in_features))  # Ã_i
+            self.up = nn.Parameter(torch.empty(site.out_features, self.private))  # B̃_i
         self.gate = nn.Parameter(torch.empty(self.private + pooled))  # d_i
 
     @classmethod
@@ -96,11 +101,12 @@ class Rasa(Adapter):
         return pool
 
     def reset_parameters(self, init: bool | str) -> None:
-        kaiming_(self.down)
-        if init:
-            nn.init.zeros_(self.up)
-        else:
-            kaiming_(self.up)
+        if self.private:
+            kaiming_(self.down)
+            if init:
+                nn.init.zeros_(self.up)
+            else:
+                kaiming_(self.up)
         pooled = len(self.gate) - self.private
         mass = self.scaling * self.r  # α, or α√r with rsLoRA
         share = 0.5 if self.private and pooled else 1.0
@@ -109,11 +115,13 @@ class Rasa(Adapter):
             self.gate[self.private :] = share * mass / max(pooled, 1)
 
     def blocks(self) -> Sequence[Factors]:
-        private = Factors(self.down, self.up, self.gate[: self.private])
+        blocks = []
+        if self.private:
+            blocks.append(Factors(self.down, self.up, self.gate[: self.private]))
         pool: Pool | None = self.shared
-        if pool is None:
-            return (private,)
-        return private, Factors(pool.down, pool.up, self.gate[self.private :])
+        if pool is not None:
+            blocks.append(Factors(pool.down, pool.up, self.gate[self.private :]))
+        return blocks
 
 
 RASA = register(

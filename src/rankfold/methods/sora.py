@@ -128,6 +128,7 @@ class SoraController(Controller[Sora, SoraConfig]):
             "v": [torch.zeros_like(a.gate) for a in self.adapters],
         }
         self._grads: list[Tensor | None] = []
+        self._all_dead = False
 
     def extra_loss(self) -> Tensor | None:
         if not self.config.l1:
@@ -140,29 +141,38 @@ class SoraController(Controller[Sora, SoraConfig]):
             params = [p for group in optimizer.param_groups for p in group["params"]]
             nn.utils.clip_grad_norm_(params, self.config.clip)
         self._grads = [a.gate.grad for a in self.adapters]
+        for adapter, grad in zip(self.adapters, self._grads, strict=True):
+            if grad is not None:  # now, while the weights are still good
+                finite(f"SoRA: the gate's gradient at {adapter.site.name}", grad)
         for adapter in self.adapters:
             adapter.gate.grad = None  # a parameter without a gradient is left alone by every torch optimiser
 
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:
-        lr = self.config.gate_lr
-        if lr is None:
-            first = self.adapters[0].gate
-            lr = next(float(g["lr"]) for g in optimizer.param_groups if any(p is first for p in g["params"]))
+        group_lr = {id(p): float(g["lr"]) for g in optimizer.param_groups for p in g["params"]}
         (b1, b2), t = self.BETAS, self.step
-        xi = self.config.threshold * (lr if self.config.threshold_times_lr else 1.0)
         prox = soft_threshold if self.config.prox == "soft" else reference_threshold
-        size = lr * math.sqrt(1 - b2**t) / (1 - b1**t)
         for adapter, grad, m, v in zip(self.adapters, self._grads, self.state["m"], self.state["v"], strict=True):
             gate = adapter.gate
+            if not gate.requires_grad:  # frozen by the user: a plain LoRA with a constant gate
+                continue
+            lr = self.config.gate_lr or group_lr.get(id(gate))
+            if lr is None:
+                raise ValueError(
+                    f"SoRA: the gate at {adapter.site.name} is in no group of this optimiser, so it has no learning rate; put "
+                    "it in one, or set gate_lr"
+                )
+            xi = self.config.threshold * (lr if self.config.threshold_times_lr else 1.0)
+            size = lr * math.sqrt(1 - b2**t) / (1 - b1**t)
             if grad is not None:
-                grad = finite(f"SoRA: the gate's gradient at {adapter.site.name}", grad.to(m.dtype))
+                grad = grad.to(m.dtype)
                 m.mul_(b1).add_(grad, alpha=1 - b1)
                 v.mul_(b2).addcmul_(grad, grad, value=1 - b2)
                 gate.addcdiv_(m, v.sqrt().add_(self.EPS), value=-size)
             if xi > 0:
                 gate.copy_(prox(gate, xi))
             gate.grad = grad
-        if not any(a.alive() for a in self.adapters):
+        if not self._all_dead and not any(a.alive() for a in self.adapters):
+            self._all_dead = True
             warnings.warn(
                 f"SoRA: every gate is zero after step {t}, so the adapter does nothing; threshold={self.config.threshold} is "
                 f"too high for this many steps (each one shrinks every gate by it)",
