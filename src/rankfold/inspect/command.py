@@ -1,0 +1,79 @@
+"""`rankfold inspect`: what the command line calls once it has parsed."""
+
+from __future__ import annotations
+
+import json as jsonlib
+from pathlib import Path
+
+from rankfold.inspect.adapter import Inspection, inspect_adapter
+from rankfold.inspect.pictures import check_picture
+from rankfold.inspect.run import RankHistory, find_ranks, inspect_run
+
+
+def run_inspect(
+    path: str,
+    *,
+    picture: str | None = None,
+    json: bool = False,
+    base: str | None = None,
+    adapter_name: str = "default",
+    force: bool = False,
+) -> None:
+    """Prints what is in an adapter folder, in a run's folder (its ranks over the steps, and its adapter if there is one),
+    or in a ranks.jsonl; and draws it.
+
+    Args:
+        picture: SVG, PNG or PDF. For a run with both, the ranks over the steps go to NAME-ranks beside it.
+        json: print JSON instead: {"adapter": ..., "run": ...}.
+        base: the base model of the adapter, if it has moved.
+        force: replace pictures that exist.
+
+    Raises:
+        ValueError, TypeError: what cannot be looked at, and why.
+        FileExistsError: without `force`.
+    """
+    if not Path(path).exists():
+        raise FileNotFoundError(f"'{path}' does not exist; give an adapter folder, a run's folder or a ranks.jsonl")
+    adapter, history = _look(Path(path), base, adapter_name)
+    files = _pictures(picture, adapter, history)
+    for file in files:
+        check_picture(file)
+        if file.exists() and not force:
+            raise FileExistsError(f"'{file}' exists; give another name or --force")
+        file.parent.mkdir(parents=True, exist_ok=True)
+    if history and files:
+        history.picture(files[-1])
+    if adapter and files:
+        adapter.heatmap(files[0])
+    if json:
+        found = {"adapter": adapter, "run": history}
+        print(jsonlib.dumps({key: jsonlib.loads(one.to_json()) for key, one in found.items() if one}, indent=2))
+        return
+    from rich.console import Console
+
+    console = Console()
+    for one in (history, adapter):
+        if one is not None:
+            console.print(one.table(console.width))
+    for file in files:
+        print(f"wrote {file}")
+
+
+def _look(path: Path, base: str | None, adapter_name: str) -> tuple[Inspection | None, RankHistory | None]:
+    folder = next((f for f in (path, path / "adapter") if (f / "adapter_config.json").is_file()), None)
+    ranks = find_ranks(path)
+    if folder is None and ranks is None:
+        raise ValueError(
+            f"'{path}' is neither an adapter (no adapter_config.json in it or in adapter/) nor a run that logged ranks "
+            "(no ranks.jsonl in it or in checkpoints/)"
+        )
+    adapter = inspect_adapter(folder, base=base) if folder else None
+    return adapter, inspect_run(ranks, adapter_name=adapter_name) if ranks else None
+
+
+def _pictures(picture: str | None, adapter: Inspection | None, history: RankHistory | None) -> list[Path]:
+    """The heat map's, then the history's."""
+    if picture is None:
+        return []
+    path = Path(picture)
+    return [path, path.with_stem(f"{path.stem}-ranks")] if adapter and history else [path]
