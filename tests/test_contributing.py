@@ -39,3 +39,12 @@ def test_the_readme_runs(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True, timeout=600, env=env)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "folded" / "fold_report.json").exists()
+
+
+def test_the_readme_lists_every_method_and_each_has_a_page() -> None:
+    from rankfold import registry
+
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for method in registry.find():
+        assert f"| `{method.name}` | `{method.config.__name__}` | [{method.paper}]" in readme
+        assert (ROOT / "docs" / "methods" / f"{method.name}.md").exists()

@@ -48,7 +48,8 @@ def _missing_extra(error: Exception) -> str | None:
 
 
 def _train(a: argparse.Namespace) -> None:
-    _quiet()
+    if not a.debug:
+        _quiet()
     from rankfold.train.runfile import load
 
     run = load(a.run_file, a.overrides)
@@ -113,6 +114,41 @@ def _fold(a: argparse.Namespace) -> None:
     print(folded.summary())
 
 
+def _plan(a: argparse.Namespace) -> None:
+    _quiet()
+    from rankfold.plan.command import run_gelora
+
+    given = ("points", "seed", "rounding", "max_rank", "targets", "max_length", "text", "pair")
+    options = {name: getattr(a, name) for name in given}
+    run_gelora(a.model, a.data, **options, out=a.out, picture=a.picture, json=a.json, force=a.force)
+
+
+def _inspect(a: argparse.Namespace) -> None:
+    _quiet()
+    from rankfold.inspect.command import run_inspect
+
+    run_inspect(a.path, picture=a.picture, json=a.json, base=a.base, adapter_name=a.adapter_name, force=a.force)
+
+
+def _subspace(a: argparse.Namespace) -> None:
+    from rankfold.subspace import build_subspace
+
+    targets = {"targets": a.targets} if a.targets else {}
+    found = build_subspace(
+        a.models,
+        a.out,
+        base=a.base,
+        scope=a.scope,
+        source=a.source,
+        rank=a.rank,
+        scale=a.scale,
+        force=a.force,
+        say=print,
+        **targets,
+    )
+    print(found.summary())
+
+
 def _version(a: argparse.Namespace) -> None:
     from importlib.metadata import PackageNotFoundError, version
 
@@ -164,12 +200,60 @@ def _parser() -> argparse.ArgumentParser:
 
     fold = command("fold", _fold, "fold an adapter into a plain LoRA that any engine serves")
     fold.add_argument("adapter", help="folder of the adapter")
-    fold.add_argument("out", help="folder to write")
+    fold.add_argument("-o", "--out", required=True, help="folder to write")
     fold.add_argument("--base", help="base model, if not the one that the adapter names")
-    fold.add_argument("--dtype", help="type of the folded weights; by default the base model's")
-    fold.add_argument("--pad", default="serve", help="rank to pad to: serve (the next that engines take) or exact")
+    fold.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="of the folded weights; by default the base model's"
+    )
+    fold.add_argument(
+        "--pad", choices=("serve", "none"), default="serve", help="serve: pad the rank to the next that engines name"
+    )
     fold.add_argument("--no-probe", action="store_true", help="do not compare outputs of the two on a probe batch")
     fold.add_argument("--force", action="store_true", help="replace the output folder if it exists")
+
+    plan = command("plan", _plan, "choose ranks for a model on your texts before training (GeLoRA)")
+    plan.add_argument("--method", choices=("gelora",), default="gelora")
+    plan.add_argument("--model", required=True, help="a bundled name, folder, GGUF file or hub id")
+    plan.add_argument("--data", required=True, help="as data.source in a run file")
+    plan.add_argument("--points", type=int, default=2000, help="texts to measure (default: 2000)")
+    plan.add_argument("--seed", type=int, default=0)
+    plan.add_argument("--rounding", choices=("round", "ceil_diff", "floor_diff"), default="round")
+    plan.add_argument("--max-rank", type=int)
+    plan.add_argument(
+        "--target", action="append", dest="targets", help="a module name suffix; by default the attention"
+    )
+    plan.add_argument("--max-length", type=int, help="longest text in tokens")
+    plan.add_argument("--text", default="text", help="column of the texts")
+    plan.add_argument("--pair", help="column of second texts")
+    plan.add_argument("-o", "--out", help="write the plan here (JSON)")
+    plan.add_argument("--picture", help="SVG, PNG or PDF of dimension and rank by layer")
+    plan.add_argument("--json", action="store_true", help="print JSON instead of the table")
+    plan.add_argument("--force", action="store_true", help="replace files that exist")
+
+    inspect = command("inspect", _inspect, "show rank, norm and spectrum of an adapter, or ranks over a run's steps")
+    inspect.add_argument("path", help="an adapter folder, a run's folder, or a ranks.jsonl")
+    inspect.add_argument("--picture", help="SVG, PNG or PDF heat map")
+    inspect.add_argument("--json", action="store_true")
+    inspect.add_argument("--base", help="base model, if not the one that the adapter names")
+    inspect.add_argument("--adapter-name", default="default", help="which adapter's ranks of a run")
+    inspect.add_argument("--force", action="store_true", help="replace pictures that exist")
+
+    subspace = command("subspace", _subspace, "build the common subspace that CoRA starts from")
+    subspace.add_argument("models", nargs="+", help="folders of fine-tuned models of one architecture")
+    subspace.add_argument("-o", "--out", required=True, help="the basis file to write (.safetensors)")
+    subspace.add_argument("--base", help="folder of their common base; needed for --source delta")
+    subspace.add_argument(
+        "--target",
+        action="append",
+        dest="targets",
+        default=None,
+        help="module name suffix (default: q_proj, k_proj, v_proj)",
+    )
+    subspace.add_argument("--scope", choices=("layer", "module", "global"), default="layer")
+    subspace.add_argument("--source", choices=("weights", "delta"), default="weights")
+    subspace.add_argument("--rank", type=int, default=32, help="columns to keep; adapters may use fewer (default: 32)")
+    subspace.add_argument("--force", action="store_true", help="replace the file if it exists")
+    subspace.add_argument("--scale", choices=("none", "sqrt_sigma"), default="none")
 
     command("version", _version, "print the versions of rankfold and what it stands on")
     return parser
