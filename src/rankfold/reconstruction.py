@@ -73,8 +73,13 @@ def feasible_point(targets: Sequence[Tensor], r: int, k: int) -> RasaFit:
     return RasaFit(private, pool, tuple(gates))
 
 
-def coordinate_descent(targets: Sequence[Tensor], r: int, k: int, sweeps: int = 10) -> tuple[list[float], RasaFit]:
-    """Descends from `feasible_point`, block by block, each step the exact minimum in its block.
+def coordinate_descent(
+    targets: Sequence[Tensor], r: int, k: int, sweeps: int = 10, start: RasaFit | None = None
+) -> tuple[list[float], RasaFit]:
+    """Descends block by block, each step the exact minimum in its block.
+
+    Args:
+        start: by default `feasible_point`, so that no sweep ends above e_lora.
 
     Returns:
         The errors, first that of the start, then one a sweep; never rising, to rounding. And the last point.
@@ -82,7 +87,8 @@ def coordinate_descent(targets: Sequence[Tensor], r: int, k: int, sweeps: int = 
     Raises:
         ValueError: as `feasible_point`.
     """
-    fit = feasible_point(targets, r, k)
+    _check(targets, r, k)
+    fit = feasible_point(targets, r, k) if start is None else start
     errors = [fit.error(targets)]
     for _ in range(sweeps if k else 0):  # without a pool the start is the optimum
         fit = _sweep(targets, fit, r - k)

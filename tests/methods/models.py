@@ -110,18 +110,10 @@ _SMALL = {
 _NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "num_labels": 3}
 
 
-def _llama(**kwargs) -> nn.Module:
-    config = hf.LlamaConfig(
-        **_SMALL,
-        vocab_size=VOCAB,
-        num_key_value_heads=1,
-        max_position_embeddings=32,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-        **kwargs,
-    )
-    return hf.LlamaForCausalLM(config)
+def _llama(**changes) -> nn.Module:
+    sizes = {"vocab_size": VOCAB, "num_key_value_heads": 1, "max_position_embeddings": 32}
+    tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    return hf.LlamaForCausalLM(hf.LlamaConfig(**{**_SMALL, **sizes, **tokens, **changes}))
 
 
 def _gpt2() -> nn.Module:
@@ -141,6 +133,8 @@ def _t5() -> nn.Module:
 
 LLAMA = Arch("llama", _llama, ("q_proj", "down_proj"), "CAUSAL_LM")
 TIED = Arch("llama-tied", lambda: _llama(tie_word_embeddings=True), ("q_proj", "down_proj"), "CAUSAL_LM")
+#: bitsandbytes' kernels want multiples of 64
+WIDE = Arch("llama", lambda: _llama(hidden_size=64, intermediate_size=128), ("q_proj", "down_proj"), "CAUSAL_LM")
 GPT2 = Arch("gpt2", _gpt2, ("c_attn", "c_proj"), "CAUSAL_LM")  # c_proj: two types of different shape, one name
 BERT = Arch(
     "bert",

@@ -77,10 +77,9 @@ def _rasa_k(config: Any, r: int) -> int:
 
 
 def _rasa_delta(config: Any, r: int, alpha: float, own: State, pool: State) -> Tensor:
-    d = own["gate"]
-    if not pool:
-        return own["up"] @ torch.diag(d) @ own["down"]
-    return torch.cat([own["up"], pool["up"]], 1) @ torch.diag(d) @ torch.cat([own["down"], pool["down"]])
+    parts = [part for part in (own, pool) if "up" in part]  # k = r has no private ranks, k = 0 no pool
+    up, down = torch.cat([p["up"] for p in parts], 1), torch.cat([p["down"] for p in parts])
+    return up @ torch.diag(own["gate"]) @ down
 
 
 def _rasa_count(config: Any, r: int, out: int, inn: int, layers: int) -> int:

@@ -330,6 +330,15 @@ def test_shapes_alone_are_enough_to_count(bases: dict[str, Path]) -> None:
     assert sum(p.numel() for _, p in adapter_parameters(model)) == 9 * 4 * 16
 
 
+def test_values_come_back_after_to_empty(bases: dict[str, Path]) -> None:
+    """As sharded loaders do it: shapes first, then a checkpoint, in which B is not."""
+    wanted = adapt(BERT, bases["bert"])
+    model = adapt(BERT, bases["bert"]).to("meta").to_empty(device="cpu")
+    model.load_state_dict(wanted.state_dict())
+    for a, b in zip(adapters(model).values(), adapters(wanted).values(), strict=True):
+        assert torch.equal(a.factors().delta(), b.factors().delta())
+
+
 # Refusals -------------------------------------------------------------------------------------------------------------
 
 
@@ -347,15 +356,34 @@ def test_bad_configs(fields: dict, message: str) -> None:
         CoraConfig(**{"basis": "b.safetensors", **fields})
 
 
+def test_a_bad_config_is_refused_before_there_is_a_model(basis: Path) -> None:
+    with pytest.raises(ValueError, match="r=7 must be <= 6"):
+        CoraConfig(basis=basis, r=7)  # pyright: ignore[reportArgumentType]
+    config = CoraConfig(basis=basis, r=4)  # pyright: ignore[reportArgumentType]
+    assert config.basis_hash == load_subspace(basis).hash
+    before = copy.deepcopy(config)
+    get_peft_model(BERT.build(), config)  # pyright: ignore[reportArgumentType]
+    assert (config.basis, config.basis_hash) == (before.basis, before.basis_hash)
+    basis.unlink()
+    with pytest.raises(ValueError, match="there is no such file"):
+        CoraConfig(basis=basis)  # pyright: ignore[reportArgumentType]
+    assert (
+        CoraConfig(basis=str(basis), basis_hash=before.basis_hash, r=4) == before
+    )  # a saved one can be read without it
+
+
 @approaches
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
         ({"r": RANK + 1}, f"CoraConfig: r={RANK + 1} must be <= {RANK}, the rank of the basis"),
-        ({"rank_pattern": {"key": 9}}, "r=9 must be <= 6"),
+        ({"rank_pattern": {"key": 9}}, "r=9 must be <= 6, the rank of the basis"),
         ({"target_modules": ["query", "dense"]}, r"no basis for \S*dense.* query, key, value"),
         ({"target_modules": "all-linear"}, "no basis for"),
-        ({"basis": "absent.safetensors"}, "basis='absent.safetensors': there is no such file; bring the file there"),
+        (
+            {"basis": "absent.safetensors"},
+            r"basis='/\S*absent.safetensors': there is no such file; bring the file there",
+        ),
         ({"basis_hash": "0" * 64}, "another basis than this adapter was trained with .*basis_hash=000000000000"),
     ],
 )

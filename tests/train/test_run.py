@@ -14,21 +14,29 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from tiny import sentiment, write_jsonl
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, Trainer, TrainerCallback
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    Trainer,
+    TrainerCallback,
+)
 
 from rankfold.train import run as run_module
+from rankfold.train.chats import template_marks_turns, with_labels
 from rankfold.train.checkpoints import last_whole, what_is_damaged
 from rankfold.train.datafile import DataError
-from rankfold.train.folder import FolderError
+from rankfold.train.folder import FolderError, SaveError
 from rankfold.train.metrics import read_metrics
 from rankfold.train.model import ModelError
 from rankfold.train.plan import make_plan, prepare
 from rankfold.train.run import train
 from rankfold.train.runfile import parse
-from rankfold.train.trainers import CarefulTrainer, DivergedError, SaveError
+from rankfold.train.trainers import CarefulTrainer, DivergedError
 
 Values = dict[str, Any]
 
@@ -138,11 +146,48 @@ def test_the_loss_is_on_the_completion_only(language_model: Values):
     assert result.before["loss"] != pytest.approx(whole.before["loss"], rel=1e-3)
 
 
-def test_chat(language_model: Values, tmp_path: Path):
-    chats = [[{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": f"{i}!"}] for i in range(16)]
+CHATML = (
+    "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+
+
+def test_chat(language_model: Values, llama: Path, tmp_path: Path):
+    """The assistant's turns alone are learnt, whether the template marks them (TRL) or not (ours)."""
+    chats = [[{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": f"{i}!"}] * 2 for i in range(16)]
     path = write_jsonl(tmp_path / "chats.jsonl", [{"messages": chat} for chat in chats])
-    result = train(change(language_model, f"data={path}", "training.max_steps=2"), say=silent)
-    assert math.isfinite(result.steps)
+    plain = tmp_path / "plain"
+    shutil.copytree(llama, plain)
+    (plain / "chat_template.jinja").write_text(
+        CHATML.replace("m['content'] + eos_token", "m['content'] + (eos_token if m['role'] == 'assistant' else '')")
+    )
+    options = [f"data={path}", "data.validation=0.3", "training.max_steps=2"]
+    marked = train(change(language_model, *options), say=silent)
+    unmarked = train(change(language_model, *options, f"model={plain}"), overwrite=True, say=silent)
+    assert unmarked.before == marked.before  # the same labels
+    everything = train(change(language_model, *options, "data.loss_on=all"), overwrite=True, say=silent)
+    assert everything.before["loss"] != pytest.approx(marked.before["loss"], rel=1e-4)
+
+
+def test_labels_of_a_chat(llama: Path):
+    tokenizer = AutoTokenizer.from_pretrained(llama)
+    tokenizer.chat_template = CHATML
+    assert not template_marks_turns(tokenizer)
+    chat = [
+        {"role": role, "content": text}
+        for role, text in (("user", "a"), ("assistant", "bc"), ("user", "d"), ("assistant", "e"))
+    ]
+    (row,) = with_labels(Dataset.from_list([{"messages": chat}]), tokenizer)
+    learnt = [token for token, label in zip(row["input_ids"], row["labels"], strict=True) if label != -100]
+    assert tokenizer.decode(learnt) == "bc</s>e</s>"
+    assert tokenizer.decode(row["input_ids"]) == "<|user|>a</s><|assistant|>bc</s><|user|>d</s><|assistant|>e</s>"
+    tokenizer.chat_template = "{{ messages | length }}" + CHATML
+    with pytest.raises(DataError, match=r"rewrites earlier turns.*data\.loss_on: all"):
+        with_labels(Dataset.from_list([{"messages": chat}]), tokenizer)
+
+
+def test_nothing_is_held_out(language_model: Values, tmp_path: Path):
+    result = train(change(language_model, "data.validation=null", "training.max_steps=1"), say=silent)
     assert result.measured_on == ""
     assert result.before == result.after == {}
     assert "No rows were held out" in (result.adapter_path / "README.md").read_text()
@@ -208,6 +253,13 @@ def test_early_stopping_and_the_best_checkpoint(classification: Values):
         )
 
 
+def test_a_language_model_classifies(classification: Values, llama: Path):
+    result = train(change(classification, f"model={llama}"), say=silent)
+    assert result.head == 2 * 16
+    with pytest.raises(ModelError, match="lacks weights of a language model"):
+        train(change(classification, "task=causal-lm", "training.epochs=1"), overwrite=True, say=silent)
+
+
 def test_a_head_with_another_name_is_trained(classification: Values, tmp_path: Path):
     """PEFT knows `classifier` and `score`; DistilBERT's pre_classifier would stay random for ever."""
     from transformers import DistilBertConfig, DistilBertModel
@@ -248,15 +300,26 @@ def killed(run: Any, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run_module, "make_trainer", original)
 
 
-@pytest.mark.parametrize("task", ["classification", "language_model"])
-def test_killed_and_resumed_is_bit_identical(task: str, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch):
+@pytest.mark.parametrize(
+    ("task", "options"),
+    [
+        ("classification", {}),
+        ("classification", {"early_stopping": 2, "evaluate_every": 1, "metric": "loss", "learning_rate": 0.5}),
+        ("language_model", {"gradient_accumulation": 2}),
+    ],
+)
+def test_killed_and_resumed_is_bit_identical(
+    task: str, options: Values, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     values = request.getfixturevalue(task)
+    values["training"].update(options)
     whole = train(change(values, f"output={tmp_path / 'whole'}"), say=silent)
     run = change(values)
     killed(run, 3, monkeypatch)
     said: list[str] = []
     result = train(run, resume=True, say=said.append)
     assert any("resuming from" in s and "checkpoint-2" in s for s in said)
+    assert result.steps == whole.steps
     assert same(weights(result.adapter_path), weights(whole.adapter_path))
     assert (result.before, result.after) == (whole.before, whole.after)
     drop = ("grad_norm", "tokens")  # of the log alone
@@ -418,7 +481,7 @@ def test_disk_full_at_a_checkpoint(classification: Values, tmp_path: Path, monke
 
 def test_disk_full_at_the_end(classification: Values, tmp_path: Path, monkeypatch):
     monkeypatch.setattr(run_module, "model_card", full_disk)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(SaveError, match=r"cannot save .*adapter: .*No space left"):
         train(change(classification), say=silent)
     left = {path.name for path in (tmp_path / "run").iterdir()}
     assert left == {"checkpoints", "run.yaml", "metrics.jsonl"}

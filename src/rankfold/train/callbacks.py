@@ -10,6 +10,7 @@ from typing import Any
 
 from transformers import ProgressCallback, TrainerCallback
 
+from rankfold.train.folder import write_whole
 from rankfold.train.metrics import read_metrics
 
 # What the trainer logs beside losses, metrics, learning rate and gradient norm.
@@ -35,7 +36,7 @@ class MetricsFile(TrainerCallback):
     def __init__(self, path: Path, resume_at: int | None):
         self.path = path
         rows = [] if resume_at is None else [row for row in read_metrics(path) if row["step"] <= resume_at]
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         row = {key: value for key, value in (logs or {}).items() if not key.endswith(_UNINTERESTING)}
@@ -53,8 +54,15 @@ class Progress(ProgressCallback):
     def __init__(self) -> None:
         super().__init__()
         self.watched = sys.stderr.isatty()
+        self.began, self.began_at = 0.0, None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.began_at = None
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.began_at is not None:
+            return
+        # Now and not when training began, so that what was measured before the first step does not count.
         self.began, self.began_at = time.monotonic(), state.global_step
         if self.watched:
             super().on_train_begin(args, state, control, **kwargs)
@@ -86,9 +94,8 @@ class Progress(ProgressCallback):
             else:
                 self.training_bar.write(f"step {state.global_step}: {_pairs(shown)}", file=sys.stderr)
         elif not self.watched:
-            done = state.global_step - getattr(self, "began_at", state.global_step)
             left = ""
-            if done:
+            if self.began_at is not None and (done := state.global_step - self.began_at):
                 seconds = (time.monotonic() - self.began) / done * (state.max_steps - state.global_step)
                 left = f", {seconds / 60:.0f} min left" if seconds >= 90 else f", {seconds:.0f} s left"
             print(f"step {state.global_step}/{state.max_steps}: {_pairs(shown)}{left}", file=sys.stderr, flush=True)

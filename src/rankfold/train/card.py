@@ -44,6 +44,9 @@ def model_card(prepared: Prepared, result: TrainResult) -> str:
     splits = ", ".join(f"{len(split):,} {name}" for name, split in rows.splits.items())
     fields = "\n".join(f"| {key} | `{value}` |" for key, value in run.method.fields.items())
     t = run.training
+    batch = f"batch {t.batch_size}"
+    if t.gradient_accumulation > 1 or result.processes > 1:
+        batch += f" x {t.gradient_accumulation} accumulated x {result.processes} processes"
     seen = f" in {result.seconds / 60:.1f} minutes" if result.seconds else ""
     best = f"; the checkpoint of step {result.best_step} is kept, the best on validation" if result.best_step else ""
     scores = "\n".join(f"| {name} | {before} | {after} |" for name, before, after in result.scores())
@@ -51,7 +54,7 @@ def model_card(prepared: Prepared, result: TrainResult) -> str:
     if scores:
         results = f"On the {result.measured_on} rows.\n\n| metric | before | after |\n|---|---|---|\n{scores}"
     model_class = "AutoModelForCausalLM" if run.task == "causal-lm" else "AutoModelForSequenceClassification"
-    arguments = f", num_labels={len(rows.labels)}" if rows.labels else ""
+    arguments = f", id2label={dict(enumerate(rows.labels))}" if rows.labels else ""
     classes = f"| classes | {', '.join(rows.labels)} |\n" if rows.labels else ""
     title = run.method.name
     if ours:
@@ -77,7 +80,7 @@ An adapter of `{run.model.name}` for {run.task}, trained with **{title}** by
 | trainable parameters | {result.trainable:,} (adapter {result.adapter:,}, head {result.head:,}) of {result.total:,} |
 | stored parameters | {result.stored:,} ({result.stored_bytes / 1e6:.2f} MB) |
 | training | {result.steps:,} steps ({result.epochs:.3g} epochs){seen}{best} |
-| optimiser | {t.optimizer}, learning rate {t.learning_rate:g} ({t.schedule}), batch {t.batch_size}, seed {t.seed} |
+| optimiser | {t.optimizer}, learning rate {t.learning_rate:g} ({t.schedule}), {batch}, seed {t.seed} |
 
 ## Results
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rankfold.train.chats import not_a_chat
 from rankfold.train.datafile import SUFFIXES, DataError, is_data_file, read_file
 from rankfold.train.problems import nearest, short
 
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from rankfold.train.runfile import Data, RunFile
 
 SPLITS = ("train", "validation", "test")
-ROLES = ("system", "user", "assistant", "tool", "developer")
 
 
 @dataclass
@@ -184,7 +184,7 @@ def _check_inputs(rows: Dataset, split: str, found: Rows) -> None:
             if isinstance(value, str):
                 empty += not value.strip()
             elif (
-                problem := _not_a_chat(value) if _may_be_chat(column, found.kind) else f"holds {short(value)}, not text"
+                problem := not_a_chat(value) if _may_be_chat(column, found.kind) else f"holds {short(value)}, not text"
             ):
                 raise DataError(f"{split}, row {number}: column '{column}' {problem}")
         if empty:
@@ -197,18 +197,6 @@ def _check_inputs(rows: Dataset, split: str, found: Rows) -> None:
 
 def _may_be_chat(column: str, kind: tuple[str, ...]) -> bool:
     return column == "messages" or kind == ("prompt", "completion")
-
-
-def _not_a_chat(value: Any) -> str | None:
-    if not isinstance(value, list) or not value:
-        return f"must be a list of {{role, content}}, got {short(value)}"
-    for message in value:
-        role = message.get("role", message.get("from")) if isinstance(message, dict) else None
-        if role is None:
-            return f"has a message without a role: {short(message)}"
-        if role not in ROLES:
-            return f"has the role '{role}'{nearest(role, ROLES, 'known')}"
-    return None
 
 
 def _key(row: Any, inputs: tuple[str, ...]) -> str:

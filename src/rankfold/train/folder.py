@@ -5,7 +5,10 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 from rankfold.train.problems import RunFileError
 from rankfold.train.runfile import RunFile, load
@@ -15,6 +18,10 @@ OURS = ("adapter", "checkpoints", "run.yaml", "metrics.jsonl", "result.json", "m
 
 class FolderError(ValueError):
     """The output folder cannot be used; the message says what to do."""
+
+
+class SaveError(OSError):
+    """Something could not be written; nothing of it is left."""
 
 
 def check(run: RunFile, *, resume: bool, overwrite: bool) -> None:
@@ -88,3 +95,18 @@ def write_whole(path: Path, text: str) -> None:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def saving(path: Path) -> Iterator[None]:
+    """Report what goes wrong while `path` is written as a SaveError that says how to go on.
+
+    A full disk is an OSError to Python, a RuntimeError to torch, a SafetensorError to safetensors and a plain Exception to
+    tokenizers; any other exception is a bug and passes.
+    """
+    try:
+        yield
+    except Exception as e:
+        if isinstance(e, OSError | RuntimeError | SafetensorError) or type(e) is Exception:
+            raise SaveError(f"cannot save {path}: {e}; make room and continue with --resume") from e
+        raise

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,7 +49,7 @@ def locate(name: str) -> str:
         if not (path / "config.json").is_file():
             raise ModelError(f"model.name: the folder '{name}' has no config.json, so it is not a saved model")
         return str(path)
-    if path.is_file() or name.startswith((".", "/", "~")) or name.count("/") > 1 or (os.sep != "/" and os.sep in name):
+    if path.is_file() or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ModelError(f"model.name: '{name}' is no folder with a saved model and no GGUF file")
     return name
 

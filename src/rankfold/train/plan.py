@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import PartialState
@@ -36,6 +36,11 @@ class Prepared:
     rows: Rows
     lengths: dict[str, list[int]]
     max_length: int
+
+    def for_trainer(self, split: str) -> Any:
+        """A split as its trainer takes it, or None."""
+        rows = self.rows[split]
+        return rows and tokens.for_trainer(rows, self.rows, self.run, self.tokenizer, self.max_length)
 
 
 def prepare(run: RunFile) -> Prepared:

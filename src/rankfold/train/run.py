@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import EarlyStoppingCallback, TrainerCallback, set_seed
 
 from rankfold.folders import whole_folder
@@ -24,13 +23,13 @@ from rankfold.train.callbacks import Clock, MetricsFile
 from rankfold.train.card import model_card, versions
 from rankfold.train.checks import check
 from rankfold.train.datafile import DataError
+from rankfold.train.folder import saving
 from rankfold.train.metrics import read_metrics, tidy
 from rankfold.train.plan import Prepared, prepare, processes
 from rankfold.train.plot import plot_metrics
 from rankfold.train.problems import RunFileError
 from rankfold.train.runfile import RunFile
-from rankfold.train.tokens import encoded
-from rankfold.train.trainers import CarefulTrainer, SaveError, make_trainer
+from rankfold.train.trainers import CarefulTrainer, make_trainer
 
 
 @dataclass(frozen=True)
@@ -61,6 +60,7 @@ class TrainResult:
     head: int
     stored: int
     stored_bytes: int
+    processes: int
     steps: int
     epochs: float
     best_step: int | None
@@ -98,7 +98,7 @@ class TrainResult:
                 "steps",
                 f"{self.steps:,}" + (f", the best on validation at {self.best_step:,}" if self.best_step else ""),
             ),
-            ("speed", f"{speed}; {self.seconds:,.0f} s in steps"),
+            *([("speed", f"{speed}; {self.seconds:,.0f} s in steps")] if self.seconds else []),
             ("peak memory", f"{self.peak_memory / 1e9:.2f} GB"),
             ("adapter", str(self.adapter_path)),
         ]
@@ -148,8 +148,12 @@ def train(
     base, new_modules = model.load_model(run, prepared.place, prepared.config)
     adapted = model.adapt(base, run, new_modules, prepared.tokenizer)
     spent = budget.count(adapted)
+    share = spent.trainable / (spent.base + spent.trainable)
+    say(
+        f"{run.method.name} on {run.model.name}: {spent.trainable:,} of {spent.base + spent.trainable:,} parameters ({share:.2%})"
+    )
     clock = Clock()
-    trainer = make_trainer(run, adapted, prepared.tokenizer, rows, prepared.max_length, [clock])
+    trainer = make_trainer(prepared, adapted, [clock])
 
     # Nothing was written up to here.
     resume_at = int(checkpoint.name.rpartition("-")[2]) if checkpoint else None
@@ -179,10 +183,11 @@ def train(
 
     best = trainer.state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
     rows_a_step = run.training.batch_size * run.training.gradient_accumulation * state.num_processes
-    main = state.is_main_process
-    with whole_folder(output / "adapter", force=True) if main else nullcontext(output / "adapter") as partial:
-        _save(trainer, partial)
-        stored, stored_bytes = budget.stored(partial) if state.is_main_process else (0, 0)
+    main, adapter = state.is_main_process, output / "adapter"
+    with saving(adapter), whole_folder(adapter, force=True) if main else nullcontext(adapter) as partial:
+        trainer.save_model(str(partial))  # every process: a sharded model is gathered here
+        (partial / "training_args.bin").unlink(missing_ok=True)  # a pickle that nobody needs to open
+        stored, stored_bytes = budget.stored(partial) if main else (0, 0)
         result = TrainResult(
             output=str(output),
             model=run.model.name,
@@ -198,6 +203,7 @@ def train(
             head=spent.head,
             stored=stored,
             stored_bytes=stored_bytes,
+            processes=state.num_processes,
             steps=trainer.state.global_step,
             epochs=float(trainer.state.epoch or 0),
             best_step=int(best.rpartition("-")[2]) if best else None,
@@ -210,9 +216,9 @@ def train(
             command=command,
             versions=versions(),
         )
-        if state.is_main_process:
+        if main:
             (partial / "README.md").write_text(model_card(prepared, result), encoding="utf-8")
-    if state.is_main_process:
+    if main:
         folder.write_whole(output / "result.json", json.dumps(asdict(result), indent=2) + "\n")
         title = f"{run.method.name} on {run.model.name}, {run.data.source or run.data.train}"
         logged = read_metrics(output / "metrics.jsonl")
@@ -242,12 +248,8 @@ def _silent(sentence: str) -> None:
 
 def _measured_split(prepared: Prepared) -> tuple[str | None, Any]:
     """The rows for the scores before and after: test, else validation (which also chose the checkpoint), else none."""
-    rows = prepared.rows
-    split = next((name for name in ("test", "validation") if rows[name] is not None), None)
-    measured = rows[split] if split else None
-    if measured is not None and prepared.run.task == "classification":
-        measured = encoded(measured, prepared.tokenizer, prepared.max_length)
-    return split, measured
+    split = next((name for name in ("test", "validation") if prepared.rows[name] is not None), None)
+    return split, prepared.for_trainer(split) if split else None
 
 
 def _prefix(split: str) -> str:
@@ -264,14 +266,6 @@ def _recorded(metrics: Path, split: str | None) -> dict[str, float]:
     """The scores before training, as the interrupted run wrote them down."""
     first = [row for row in read_metrics(metrics) if row["step"] == 0 and split and f"{_prefix(split)}_loss" in row]
     return tidy(first[0], _prefix(split or "")) if first else {}
-
-
-def _save(trainer: CarefulTrainer, path: Path) -> None:
-    try:
-        trainer.save_model(str(path))  # every process: a sharded model is gathered here
-    except (SafetensorError, RuntimeError) as e:
-        raise SaveError(f"cannot save the adapter to {path.parent}: {e}; make room and continue with --resume") from e
-    (path / "training_args.bin").unlink(missing_ok=True)  # a pickle that nobody needs to open
 
 
 def _peak_memory() -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from itertools import chain
 from typing import TYPE_CHECKING
 
+from rankfold.train.chats import template_marks_turns, with_labels
 from rankfold.train.data import Rows
 from rankfold.train.datafile import DataError
 
@@ -34,8 +35,17 @@ def longest_row(run: RunFile, config: PreTrainedConfig, tokenizer: PreTrainedTok
 
 
 def token_counts(rows: Rows, tokenizer: PreTrainedTokenizerBase) -> dict[str, list[int]]:
-    """The length of every row of every split in tokens, before anything is cut off."""
+    """The length of every row of every split in tokens, before anything is cut off.
+
+    Raises:
+        DataError: chats, and a tokenizer without a chat template.
+    """
     inputs = rows.inputs
+    if tokenizer.chat_template is None and not isinstance(rows.splits["train"][0][inputs[0]], str):
+        raise DataError(
+            "the rows are chats but the model's tokenizer has no chat template; take an instruct model, or give the rows as "
+            "prompt and completion"
+        )
 
     def count(batch: dict[str, list]) -> dict[str, list[int]]:
         first = batch[inputs[0]]
@@ -65,11 +75,17 @@ def note_cut_off(rows: Rows, counts: dict[str, list[int]], max_length: int) -> N
             )
 
 
-def encoded(split: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
-    """Rows for sequence classification: token ids and `labels`."""
+def for_trainer(
+    split: Dataset, rows: Rows, run: RunFile, tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> Dataset:
+    """A split as its trainer takes it: token ids and labels for Trainer, and for TRL what it cannot label by itself."""
+    if run.task == "classification":
 
-    def encode(batch: dict[str, list]) -> dict[str, list]:
-        ids = tokenizer(batch["text"], batch.get("text_pair"), truncation=True, max_length=max_length)
-        return {**ids, "labels": batch["label"]}
+        def encode(batch: dict[str, list]) -> dict[str, list]:
+            ids = tokenizer(batch["text"], batch.get("text_pair"), truncation=True, max_length=max_length)
+            return {**ids, "labels": batch["label"]}
 
-    return split.map(encode, batched=True, remove_columns=split.column_names)
+        return split.map(encode, batched=True, remove_columns=split.column_names)
+    if rows.kind == ("messages",) and run.data.loss_on == "completion" and not template_marks_turns(tokenizer):
+        return with_labels(split, tokenizer)
+    return split

@@ -8,26 +8,20 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from safetensors import SafetensorError
-from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from trl.trainer.sft_trainer import SFTTrainer
 
 from rankfold.control import AdapterCallback
 from rankfold.train.arguments import arguments_class, trainer_arguments
 from rankfold.train.callbacks import Progress, RankAllocation
-from rankfold.train.data import Rows
+from rankfold.train.folder import saving
 from rankfold.train.metrics import classification_metrics
-from rankfold.train.runfile import RunFile
-from rankfold.train.tokens import encoded
+from rankfold.train.plan import Prepared
 
 
 class DivergedError(ValueError):
     """The loss is NaN or infinite; the message says at which step and what to try."""
-
-
-class SaveError(OSError):
-    """A checkpoint could not be written; nothing of it is left."""
 
 
 class CarefulTrainer(Trainer):
@@ -42,12 +36,13 @@ class CarefulTrainer(Trainer):
         return loss
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        checkpoint = Path(self.args.output_dir or ".", f"checkpoint-{self.state.global_step}")
         try:
-            super()._save_checkpoint(model, trial)
-        except (OSError, SafetensorError, RuntimeError) as e:  # torch.save on a full disk is a RuntimeError
-            folder = Path(self.args.output_dir or ".", f"checkpoint-{self.state.global_step}")
-            shutil.rmtree(folder, ignore_errors=True)
-            raise SaveError(f"cannot save {folder}: {e}; make room and continue with --resume") from e
+            with saving(checkpoint):
+                super()._save_checkpoint(model, trial)
+        except Exception:
+            shutil.rmtree(checkpoint, ignore_errors=True)
+            raise
 
 
 class CarefulSFTTrainer(CarefulTrainer, SFTTrainer):
@@ -55,29 +50,25 @@ class CarefulSFTTrainer(CarefulTrainer, SFTTrainer):
         """None in checkpoints: the run writes its own card."""
 
 
-def make_trainer(
-    run: RunFile,
-    model: PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: Rows,
-    max_length: int,
-    callbacks: list[TrainerCallback],
-) -> CarefulTrainer:
+def make_trainer(prepared: Prepared, model: PeftModel, callbacks: list[TrainerCallback]) -> CarefulTrainer:
     """The trainer of the run's task, with the rows it trains and validates on."""
-    arguments = trainer_arguments(run, validated=rows["validation"] is not None, kind=rows.kind, max_length=max_length)
+    run, rows = prepared.run, prepared.rows
+    train, validation = prepared.for_trainer("train"), prepared.for_trainer("validation")
+    # Rows that come with labels are no chats or completions to TRL any more.
+    kind = () if train is not None and "labels" in train.column_names else rows.kind
+    arguments = trainer_arguments(run, validated=validation is not None, kind=kind, max_length=prepared.max_length)
     # transformers wants to be told that a machine has no accelerator before it trains in bf16 there.
     arguments |= {"use_cpu": not torch.accelerator.is_available(), "dataloader_pin_memory": torch.cuda.is_available()}
     arguments |= run.training.extra
     options: dict[str, Any] = {
         "model": model,
         "args": arguments_class(run.task)(**arguments),
-        "train_dataset": rows["train"],
-        "eval_dataset": rows["validation"],
-        "processing_class": tokenizer,
+        "train_dataset": train,
+        "eval_dataset": validation,
+        "processing_class": prepared.tokenizer,
         "callbacks": [AdapterCallback(), *callbacks],
     }
     if run.task == "classification":
-        options |= {key: split and encoded(split, tokenizer, max_length) for key, split in _datasets(rows).items()}
         trainer = CarefulTrainer(**options, compute_metrics=classification_metrics)
         # BERT's kind takes any keyword but means its loss over its own batch, so that Trainer, which believes that the
         # loss is divided by the rows of all batches, would multiply it by the accumulated batches or the processes.
@@ -90,7 +81,3 @@ def make_trainer(
     if hasattr(model.base_model, "update_and_allocate"):
         trainer.add_callback(RankAllocation())
     return trainer
-
-
-def _datasets(rows: Rows) -> dict[str, Any]:
-    return {"train_dataset": rows["train"], "eval_dataset": rows["validation"]}
