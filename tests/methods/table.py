@@ -125,7 +125,57 @@ RASA = Facts(
     ),
 )
 
-TABLE = [LORA, RASA]
+
+def _gated_count(config: Any, r: int, out: int, inn: int, layers: int) -> int:
+    return layers * (r * (inn + out) + r)
+
+
+def _gated_delta(config: Any, r: int, alpha: float, own: State, _: State) -> Tensor:
+    return scale(config, r, alpha) * own["up"] @ torch.diag(own["gate"]) @ own["down"]
+
+
+def _adalora_delta(config: Any, r: int, alpha: float, own: State, _: State) -> Tensor:
+    return alpha / (r + 1e-5) * own["up"] @ torch.diag(own["gate"]) @ own["down"]
+
+
+# The scheduled methods (SoRA, AdaLoRA, dynamic DoRA) keep all their ranks here, so that every tensor moves; their
+# schedules are in their own files. `allow_unscheduled`, because the table trains by hand and saves at any time.
+SORA = Facts(
+    method="sora",
+    count=_gated_count,
+    rank=lambda config, r, layers: r,
+    delta=_gated_delta,
+    variants={
+        "default": {"allow_unscheduled": True},
+        "dropout": {"r": 4, "lora_dropout": 0.3, "allow_unscheduled": True},
+    },
+    bad=(({"threshold": -1}, "threshold=-1"), ({"prox": "hard"}, "prox='hard'"), ({"preset": "x"}, "preset='x'")),
+)
+ADALORA = Facts(
+    method="adalora",
+    count=_gated_count,
+    rank=lambda config, r, layers: r,
+    delta=_adalora_delta,
+    variants={"default": {"r": 4, "target_r": 4, "allow_unscheduled": True}},
+    bad=(
+        ({"r": 4, "target_r": 5}, "target_r=5"),
+        ({"deltaT": 0}, "deltaT=0"),
+        ({"use_rslora": True}, "use_rslora=True"),
+    ),
+)
+DYNAMIC_DORA = Facts(
+    method="dynamic_dora",
+    count=_gated_count,
+    rank=lambda config, r, layers: r,
+    delta=_gated_delta,
+    variants={
+        "default": {"r": 4, "target_r": 4, "lora_dropout": 0.0, "interval": 1, "start": 0, "end": 0}
+        | {"allow_unscheduled": True}
+    },
+    bad=(({"r": 4, "target_r": 0}, "target_r=0"), ({"start": 0.6, "end": 0.5}, "start=0.6")),
+)
+
+TABLE = [LORA, RASA, SORA, ADALORA, DYNAMIC_DORA]
 ROWS = [Row(facts, variant, kwargs) for facts in TABLE for variant, kwargs in facts.variants.items()]
 FIRST = [next(row for row in ROWS if row.facts is facts) for facts in TABLE]
 

@@ -409,6 +409,8 @@ def test_output_folders(classification: Values, tmp_path: Path):
     (other / "thesis.tex").write_text("x")
     with pytest.raises(FolderError, match="does not look like the folder of a run"):
         train(change(classification, f"output={other}"), overwrite=True, say=silent)
+    with pytest.raises(FolderError, match=r"has no run\.yaml, so there is no run in it to resume"):
+        train(change(classification, f"output={other}"), resume=True, say=silent)
     with pytest.raises(FolderError, match="is a file"):
         train(change(classification, f"output={other / 'thesis.tex'}"), say=silent)
 

@@ -10,7 +10,7 @@ import yaml
 
 if TYPE_CHECKING:
     from rankfold.train.plan import Prepared
-    from rankfold.train.run import TrainResult
+    from rankfold.train.result import TrainResult
 
 PACKAGES = ("rankfold", "peft", "transformers", "trl", "torch", "datasets")
 

@@ -139,7 +139,10 @@ def _check_data(run: RunFile) -> list[Problem]:
 
 
 def _check_training(run: RunFile) -> list[Problem]:
-    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+    from transformers.integrations.integration_utils import (
+        INTEGRATION_TO_CALLBACK,
+        get_available_reporting_integrations,
+    )
     from transformers.trainer_utils import SchedulerType
     from transformers.training_args import OptimizerNames
 
@@ -156,6 +159,8 @@ def _check_training(run: RunFile) -> list[Problem]:
     for name in [t.report_to] if isinstance(t.report_to, str) else t.report_to:
         if name not in INTEGRATION_TO_CALLBACK and name not in ("none", "all"):
             problem("report_to", f"unknown tracker '{name}'{nearest(name, INTEGRATION_TO_CALLBACK, 'known')}")
+        elif name in INTEGRATION_TO_CALLBACK and name not in get_available_reporting_integrations():
+            problem("report_to", f"the tracker '{name}' is not installed; install it or remove it here")
     if t.epochs is not None and t.max_steps is not None:
         problem("max_steps", f"{t.max_steps} contradicts epochs: {t.epochs:g}; give one of the two")
     if t.metric is not None and t.metric not in METRICS[run.task]:

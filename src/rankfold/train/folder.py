@@ -36,6 +36,10 @@ def check(run: RunFile, *, resume: bool, overwrite: bool) -> None:
     present = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
     if resume and overwrite:
         raise FolderError("--resume continues a run and --overwrite deletes it; use one of the two")
+    if resume and present and "run.yaml" not in present:
+        raise FolderError(
+            f"output: '{folder}' has no run.yaml, so there is no run in it to resume; name another folder"
+        )
     if resume:
         _check_same_run(run, folder / "run.yaml")
     elif present and not overwrite:

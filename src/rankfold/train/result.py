@@ -1,0 +1,79 @@
+"""What a run made and measured."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """One run; its result.json has the same fields.
+
+    Args:
+        output: the run's folder; the adapter is in `adapter` below it.
+        metric: the one that chooses the best checkpoint.
+        measured_on: the split of `before` and `after`: test, else validation, else none (empty).
+        total, trainable, adapter, head: parameters; `head` is what is trained in full beside the adapter.
+        stored, stored_bytes: of the saved adapter.
+        seconds: spent in optimiser steps of this session.
+        best_step: of the checkpoint that was kept, or None for the last one.
+    """
+
+    output: str
+    model: str
+    task: str
+    method: dict[str, Any]
+    metric: str
+    measured_on: str
+    before: dict[str, float]
+    after: dict[str, float]
+    total: int
+    trainable: int
+    adapter: int
+    head: int
+    stored: int
+    stored_bytes: int
+    processes: int
+    steps: int
+    epochs: float
+    best_step: int | None
+    seconds: float
+    samples_per_second: float
+    tokens_per_second: float
+    peak_memory: int
+    labels: list[str]
+    notes: list[str]
+    command: str
+    versions: dict[str, str]
+
+    @property
+    def adapter_path(self) -> Path:
+        return Path(self.output, "adapter")
+
+    def scores(self) -> list[tuple[str, str, str]]:
+        """Metric, before and after, in words; a run that was resumed may not know what was before."""
+        return [
+            (name, f"{self.before[name]:.4f}" if name in self.before else "?", f"{value:.4f}")
+            for name, value in self.after.items()
+        ]
+
+    def lines(self) -> list[tuple[str, str]]:
+        """The result in words: pairs of a heading and a value."""
+        speed = f"{self.tokens_per_second:,.0f} tokens a second"
+        if self.task == "classification":
+            speed = f"{self.samples_per_second:,.1f} rows a second, {speed}"
+        scores = [(f"{self.measured_on} {name}", f"{before} -> {after}") for name, before, after in self.scores()]
+        return [
+            *scores,
+            ("trained", f"{self.trainable:,} parameters (adapter {self.adapter:,}, head {self.head:,})"),
+            ("stored", f"{self.stored:,} parameters, {self.stored_bytes / 1e6:.2f} MB"),
+            (
+                "steps",
+                f"{self.steps:,}" + (f", the best on validation at {self.best_step:,}" if self.best_step else ""),
+            ),
+            *([("speed", f"{speed}; {self.seconds:,.0f} s in steps")] if self.seconds else []),
+            ("peak memory", f"{self.peak_memory / 1e9:.2f} GB"),
+            ("adapter", str(self.adapter_path)),
+        ]
