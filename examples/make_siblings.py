@@ -64,9 +64,9 @@ def write_rows(task: str, folder: Path) -> None:
     folder.mkdir()
     for split, rows in bundled.dataset("phonemes").items():
         with open(folder / f"{split}.jsonl", "w", encoding="utf-8") as file:
-            for row in rows:
-                letters = row["prompt"].splitlines()[0].removeprefix("Word: ")
-                answer = QUESTIONS[task](letters.split(), row["completion"].split())
+            for prompt, completion in zip(rows["prompt"], rows["completion"], strict=True):
+                letters = prompt.splitlines()[0].removeprefix("Word: ")
+                answer = QUESTIONS[task](letters.split(), completion.split())
                 file.write(json.dumps({"text": letters, "label": answer}) + "\n")
 
 

@@ -139,7 +139,7 @@ def test_fold_is_called_with_its_options(monkeypatch: pytest.MonkeyPatch, capsys
         return types.SimpleNamespace(summary=lambda: "folded")
 
     monkeypatch.setattr("rankfold.fold.fold_adapter", fold_adapter, raising=False)
-    assert cli.main(["fold", "a", "b", "--dtype", "bfloat16", "--no-probe"]) == 0
+    assert cli.main(["fold", "a", "-o", "b", "--dtype", "bfloat16", "--no-probe"]) == 0
     assert calls == [
         (Path("a"), Path("b"), {"base": None, "dtype": "bfloat16", "pad": "serve", "probe": False, "force": False})
     ]

@@ -1,7 +1,7 @@
 """Low-rank adaptation beyond LoRA: PEFT methods that fold exactly into a plain LoRA.
 
-    from rankfold import RasaConfig
-    model = peft.get_peft_model(model, RasaConfig(r=8, target_modules="all-linear"))
+from rankfold import RasaConfig
+model = peft.get_peft_model(model, RasaConfig(r=8, target_modules="all-linear"))
 """
 
 from rankfold.peft_types import check_peft

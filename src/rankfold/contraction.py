@@ -108,40 +108,43 @@ def _separate(y: Tensor, x: Tensor, terms: Sequence[Term]) -> Tensor:
 
 def _apply(x: Tensor, weight: Tensor | None, bias: Tensor | None, terms: Sequence[Term]) -> Tensor:
     masks: list[Tensor | None] = []
-    layout: list[tuple[int, float, float]] = []  # one a block: which mask, 1/(1−p), scale
+    layout: list[tuple[float, tuple[float, ...]]] = []  # one a term: 1/(1−p), and its blocks' scales
     tensors: list[Tensor | None] = []
     for term in terms:
+        if not term.blocks:
+            continue
         keep = 1.0 - term.dropout
         mask = None
         if term.dropout > 0.0:
             mask = torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(keep)
-        for f in term.blocks:  # a rank-0 block too: DDP waits for its (empty) gradients
-            layout.append((len(masks), 1.0 / keep if keep else 0.0, f.scale))
-            tensors += [f.down, f.up, f.gate]
         masks.append(mask)
+        layout.append((1.0 / keep if keep else 0.0, tuple(f.scale for f in term.blocks)))
+        for f in term.blocks:  # a rank-0 block too: DDP waits for its (empty) gradients
+            tensors += [f.down, f.up, f.gate]
     y: Tensor = _LowRankLinear.apply(x, weight, bias, tuple(layout), *masks, *tensors)  # pyright: ignore[reportAssignmentType]
     # out here, since autograd forbids writing in place to a view that a Function returns
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
 class _LowRankLinear(torch.autograd.Function):
-    """See the module's docstring. Shapes inside: x N×in, y and g N×out, h and gh N×r."""
+    """See the module's docstring. Shapes inside: x N×in, y and g N×out, h and gh N×r, r the rank of a whole term.
+
+    The blocks of a term are joined for the products and split afterwards: one wide GEMM beats several narrow ones. The
+    joined copies are of factors, not of activations, and are made again in the backward rather than kept.
+    """
 
     @staticmethod
     def forward(ctx, x, weight, bias, layout, *rest):  # pyright: ignore[reportIncompatibleMethodOverride]
-        n_masks = len(rest) - 3 * len(layout)
-        masks, tensors = rest[:n_masks], rest[n_masks:]
+        masks, blocks = _sorted(layout, rest)
         flat = x.reshape(-1, x.shape[-1])
-        y = F.linear(flat, weight, bias) if weight is not None else flat.new_zeros(len(flat), tensors[1].shape[0])
+        y = F.linear(flat, weight, bias) if weight is not None else flat.new_zeros(len(flat), blocks[0][0][1].shape[0])
         hidden = []
-        for (which, inv_keep, scale), (down, up, gate) in zip(layout, _triples(tensors), strict=True):
-            mask = masks[which]
-            dropped = flat if mask is None else flat * mask.view_as(flat)
-            h = dropped @ down.to(x.dtype).T
-            # addmm_ folds scale in; a gate is folded into the out×r factor
-            y.addmm_(h, _weighted(up, gate, x.dtype).T, alpha=scale * inv_keep)
+        for (inv_keep, scales), mask, term in zip(layout, masks, blocks, strict=True):
+            down, up, scale = _joined(term, scales, x.dtype)
+            h = _dropped(flat, mask) @ down.T
+            y.addmm_(h, up.T, alpha=scale * inv_keep)  # folds the scale in; a gate is in `up` already
             hidden.append(h)
-        ctx.layout, ctx.n_masks, ctx.has_bias = layout, n_masks, bias is not None
+        ctx.layout = layout
         ctx.save_for_backward(x, weight, *hidden, *rest)
         return y
 
@@ -154,51 +157,73 @@ class _LowRankLinear(torch.autograd.Function):
             return _backward(ctx, g)
 
 
+Block = tuple[Tensor, Tensor, Tensor | None]  # down, up, gate
+
+
 def _backward(ctx, g: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, *saved = ctx.saved_tensors
-    n = len(ctx.layout)
-    hidden, rest = saved[:n], saved[n:]
-    masks, tensors = rest[: ctx.n_masks], rest[ctx.n_masks :]
+    terms = len(ctx.layout)
+    hidden, rest = saved[:terms], saved[terms:]
+    masks, blocks = _sorted(ctx.layout, rest)
     need_x, need_weight, need_bias, _, *need = ctx.needs_input_grad
-    need = need[ctx.n_masks :]
+    needed = iter(need[terms:])
     flat, g = x.reshape(-1, x.shape[-1]), g.to(x.dtype)
 
     dx = None
     if need_x:
         dx = g @ weight if weight is not None else torch.zeros_like(flat)
     grads: list[Tensor | None] = []
-    for k, ((which, inv_keep, scale), (down, up, gate)) in enumerate(zip(ctx.layout, _triples(tensors), strict=True)):
-        need_down, need_up, need_gate = need[3 * k : 3 * k + 3]
-        mask, h, c = masks[which], hidden[k], scale * inv_keep
-        d_down = d_up = d_gate = None
-        if need_up or need_gate:
-            cross = (h.T @ g).T  # out×r; this order is faster than gᵀh (shared/performance.md §3)
-            if gate is not None and need_gate:
-                d_gate = (cross * up.to(cross.dtype)).sum(0, dtype=gate.dtype) * c
-            if need_up:
-                d_up = (cross * c if gate is None else cross * (gate * c).to(cross.dtype)).to(up.dtype)
-        if need_x or need_down:
-            gh = g @ _weighted(up, gate, x.dtype)
-            if need_down:
-                dropped = flat if mask is None else flat * mask.view_as(flat)
-                d_down = (gh.T @ dropped).mul_(c).to(down.dtype)
-            if dx is not None:
-                if mask is None:
-                    dx.addmm_(gh, down.to(x.dtype), alpha=c)
-                else:
-                    dx.addcmul_(gh @ down.to(x.dtype), mask.view_as(flat).to(x.dtype), value=c)
-        grads += [d_down, d_up, d_gate]
+    for (inv_keep, scales), mask, term, h in zip(ctx.layout, masks, blocks, hidden, strict=True):
+        wants = [(next(needed), next(needed), next(needed)) for _ in term]  # down, up, gate of each block
+        down, up, scale = _joined(term, scales, x.dtype)
+        # this order is faster than gᵀh (docs/performance.md)
+        cross = (h.T @ g).T if any(w[1] or w[2] for w in wants) else None  # out×r
+        d_down = None
+        if need_x or any(w[0] for w in wants):
+            gh = g @ up
+            if any(w[0] for w in wants):
+                d_down = (gh.T @ _dropped(flat, mask)).mul_(scale * inv_keep)
+            if dx is not None and mask is None:
+                dx.addmm_(gh, down, alpha=scale)
+            elif dx is not None and mask is not None:
+                dx.addcmul_(gh @ down, mask.view_as(flat).to(x.dtype), value=scale * inv_keep)
+        at = 0
+        for (a, b, gate), (want_down, want_up, want_gate), s in zip(term, wants, scales, strict=True):
+            part, at, c = slice(at, at + len(a)), at + len(a), s * inv_keep
+            grads.append(d_down[part].to(a.dtype) if want_down and d_down is not None else None)
+            mine = None if cross is None else cross[:, part]
+            grads.append(None if mine is None or not want_up else _scaled(mine, gate, c).to(b.dtype))
+            if want_gate and mine is not None and gate is not None:
+                grads.append((mine * b.to(mine.dtype)).sum(0, dtype=gate.dtype) * c)
+            else:
+                grads.append(None)
     d_weight = g.T @ flat if need_weight else None
     d_bias = g.sum(0) if need_bias else None
     dx = None if dx is None else dx.view_as(x)
-    return dx, d_weight, d_bias, None, *([None] * ctx.n_masks), *grads
+    return dx, d_weight, d_bias, None, *([None] * terms), *grads
 
 
-def _triples(tensors: Sequence) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
-    it = iter(tensors)
-    return zip(it, it, it, strict=True)
+def _sorted(layout: Sequence, rest: Sequence) -> tuple[Sequence[Tensor | None], list[list[Block]]]:
+    """One mask and the blocks of each term, out of the flat arguments that autograd wants."""
+    tensors = iter(rest[len(layout) :])
+    return rest[: len(layout)], [[(next(tensors), next(tensors), next(tensors)) for _ in s] for _, s in layout]
 
 
-def _weighted(up: Tensor, gate: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """up · diag(gate) in `dtype`, multiplied in the gate's own (float32) precision."""
-    return up.to(dtype) if gate is None else (up * gate).to(dtype)
+def _joined(term: Sequence[Block], scales: Sequence[float], dtype: torch.dtype) -> tuple[Tensor, Tensor, float]:
+    """down r×in, up · diag(gate) out×r, both in `dtype` (gates multiply in their own float32), and the scale left over."""
+    scale = scales[0] if len(set(scales)) == 1 else 1.0
+    downs = [down.to(dtype) for down, _, _ in term]
+    ups = [
+        _scaled(up, gate, s / scale if scale else 1.0).to(dtype) for (_, up, gate), s in zip(term, scales, strict=True)
+    ]
+    return (downs[0], ups[0], scale) if len(term) == 1 else (torch.cat(downs), torch.cat(ups, 1), scale)
+
+
+def _scaled(up: Tensor, gate: Tensor | None, c: float) -> Tensor:
+    if gate is not None:
+        return up * (gate * c if c != 1.0 else gate)
+    return up * c if c != 1.0 else up
+
+
+def _dropped(flat: Tensor, mask: Tensor | None) -> Tensor:
+    return flat if mask is None else flat * mask.view_as(flat)

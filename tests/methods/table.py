@@ -5,9 +5,12 @@ A new method adds one `Facts` with its variants to `TABLE`, and inherits every c
 
 from __future__ import annotations
 
+import functools
 import math
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,10 +18,12 @@ import torch
 from models import ARCHS, Arch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from rankfold import attach, registry
 from rankfold.config import LowRankConfig
 from rankfold.layer import AdaptedLinear
+from rankfold.subspace import content_hash, write_subspace
 
 State = dict[str, Tensor]
 
@@ -35,6 +40,8 @@ class Facts:
         variants: what to configure; the first is the one that runs where one a method must do.
         bad: configs that must be refused, each with what the error must name.
         starts_at_base: whether the first update is zero.
+        needs: what the config needs on an architecture beside the variant's fields.
+        sharded: whether it trains under FSDP2.
     """
 
     method: str
@@ -44,6 +51,8 @@ class Facts:
     variants: dict[str, dict[str, Any]]
     bad: tuple[tuple[dict[str, Any], str], ...] = ()
     starts_at_base: bool = True
+    needs: Callable[[Arch], dict[str, Any]] = lambda arch: {}
+    sharded: bool = True
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +66,13 @@ class Row:
 
     def config(self, arch: Arch, **changes: Any) -> LowRankConfig:
         """The row's config for an architecture; in patterns 0 and 1 stand for its two kinds of layer."""
-        kwargs = {"target_modules": list(arch.targets), "task_type": arch.task, **self.kwargs, **changes}
+        kwargs = {
+            "target_modules": list(arch.targets),
+            "task_type": arch.task,
+            **self.facts.needs(arch),
+            **self.kwargs,
+            **changes,
+        }
         for name in ("rank_pattern", "alpha_pattern"):
             if kwargs.get(name):
                 kwargs[name] = {arch.targets[k] if isinstance(k, int) else k: v for k, v in kwargs[name].items()}
@@ -162,6 +177,7 @@ ADALORA = Facts(
         ({"deltaT": 0}, "deltaT=0"),
         ({"use_rslora": True}, "use_rslora=True"),
     ),
+    sharded=False,  # its controller mixes whole tensors with shards
 )
 DYNAMIC_DORA = Facts(
     method="dynamic_dora",
@@ -173,9 +189,48 @@ DYNAMIC_DORA = Facts(
         | {"allow_unscheduled": True}
     },
     bad=(({"r": 4, "target_r": 0}, "target_r=0"), ({"start": 0.6, "end": 0.5}, "start=0.6")),
+    sharded=False,  # as AdaLoRA
 )
 
-TABLE = [LORA, RASA, SORA, ADALORA, DYNAMIC_DORA]
+
+@functools.cache
+def _basis(arch: Arch) -> dict[str, Any]:
+    """A basis file for every linear layer of an architecture: the left singular vectors of its own weights."""
+    tensors = {}
+    for name, module in arch.build().named_modules():
+        if isinstance(module, nn.Linear | Conv1D):
+            weight = module.weight.detach().double()
+            u, sigma, _ = torch.linalg.svd(weight.T if isinstance(module, Conv1D) else weight)
+            u = nn.functional.pad(u[:, :12], (0, max(12 - u.shape[0], 0)))
+            tensors |= {f"{name}.basis": u.float().contiguous(), f"{name}.sigma": sigma}
+    path = Path(tempfile.mkdtemp()) / "basis.safetensors"
+    about = {"version": 1, "scope": "module", "source": "weights", "scale": "none", "rank": 12, "base": None}
+    ends = sorted({n.rpartition(".")[0].rpartition(".")[2] for n in tensors})
+    write_subspace(path, tensors, about | {"targets": ends, "models": [], "gaps": {}, "hash": content_hash(tensors)})
+    return {"basis": str(path)}
+
+
+def _cora_delta(config: Any, r: int, alpha: float, own: State, shared: State) -> Tensor:
+    up = own["up"] if config.approach == 2 else shared["up"][:, :r]
+    return scale(config, r, alpha) * up @ own["down"]
+
+
+CORA = Facts(
+    method="cora",
+    count=lambda config, r, out, inn, layers: layers * r * (inn + (out if config.approach == 2 else 0)),
+    rank=lambda config, r, layers: r,
+    delta=_cora_delta,
+    variants={
+        "frozen": {"r": 4},
+        "trained": {"r": 4, "approach": 2},
+        "dropout": {"r": 4, "lora_alpha": 12, "lora_dropout": 0.3},
+        "patterns": {"r": 4, "rank_pattern": {0: 2}, "alpha_pattern": {1: 5}},
+    },
+    bad=(({"approach": 0}, "approach"), ({"basis": ""}, "basis"), ({"r": 13}, "r=13")),
+    needs=_basis,
+)
+
+TABLE = [LORA, RASA, SORA, ADALORA, DYNAMIC_DORA, CORA]
 ROWS = [Row(facts, variant, kwargs) for facts in TABLE for variant, kwargs in facts.variants.items()]
 FIRST = [next(row for row in ROWS if row.facts is facts) for facts in TABLE]
 
@@ -291,7 +346,7 @@ def state_at(model: nn.Module, name: str, adapter: str = "default") -> tuple[Sta
     """Own and shared tensors of the adapter on one layer, in float64, read off the modules by name alone."""
     module = layers(model)[name].lowrank_adapters[adapter]
     own = {k: v.detach().double() for k, v in module.state_dict().items()}
-    shared = {} if module.shared is None else module.shared.state_dict()  # pyright: ignore[reportCallIssue]
+    shared = {} if module.shared is None else module.shared.state_dict() | dict(module.shared.named_buffers())  # pyright: ignore[reportCallIssue]
     return own, {k: v.detach().double() for k, v in shared.items()}
 
 

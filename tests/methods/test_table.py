@@ -6,9 +6,10 @@ import re
 
 import pytest
 import torch
-from models import LLAMA, MLP, Arch, kinds, linear_shapes
-from peft import get_peft_model, get_peft_model_state_dict
+from models import GPT2, LLAMA, MLP, T5, Arch, kinds, linear_shapes
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from table import (
+    LORA,
     RASA,
     ROWS,
     Row,
@@ -27,11 +28,11 @@ from table import (
 from torch import nn
 
 from rankfold import PlainLoraConfig, RasaConfig, registry
+from rankfold.contraction import separate_order
 
 
 def test_every_method_is_in_the_table() -> None:
-    # CoRA needs a file that another program makes; tests/methods/test_cora.py
-    assert {row.facts.method for row in ROWS} == set(registry.METHODS) - {"cora"}
+    assert {row.facts.method for row in ROWS} == set(registry.METHODS)
 
 
 # 1. The start -------------------------------------------------------------------------------------------------------
@@ -245,3 +246,36 @@ def test_one_layer_of_a_kind_is_enough(row: Row, device: torch.device) -> None:
     config = model.peft_config["default"]
     assert model.get_nb_trainable_parameters()[0] == row.facts.count(config, config.r, 7, 12, 1)
     assert torch.isfinite(MLP.out(model)).all()
+
+
+@pytest.mark.parametrize("arch", [LLAMA, GPT2, T5], ids=lambda arch: arch.name)
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_plain_lora_is_pefts_bit_for_bit(arch: Arch, dropout: float, device: torch.device) -> None:
+    """The yardstick: the same weights and seed give the same outputs and gradients as PEFT's own LoRA."""
+    row = next(row for row in ROWS if row.facts is LORA)
+    ours = adapt(arch, row, device, lora_dropout=dropout).train()
+    config = LoraConfig(
+        r=8,
+        lora_alpha=8,
+        lora_dropout=dropout,
+        target_modules=list(arch.targets),
+        task_type=arch.task,
+        fan_in_fan_out=arch is GPT2,
+    )
+    theirs = get_peft_model(arch.build(device), config).train()
+    pairs = []
+    for name, layer in layers(ours).items():
+        adapter, lora = layer.lowrank_adapters["default"], theirs.get_submodule(f"base_model.model.{name}")
+        pairs += [(adapter.down, lora.lora_A["default"].weight), (adapter.up, lora.lora_B["default"].weight)]
+    for p, q in pairs:
+        q.data.copy_(p.data)
+    losses = []
+    for model in (ours, theirs):
+        torch.manual_seed(0)
+        with separate_order():
+            losses.append(arch.loss(model))
+        losses[-1].backward()
+    assert torch.equal(*losses)
+    assert all(torch.equal(p.grad, q.grad) for p, q in pairs)
+    if not dropout:  # the fused order rounds otherwise, and draws its masks as bytes
+        torch.testing.assert_close(arch.loss(ours), losses[1], rtol=1e-5, atol=1e-6)

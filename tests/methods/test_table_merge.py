@@ -89,7 +89,7 @@ def test_safe_merge_sees_an_overflow_of_half(row: Row, device: torch.device) -> 
     before = weights(model)
     with torch.no_grad():
         for _, p in adapter_parameters(model):
-            p.mul_(3000.0)
+            p.mul_(3e5)  # one factor may be frozen
     with pytest.raises(ValueError, match="NaNs detected"):
         model.merge_adapter(safe_merge=True)
     assert_same(weights(model), before)
@@ -97,8 +97,6 @@ def test_safe_merge_sees_an_overflow_of_half(row: Row, device: torch.device) -> 
 
 @rows
 def test_merging_in_training_mode_is_deterministic(row: Row, device: torch.device) -> None:
-    merged = [weights(adapt(LLAMA, row, device).train().merge_and_unload()) for _ in range(2)]
-    assert merged == [{}, {}]
     outputs = [LLAMA.out(adapt(LLAMA, row, device).train().merge_and_unload()) for _ in range(2)]
     assert torch.equal(*outputs)
 

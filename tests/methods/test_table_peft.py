@@ -46,6 +46,8 @@ from rankfold.layer import AdaptedLinear
 @pytest.mark.parametrize("arch", [a for a in ARCHS.values() if a.default], ids=lambda a: a.name)
 def test_default_targets_are_those_of_peft(arch: Arch, row: Row) -> None:
     lora = get_peft_model(arch.build(), peft.LoraConfig(task_type=arch.task, fan_in_fan_out=arch is GPT2))
+    if row.config(arch).default_targets() is not None:
+        pytest.skip("this method names default targets of its own")
     ours = adapt(arch, row, target_modules=None, rank_pattern={}, alpha_pattern={})
     assert ours.base_model.targeted_module_names == lora.base_model.targeted_module_names
     assert set(layers(ours)) == set(lora.base_model.targeted_module_names)
@@ -54,6 +56,8 @@ def test_default_targets_are_those_of_peft(arch: Arch, row: Row) -> None:
 @pytest.mark.parametrize("arch", [VIT, MLP], ids=lambda a: a.name)
 @first_rows
 def test_no_default_targets_is_an_error(arch: Arch, row: Row) -> None:
+    if row.config(arch).default_targets() is not None:
+        pytest.skip("this method names default targets of its own")
     with pytest.raises(ValueError, match="target_modules"):
         adapt(arch, row, target_modules=None)
 
@@ -292,7 +296,8 @@ def test_adapter_named_like_a_module(row: Row, name: str, device: torch.device, 
     model.set_adapter(name)
     other = LLAMA.out(model)
     assert_same(get_peft_model_state_dict(model, adapter_name="default"), wanted["state"])
-    assert get_peft_model_state_dict(model, adapter_name=name).keys() == wanted["state"].keys()
+    like = get_peft_model_state_dict(adapt(LLAMA, row, device, r=5, rank_pattern={}))
+    assert get_peft_model_state_dict(model, adapter_name=name).keys() == like.keys()
     model.save_pretrained(tmp_path)
 
     again = PeftModel.from_pretrained(LLAMA.build(device), tmp_path)

@@ -47,7 +47,9 @@ def model_card(prepared: Prepared, result: TrainResult) -> str:
     batch = f"batch {t.batch_size}"
     if t.gradient_accumulation > 1 or result.processes > 1:
         batch += f" x {t.gradient_accumulation} accumulated x {result.processes} processes"
-    seen = f" in {result.seconds / 60:.1f} minutes" if result.seconds else ""
+    seen = (
+        f" in {result.seconds / 60:.1f} minutes" if result.resumed_at is None else f", resumed at {result.resumed_at:,}"
+    )
     best = f"; the checkpoint of step {result.best_step} is kept, the best on validation" if result.best_step else ""
     scores = "\n".join(f"| {name} | {before} | {after} |" for name, before, after in result.scores())
     results = "No rows were held out to measure it on."

@@ -17,6 +17,7 @@ class TrainResult:
         measured_on: the split of `before` and `after`: test, else validation, else none (empty).
         total, trainable, adapter, head: parameters; `head` is what is trained in full beside the adapter.
         stored, stored_bytes: of the saved adapter.
+        resumed_at: the step this session began with, or None for a run in one go.
         seconds: spent in optimiser steps of this session.
         best_step: of the checkpoint that was kept, or None for the last one.
     """
@@ -39,6 +40,7 @@ class TrainResult:
     steps: int
     epochs: float
     best_step: int | None
+    resumed_at: int | None
     seconds: float
     samples_per_second: float
     tokens_per_second: float

@@ -136,6 +136,7 @@ def train(
             steps=trainer.state.global_step,
             epochs=float(trainer.state.epoch or 0),
             best_step=int(best.rpartition("-")[2]) if best else None,
+            resumed_at=resume_at,
             seconds=clock.seconds,
             samples_per_second=clock.steps * rows_a_step / clock.seconds if clock.seconds else 0.0,
             tokens_per_second=clock.tokens / clock.seconds if clock.seconds else 0.0,
