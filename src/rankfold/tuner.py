@@ -102,14 +102,15 @@ class LowRankTuner(BaseTuner):
     # Injection ------------------------------------------------------------------------------------------------------
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, state_dict=None, **kwargs: Any) -> None:
-        self._plan = self.plan(self.peft_config[adapter_name], model, state_dict)
+        config: Any = self.peft_config[adapter_name]
+        self._plan = self.plan(config, model, state_dict)
         stale = getattr(model, SHARED, {})  # PEFT allows injecting a second time under one name
         if adapter_name in stale:
             del stale[adapter_name]
         super().inject_adapter(model, adapter_name, *args, state_dict=state_dict, **kwargs)
 
     def _create_and_replace(
-        self, peft_config, adapter_name, target, target_name, parent, current_key, parameter_name=None
+        self, peft_config: Any, adapter_name, target, target_name, parent, current_key, parameter_name=None
     ) -> None:
         site = self._plan.sites[current_key.removeprefix("_orig_mod.")]
         adapter = self.method.adapter(peft_config, site, self._shared_state(peft_config, adapter_name, site))
@@ -222,7 +223,7 @@ class LowRankTuner(BaseTuner):
     # Saving and loading ---------------------------------------------------------------------------------------------
 
     @classmethod
-    def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
+    def _get_adapter_state_dict(cls, model, config: Any, adapter_name, state_dict, unwanted_adapter_names):
         _check_scheduled(model, config, adapter_name)
         own = _owned(model, adapter_name)
         kept = {k: v for k, v in state_dict.items() if k.startswith(own)}
@@ -236,7 +237,7 @@ class LowRankTuner(BaseTuner):
         return re.sub(rf"(^|\.)({LAYERS}|{SHARED})\.{re.escape(adapter_name)}\.", r"\1\2.", key)
 
     @classmethod
-    def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
+    def _remap_adapter_state_dict_for_load(cls, model, config: Any, adapter_name, state_dict):
         own = _owned(model, adapter_name)
         expected = {
             cls._remove_adapter_name_from_key(k, adapter_name): (k, v)
@@ -254,7 +255,7 @@ class LowRankTuner(BaseTuner):
         return {expected[k][0] if k in expected else k: v for k, v in state_dict.items()}
 
 
-def site_of(name: str, module: nn.Module) -> Site:
+def site_of(name: str, module: Any) -> Site:
     base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
     quantised = resolve_quantization_backend(base, get_apply_tensor_subclass=lambda: None)
     linear = isinstance(base, (nn.Linear, Conv1D)) or (quantised is not None and quantised.layer_type == "linear")

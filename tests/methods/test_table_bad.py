@@ -143,7 +143,7 @@ def _inf(state: dict) -> None:
 
 
 def _reshape(state: dict) -> None:
-    key = next(k for k in state if k.endswith((".up", ".down")))
+    key = next(k for k in state if state[k].ndim == 2)
     state[key] = torch.zeros(state[key].shape[0] + 1, state[key].shape[1])
 
 

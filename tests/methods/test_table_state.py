@@ -291,7 +291,7 @@ def test_config_can_be_given(row: Row, device: torch.device, tmp_path) -> None:
     assert torch.equal(LLAMA.out(again), LLAMA.out(model))
 
 
-def test_a_fresh_process_answers_the_same(tmp_path) -> None:
+def test_a_fresh_process_answers_the_same(tmp_path, subtests: pytest.Subtests) -> None:
     """Every row in one process, because a start takes longer than all of them: bit for bit, two adapters side by side."""
     wanted = {}
     for row in ROWS:
@@ -312,4 +312,5 @@ def test_a_fresh_process_answers_the_same(tmp_path) -> None:
     env = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     subprocess.run([sys.executable, script, tmp_path], check=True, timeout=300, env=env)
     for folder, answers in wanted.items():
-        assert_same(load_file(folder / "answers.safetensors"), answers)
+        with subtests.test(f"{folder.parent.name}-{folder.name}"):
+            assert_same(load_file(folder / "answers.safetensors"), answers)
