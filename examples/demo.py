@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+logging.disable(logging.WARNING)  # what packages say while they load is not part of the story
 
 import torch
 from peft import PeftModel
@@ -61,9 +63,13 @@ METHODS: dict[str, dict[str, Any]] = {
 
 #: Runs in a process of its own, which never hears of rankfold.
 STOCK = """
-import json, sys, torch
+import json, logging, sys
+logging.disable(logging.WARNING)
+import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers.utils.logging import disable_progress_bar
+disable_progress_bar()
 job = json.load(open(sys.argv[1]))
 if job["labels"]:
     base = AutoModelForSequenceClassification.from_pretrained(job["base"], num_labels=job["labels"])
