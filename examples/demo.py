@@ -7,6 +7,7 @@
 Everything is real and offline: the models and texts come with packages of the package index (assets.txt).
 """
 
+# ruff: noqa: E402  (the environment and the log level have to be set before the imports)
 from __future__ import annotations
 
 import argparse
