@@ -106,7 +106,11 @@ def _methods(a: argparse.Namespace) -> int:
 
 
 def _fold(a: argparse.Namespace) -> None:
+    import warnings
+
     from rankfold.fold import fold_adapter
+
+    warnings.filterwarnings("ignore", category=FutureWarning)  # transformers' renamings concern nobody here
 
     folded = fold_adapter(
         Path(a.adapter), Path(a.out), base=a.base, dtype=a.dtype, pad=a.pad, probe=not a.no_probe, force=a.force
