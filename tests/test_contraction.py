@@ -705,3 +705,12 @@ def test_flops():
         with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: addmm_}) as counter:
             low_rank_linear(x, weight, bias, terms).sum().backward()
         assert counter.get_total_flops() == 4 * n * IN * OUT + 6 * n * (r1 + r2) * (IN + OUT)
+
+
+@pytest.mark.parametrize("ranks", [(1,), (2,), (1, 1)])
+def test_gradients_are_laid_out_as_their_factors(ranks):
+    """DDP's buckets mind the strides; a rank-1 `up` had those of its transpose."""
+    terms = [Term([_f32(r) for r in ranks])]
+    low_rank_linear(torch.randn(7, IN), torch.randn(OUT, IN), None, terms).sum().backward()
+    assert all(t.grad.stride() == t.stride() for t in leaves(terms) if t.grad is not None)
+    assert sum(t.grad is not None for t in leaves(terms)) >= 2 * len(ranks)

@@ -129,7 +129,7 @@ def _apply(x: Tensor, weight: Tensor | None, bias: Tensor | None, terms: Sequenc
 class _LowRankLinear(torch.autograd.Function):
     """See the module's docstring. Shapes inside: x N×in, y and g N×out, h and gh N×r, r the rank of a whole term.
 
-    The blocks of a term are joined for the products and split afterwards: one wide GEMM beats several narrow ones. The
+    The blocks of a term are joined for the products and split afterwards: six products a layer, however many blocks. The
     joined copies are of factors, not of activations, and are made again in the backward rather than kept.
     """
 
@@ -176,7 +176,7 @@ def _backward(ctx, g: Tensor) -> tuple[Tensor | None, ...]:
     for (inv_keep, scales), mask, term, h in zip(ctx.layout, masks, blocks, hidden, strict=True):
         wants = [(next(needed), next(needed), next(needed)) for _ in term]  # down, up, gate of each block
         down, up, scale = _joined(term, scales, x.dtype)
-        # this order is faster than gᵀh (docs/performance.md)
+        # as (hᵀg)ᵀ, the faster order in the prototype that preceded this file (shared/performance.md §3)
         cross = (h.T @ g).T if any(w[1] or w[2] for w in wants) else None  # out×r
         d_down = None
         if need_x or any(w[0] for w in wants):
@@ -192,7 +192,8 @@ def _backward(ctx, g: Tensor) -> tuple[Tensor | None, ...]:
             part, at, c = slice(at, at + len(a)), at + len(a), s * inv_keep
             grads.append(d_down[part].to(a.dtype) if want_down and d_down is not None else None)
             mine = None if cross is None else cross[:, part]
-            grads.append(None if mine is None or not want_up else _scaled(mine, gate, c).to(b.dtype))
+            # laid out as `up` is: DDP's buckets mind the strides, and at rank 1 autograd does not mend them
+            grads.append(None if mine is None or not want_up else torch.empty_like(b).copy_(_scaled(mine, gate, c)))
             if want_gate and mine is not None and gate is not None:
                 grads.append((mine * b.to(mine.dtype)).sum(0, dtype=gate.dtype) * c)
             else:
