@@ -25,8 +25,9 @@ from transformers import (
 
 from rankfold import PlainLoraConfig, RasaConfig, SoraConfig
 from rankfold.fold import fold_adapter, fold_model
+from rankfold.fold.ours import from_folder
 from rankfold.fold.proof import prove
-from rankfold.fold.source import from_folder
+from rankfold.fold.source import read_config
 from rankfold.fold.uniform import serve_rank, target_suffixes
 
 TOKENS = torch.arange(5, 21)[None]
@@ -281,7 +282,7 @@ def test_another_base_is_refused(llama: Path, tmp_path: Path) -> None:
     ).save_pretrained(other)
     adapter, _ = trained(llama, CONFIGS["rasa"], tmp_path)
     with pytest.raises(ValueError, match="another base model"):
-        from_folder(adapter, str(other))
+        from_folder(adapter, read_config(adapter), str(other))
 
 
 def test_an_existing_folder_is_kept_unless_forced(llama: Path, tmp_path: Path) -> None:
@@ -303,7 +304,7 @@ def test_a_full_disk_leaves_nothing(llama: Path, tmp_path: Path, monkeypatch: py
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("rankfold.fold.save_file", full)
+    monkeypatch.setattr("rankfold.fold.uniform.save_file", full)
     with pytest.raises(OSError, match="No space left"):
         fold_adapter(adapter, tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir()] == ["adapter"]

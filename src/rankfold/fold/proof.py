@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from rankfold.factors import Factors
+from rankfold.fold.source import Update
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class FoldReport:
 
     adapter: str
     method: str
+    profile: str
     base: str | None
     rank: int
     needed_rank: int
@@ -76,19 +78,30 @@ class FoldReport:
         return "\n".join([*lines, *(f"note: {n}" for n in self.notes)])
 
 
-def prove(module: str, trained: Factors, algebra: Factors, on_disk: Factors) -> LayerProof:
-    """Compares one module's folded factors, before rounding and as read back, with the trained update (all float64)."""
-    norm = float(trained.norm())
-    largest = _max_abs(trained)
+def prove(module: str, trained: Update, exact: Factors, on_disk: Factors) -> LayerProof:
+    """Compares one module's folded factors, before rounding and as in the file, with the trained update (all float64)."""
+    norm, largest = _size(trained)
     scale = norm or 1.0
+    frobenius, most = _size(_difference(on_disk, trained))
     return LayerProof(
         module=module,
-        rank=trained.rank,
+        rank=exact.rank,
         norm=norm,
-        algebra=float(algebra.minus(trained).norm()) / scale,
-        frobenius=float(on_disk.minus(trained).norm()) / scale,
-        max=_max_abs(on_disk.minus(trained)) / (largest or 1.0),
+        algebra=_size(_difference(exact, trained))[0] / scale,
+        frobenius=frobenius / scale,
+        max=most / (largest or 1.0),
     )
+
+
+def _difference(folded: Factors, trained: Update) -> Update:
+    return folded.delta().sub_(trained) if isinstance(trained, Tensor) else folded.minus(trained)
+
+
+def _size(update: Update) -> tuple[float, float]:
+    """(‖ΔW‖_F, max |ΔW|)."""
+    if isinstance(update, Tensor):
+        return float(update.norm()), float(update.abs().max())
+    return float(update.norm()), _max_abs(update)
 
 
 def _max_abs(factors: Factors, rows: int = 512) -> float:
@@ -101,16 +114,6 @@ def _max_abs(factors: Factors, rows: int = 512) -> float:
     q_down, r_down = torch.linalg.qr(f.down.T)
     left, right = (q_up @ (r_up @ r_down.T)).float(), q_down.T.float()
     return max(float((part @ right).abs().max()) for part in left.split(rows))
-
-
-def serve_flags(rank: int, largest: int, out: Path) -> dict[str, str]:
-    """The flags with which each engine loads the fold; vLLM takes only certain values, `largest` is one."""
-    return {
-        "vLLM": f"vllm serve BASE --enable-lora --max-lora-rank {largest} --lora-modules fold={out}",
-        "SGLang": f"python -m sglang.launch_server --model-path BASE --max-lora-rank {rank} --lora-paths fold={out}",
-        "TGI": f"text-generation-launcher --model-id BASE --lora-adapters fold={out}",
-        "PEFT": f"PeftModel.from_pretrained(base, {str(out)!r})",
-    }
 
 
 def sha256(path: Path) -> str:

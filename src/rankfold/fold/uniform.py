@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Callable
+from pathlib import Path
 
-import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rankfold.factors import Factors
+from rankfold.fold.profile import Folded, Written
 from rankfold.fold.source import Source
 
 #: vLLM's legal values of max_lora_rank from 8 on: padding to one of them costs nothing at serving time.
@@ -27,14 +30,59 @@ def serve_rank(rank: int, pad: str = "serve") -> int:
     return next((r for r in SERVE_RANKS if r >= rank), rank) if pad == "serve" else rank
 
 
-def pairs(source: Source, rank: int, dtype: torch.dtype) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """(module, lora_A rank × in, lora_B out × rank), balanced and zero-padded; zeros where a module has no adapter."""
-    for site in source.sites:
-        trained = source.factors(site.name)
-        if trained is None:
-            trained = Factors(torch.zeros(0, site.in_features), torch.zeros(site.out_features, 0))
-        padded = trained.pad(rank)
-        yield site.name, padded.down.to(dtype).contiguous(), padded.up.to(dtype).contiguous()
+def write(folded: Folded, folder: Path) -> Written:
+    """adapter_config.json and adapter_model.safetensors, every module zero-padded to one rank."""
+    source, rank = folded.source, serve_rank(folded.rank, folded.pad)
+    tensors: dict[str, Tensor] = {}
+    for name, factors in folded.factors.items():
+        padded = factors.pad(rank)
+        tensors[f"base_model.model.{name}.lora_A.weight"] = padded.down.contiguous()  # rank × in
+        tensors[f"base_model.model.{name}.lora_B.weight"] = padded.up.contiguous()  # out × rank
+    parameters = sum(t.numel() for t in tensors.values())
+    tensors |= {k: v.detach().to("cpu", folded.dtype).contiguous() for k, v in source.heads.items()}
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    written = {**config(source, rank), "base_model_name_or_path": folded.base}
+    (folder / "adapter_config.json").write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
+    return Written(
+        rank=rank,
+        parameters=parameters,
+        read=reader(folder, {}),
+        serve=serve_flags(rank, serve_rank(rank), folded.out),
+        notes=_notes(source, rank),
+    )
+
+
+def reader(folder: Path, scales: dict[str, float]) -> Callable[[str], Factors]:
+    """Reads a module's factors back from a folder in PEFT's layout; `scales` holds α/r where it is not 1."""
+    tensors = load_file(folder / "adapter_model.safetensors")
+
+    def read(name: str) -> Factors:
+        key = f"base_model.model.{name}.lora_"
+        return Factors(tensors[key + "A.weight"], tensors[key + "B.weight"], scale=scales.get(name, 1.0))
+
+    return read
+
+
+def _notes(source: Source, rank: int) -> list[str]:
+    notes = []
+    if rank > SERVE_RANKS[-1]:
+        notes.append(f"rank {rank} exceeds 512, the largest that vLLM takes; train with a smaller r or shared_rank")
+    zeros = len(source.sites) - len(source.adapted)
+    if zeros:
+        notes.append(f"{zeros} modules of adapted types have no adapter and were written as zeros (TGI wants them)")
+    if source.heads:
+        notes.append("the trained head is kept in modules_to_save; only PEFT and vLLM's classifiers read it")
+    return notes
+
+
+def serve_flags(rank: int, largest: int, out: Path) -> dict[str, str]:
+    """The flags with which each engine loads the fold; vLLM takes only certain values, `largest` is one."""
+    return {
+        "vLLM": f"vllm serve BASE --enable-lora --max-lora-rank {largest} --lora-modules fold={out}",
+        "SGLang": f"python -m sglang.launch_server --model-path BASE --max-lora-rank {rank} --lora-paths fold={out}",
+        "TGI": f"text-generation-launcher --model-id BASE --lora-adapters fold={out}",
+        "PEFT": f"PeftModel.from_pretrained(base, {str(out)!r})",
+    }
 
 
 def config(source: Source, rank: int) -> dict[str, object]:
@@ -50,7 +98,9 @@ def config(source: Source, rank: int) -> dict[str, object]:
         "lora_alpha": rank,
         "lora_dropout": 0.0,
         "target_modules": target_suffixes([s.name for s in source.sites], source.modules),
-        "modules_to_save": sorted(source.config.modules_to_save or []) or None if source.heads else None,
+        "modules_to_save": sorted(getattr(source.config, "modules_to_save", None) or []) or None
+        if source.heads
+        else None,
         "bias": "none",
         "lora_bias": False,
         "use_rslora": False,

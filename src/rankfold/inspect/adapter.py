@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from rankfold import registry
 from rankfold.config import LowRankConfig
 from rankfold.factors import Factors
-from rankfold.fold import source
+from rankfold.fold import ours, source
 from rankfold.inspect.grid import Grid, grid
 from rankfold.layer import AdaptedLinear
 
@@ -159,8 +159,7 @@ def inspect_adapter(
     if isinstance(config, LoraConfig):
         updates = _of_peft_folder(source.read_tensors(folder), config)
     else:
-        found = source.from_folder(folder, base)
-        updates = {name: _live(*_ours(layer, found.adapter_name)) for name, layer in found.layers.items()}
+        updates = _of_model(ours.weightless(folder, config, base), "default")
     return _inspection(f"{folder.parent.name}/{folder.name}", config, updates)
 
 
