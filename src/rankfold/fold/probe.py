@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from rankfold.fold.proof import logit_error
-from rankfold.fold.source import AUTO, read_tensors
+from rankfold.fold.source import base_class, read_tensors
 
 
 def probe(adapter: Path, folded: Path, config: PeftConfig, base: str | None) -> dict[str, object]:
@@ -21,27 +22,36 @@ def probe(adapter: Path, folded: Path, config: PeftConfig, base: str | None) -> 
     Returns:
         The largest logit error, or {"skipped": why} where the base's weights cannot be had or the task has no logits.
     """
-    task = str(getattr(config.task_type, "value", config.task_type))
+    if not getattr(base_class(config), "__name__", "").endswith(("ForCausalLM", "ForSequenceClassification", "LMHeadModel")):
+        return {"skipped": f"task_type={config.task_type} has no probe; CAUSAL_LM and SEQ_CLS have"}
     name = base or config.base_model_name_or_path
-    if task not in AUTO:
-        return {"skipped": f"task_type={task} has no probe; CAUSAL_LM and SEQ_CLS have"}
     if not name:
         return {"skipped": "the base model is not known"}
-    labels = _labels(read_tensors(adapter)) if task == "SEQ_CLS" else None
-    extra = {} if labels is None else {"num_labels": labels, "ignore_mismatched_sizes": True}
-
-    def load() -> nn.Module:
-        with _quiet():  # a head that is loaded a line later needs no warning
-            return AUTO[task].from_pretrained(name, dtype=torch.float32, **extra)
-
     try:
-        model = PeftModel.from_pretrained(load(), str(adapter))
+        model = trained_model(adapter, config, base)
     except (OSError, MemoryError) as error:
         return {"skipped": f"base {name!r} could not be loaded: {str(error).splitlines()[0]}"}
     batch = torch.randint(5, model.config.vocab_size, (2, 16), generator=torch.Generator().manual_seed(0))
     trained = _logits(model, batch)
     del model
-    return {"base": name, **logit_error(trained, _logits(PeftModel.from_pretrained(load(), str(folded)), batch))}
+    return {"base": name, **logit_error(trained, _logits(_load(folded, config, name, _labels(adapter)), batch))}
+
+
+def trained_model(adapter: Path, config: PeftConfig, base: str | None) -> PeftModel:
+    """The adapter on its base in float32, as PEFT loads it.
+
+    Raises:
+        OSError, ValueError: the base's weights cannot be had.
+    """
+    return _load(adapter, config, base or config.base_model_name_or_path, _labels(adapter))
+
+
+def _load(adapter: Path, config: PeftConfig, base: str | None, labels: int | None) -> PeftModel:
+    sequences = str(getattr(config.task_type, "value", config.task_type)) == "SEQ_CLS"
+    extra = {"num_labels": labels, "ignore_mismatched_sizes": True} if sequences and labels is not None else {}
+    with _quiet():  # a head that is loaded a line later needs no warning
+        model = base_class(config).from_pretrained(base, dtype=torch.float32, **extra)
+        return PeftModel.from_pretrained(model, str(adapter))
 
 
 @contextmanager
@@ -50,7 +60,9 @@ def _quiet() -> Iterator[None]:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
         logging.set_verbosity(level)
         if bars:
@@ -62,7 +74,8 @@ def _logits(model: nn.Module, batch: Tensor) -> Tensor:
         return model.eval()(input_ids=batch, attention_mask=torch.ones_like(batch)).logits
 
 
-def _labels(tensors: dict[str, Tensor]) -> int | None:
+def _labels(adapter: Path) -> int | None:
     """Number of labels, from the saved head: the smallest output of its matrices."""
-    outs = [v.shape[0] for k, v in tensors.items() if k.endswith("weight") and v.ndim == 2 and "lowrank" not in k]
+    heads = {k: v for k, v in read_tensors(adapter).items() if k.endswith("weight") and v.ndim == 2}
+    outs = [v.shape[0] for k, v in heads.items() if "lowrank" not in k and "lora_" not in k]
     return min(outs, default=None)

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -103,11 +104,13 @@ def base_skeleton(config: PeftConfig, base: str | None) -> nn.Module:
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"base={name!r}: its config.json cannot be read ({reason}); give --base FOLDER") from None
-    auto = AUTO.get(str(getattr(config.task_type, "value", config.task_type)))
-    if auto is None and config.auto_mapping:
-        model_cls = getattr(transformers, config.auto_mapping["base_model_class"], None)
-        if model_cls is not None:
-            with torch.device("meta"):
-                return model_cls(base_config)
+    made = base_class(config)
     with torch.device("meta"):
-        return (auto or AutoModel).from_config(base_config)
+        return made.from_config(base_config) if hasattr(made, "from_config") else made(base_config)
+
+
+def base_class(config: PeftConfig) -> Any:
+    """The class to load the base model with: of the adapter's task, else what it was trained on, else the bare model."""
+    auto = AUTO.get(str(getattr(config.task_type, "value", config.task_type)))
+    named = (config.auto_mapping or {}).get("base_model_class")
+    return auto or getattr(transformers, named or "", None) or AutoModel
