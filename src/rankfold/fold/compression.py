@@ -61,16 +61,23 @@ def compress(update: Update, budget: Budget, moment: Tensor | None = None) -> Fa
     """The best approximation of `update` (float64) within the budget, where `moment` (in × in) weighs the inputs."""
     if isinstance(update, Factors):
         update = update.baked()
-        u, sigma = _left_of_factors(update, moment)
-        u = u[:, : _rank_for(sigma, budget)]
-        return Factors((u.T @ update.up) @ update.down, u)
-    out, into = update.shape
-    if moment is None and out > into:
-        turned = compress(update.T, budget)
-        return Factors(turned.up.T, turned.down.T)
-    u, sigma = _eigen(update @ (update if moment is None else update @ moment).T)
-    u = u[:, : _rank_for(sigma, budget)]
-    return Factors(u.T @ update, u)
+        u, r = torch.linalg.qr(update.up)  # ΔW = u · (r · down)
+        rows = r @ update.down
+        if moment is None:  # by SVD: a Gram matrix would square the small singular values away
+            left = torch.linalg.svd(r @ torch.linalg.qr(update.down.T).R.T, full_matrices=False).U
+        else:
+            left = _eigenvectors(rows @ moment @ rows.T)
+        u, rows = u @ left, left.T @ rows
+    else:
+        out, into = update.shape
+        if moment is None and out > into:
+            turned = compress(update.T, budget)
+            return Factors(turned.up.T, turned.down.T)
+        u = _eigenvectors(update @ (update if moment is None else update @ moment).T)
+        rows = u.T @ update
+    power = (rows * (rows if moment is None else rows @ moment)).sum(1).clamp(min=0)
+    rank = _rank_for(power, budget)
+    return Factors(rows[:rank], u[:, :rank])
 
 
 def weighted_error(update: Update, folded: Factors, moment: Tensor) -> float:
@@ -87,26 +94,16 @@ def weighted_error(update: Update, folded: Factors, moment: Tensor) -> float:
     return power(update.minus(folded)) / (power(update) or 1.0)
 
 
-def _left_of_factors(f: Factors, moment: Tensor | None) -> tuple[Tensor, Tensor]:
-    if moment is None:
-        u, sigma, _ = f.svd()
-        return u, sigma
-    q, r = torch.linalg.qr(f.up)
-    return _eigen(r @ (f.down @ moment @ f.down.T) @ r.T, q)
+def _eigenvectors(gram: Tensor) -> Tensor:
+    """Of a symmetric matrix, the largest first."""
+    return torch.linalg.eigh((gram + gram.T) / 2).eigenvectors.flip(1)
 
 
-def _eigen(gram: Tensor, basis: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Left singular vectors and values, descending, from a symmetric Gram matrix in an orthonormal basis."""
-    values, vectors = torch.linalg.eigh((gram + gram.T) / 2)
-    vectors = vectors.flip(1)
-    return (vectors if basis is None else basis @ vectors), values.flip(0).clamp(min=0).sqrt()
-
-
-def _rank_for(sigma: Tensor, budget: Budget) -> int:
-    rank = len(sigma) if budget.rank is None else min(budget.rank, len(sigma))
-    if budget.error is None or not len(sigma):
+def _rank_for(power: Tensor, budget: Budget) -> int:
+    """How many components to keep, from the squared norm of each."""
+    rank = len(power) if budget.rank is None else min(budget.rank, len(power))
+    if budget.error is None or not len(power):
         return rank
-    tail = sigma.square().flip(0).cumsum(0).flip(0).sqrt()  # tail[k]: the error of rank k
-    enough = (tail <= budget.error * tail[0]).nonzero()
-    needed = int(enough[0]) if len(enough) else len(sigma)
-    return min(rank, needed)
+    left = power.flip(0).cumsum(0).flip(0).sqrt()  # left[k]: the error of rank k
+    enough = (left <= budget.error * left[0]).nonzero()
+    return min(rank, int(enough[0]) if len(enough) else len(power))

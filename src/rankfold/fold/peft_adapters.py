@@ -114,10 +114,11 @@ def from_folder(folder: Path, config: PeftConfig, base: str | None = None) -> So
     _hollow(skeleton, dtype)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT's advice about training
-        model = get_peft_model(skeleton, bare)  # pyright: ignore[reportArgumentType]
+        model = get_peft_model(skeleton, bare).eval()  # pyright: ignore[reportArgumentType]
+        layers = _layers(skeleton, "default")
         heads = _load(model, config, tensors, folder)
     bases = _reader(base or config.base_model_name_or_path, config.revision, skeleton)
-    source = _source(skeleton, config, "default", _layers(skeleton, "default"), bases, heads)
+    source = _source(skeleton, config, "default", layers, bases, heads)
     return replace(source, dtype=dtype)
 
 

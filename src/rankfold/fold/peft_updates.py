@@ -7,6 +7,7 @@ from PEFT's own merge of a copy of the layer, so that it means what PEFT means.
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -47,7 +48,9 @@ def lora(layer: Any, name: str, config: Any, weight: Weight) -> Update:
         return trained
     if start is olora_start and isinstance(layer.get_base_layer(), Conv1D):
         raise ValueError("init_lora_weights='olora': its start on a Conv1D cannot be folded; save it converted")
-    return trained.minus(start(weight().float(), layer.r[name], layer.scaling[name]))
+    both = trained.minus(start(weight().float(), layer.r[name], layer.scaling[name]))
+    # The two nearly cancel: without this, rounding would be relative to them and not to their difference
+    return both.compress(rank=both.rank)
 
 
 def pissa_start(weight: Tensor, r: int, scale: float) -> Factors:
@@ -150,7 +153,9 @@ def merged(layer: Any, name: str, config: Any, weight: Weight) -> Tensor:
     base.weight = nn.Parameter(stored, requires_grad=False)
     alone.double().eval()
     bias = None if base.bias is None else base.bias.clone()
-    alone.merge(safe_merge=True, adapter_names=[name])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's, about sparse tensors
+        alone.merge(safe_merge=True, adapter_names=[name])
     base = alone.get_base_layer()
     if bias is not None and not torch.equal(base.bias, bias):
         raise ValueError(f"peft_type={kind(config)}: it changes the layer's bias too, which no LoRA can hold")

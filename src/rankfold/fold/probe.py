@@ -34,7 +34,7 @@ def probe(adapter: Path, folded: Path, config: PeftConfig, base: str | None) -> 
     batch = torch.randint(5, model.config.vocab_size, (2, 16), generator=torch.Generator().manual_seed(0))
     trained = _logits(model, batch)
     del model
-    return {"base": name, **logit_error(trained, _logits(_load(folded, config, name, _labels(adapter)), batch))}
+    return {"base": name, **logit_error(trained, _logits(_load(folded, config, name, _labels(adapter, config)), batch))}
 
 
 def trained_model(adapter: Path, config: PeftConfig, base: str | None) -> PeftModel:
@@ -43,7 +43,7 @@ def trained_model(adapter: Path, config: PeftConfig, base: str | None) -> PeftMo
     Raises:
         OSError, ValueError: the base's weights cannot be had.
     """
-    return _load(adapter, config, base or config.base_model_name_or_path, _labels(adapter))
+    return _load(adapter, config, base or config.base_model_name_or_path, _labels(adapter, config))
 
 
 def _load(adapter: Path, config: PeftConfig, base: str | None, labels: int | None) -> PeftModel:
@@ -74,8 +74,8 @@ def _logits(model: nn.Module, batch: Tensor) -> Tensor:
         return model.eval()(input_ids=batch, attention_mask=torch.ones_like(batch)).logits
 
 
-def _labels(adapter: Path) -> int | None:
+def _labels(adapter: Path, config: PeftConfig) -> int | None:
     """Number of labels, from the saved head: the smallest output of its matrices."""
-    heads = {k: v for k, v in read_tensors(adapter).items() if k.endswith("weight") and v.ndim == 2}
-    outs = [v.shape[0] for k, v in heads.items() if "lowrank" not in k and "lora_" not in k]
-    return min(outs, default=None)
+    kept = set(getattr(config, "modules_to_save", None) or [])
+    heads = [v for k, v in read_tensors(adapter).items() if kept & set(k.split(".")) and k.endswith("weight")]
+    return min((v.shape[0] for v in heads if v.ndim == 2), default=None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -78,7 +79,9 @@ def read_config(folder: Path) -> PeftConfig:
         raise ValueError(f"{path} is not valid: {error}") from None
     if kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
         raise ValueError(f"{path}: peft_type={kind!r} is not known to PEFT or rankfold")
-    return PeftConfig.from_pretrained(str(folder))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT's advice about training
+        return PeftConfig.from_pretrained(str(folder))
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
