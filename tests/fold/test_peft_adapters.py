@@ -135,7 +135,7 @@ def shaken(config: PeftConfig, base: Path, **kwargs: Any) -> PeftModel:
         model = get_peft_model(AutoModelForCausalLM.from_pretrained(base, **kwargs), config)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for name, p in model.named_parameters():
+        for p in model.parameters():
             if p.requires_grad:
                 scale = 0.3 * float(p.std()) if p.numel() > 1 and p.std() > 0 else 0.1
                 p.add_(torch.randn(p.shape, generator=generator).to(p.dtype), alpha=scale)
@@ -160,7 +160,7 @@ def reloaded(base: Path, adapter: Path) -> PeftModel:
 
 def merged_updates(base: Path, adapter: Path) -> dict[str, Tensor]:
     """W' − W of every module, out × in, by merging the whole model in float64."""
-    before = {n: m for n, m in AutoModelForCausalLM.from_pretrained(base).double().named_modules()}
+    before = dict(AutoModelForCausalLM.from_pretrained(base).double().named_modules())
     model = reloaded(base, adapter).double()
     found = {}
     for name, module in model.get_base_model().named_modules():
@@ -187,7 +187,7 @@ def test_a_fold_is_what_peft_computes(name: str, bases: dict[str, Path], tmp_pat
     plain = logits(AutoModelForCausalLM.from_pretrained(base))
     assert (expected - plain).abs().max() > 2e-3  # the adapter does something
     if row.rank is None:
-        with pytest.raises(ValueError, match="--error 0.01, or how large with --rank"):
+        with pytest.raises(ValueError, match=r"--error 0\.01, or how large with --rank"):
             fold_adapter(adapter, out, probe=False)
         assert not out.exists()
     report = fold_adapter(adapter, out, error=None if row.rank else 1e-9)
@@ -366,7 +366,12 @@ def test_an_adapter_that_is_not_there(bases: dict[str, Path]) -> None:
 def test_road_with_a_bias_is_refused(tmp_path: Path) -> None:
     torch.manual_seed(0)
     config = LlamaConfig(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, vocab_size=64, attention_bias=True
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        vocab_size=64,
+        attention_bias=True,
     )
     model = LlamaForCausalLM(config)
     with torch.no_grad():
@@ -418,9 +423,7 @@ def test_damaged_files(name: str, bases: dict[str, Path], tmp_path: Path) -> Non
 
 
 def test_another_base(bases: dict[str, Path], tmp_path: Path) -> None:
-    other = LlamaConfig(
-        hidden_size=16, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=64
-    )
+    other = LlamaConfig(hidden_size=16, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=64)
     LlamaForCausalLM(other).save_pretrained(tmp_path / "other")
     shaken(ROWS["loha"].config(), bases["llama"]).save_pretrained(tmp_path / "adapter")
     with pytest.raises(ValueError, match="give the base it was trained on"):

@@ -23,7 +23,7 @@ from rankfold.fold.probe import trained_model
 from rankfold.fold.profile import Folded, Profile
 from rankfold.fold.progress import watched
 from rankfold.fold.proof import FoldReport, LayerProof, prove, sha256
-from rankfold.fold.source import Source, Update, read_config
+from rankfold.fold.source import Source, read_config
 from rankfold.folders import whole_folder
 
 __all__ = ["PROFILES", "FoldReport", "fold_adapter", "fold_model"]
@@ -208,7 +208,7 @@ def _fold(name: str, source: Source, to: torch.dtype, budget: Budget) -> tuple[F
             f"{source.method}: its update is no product of small matrices, so a LoRA can only come near it; say how near "
             "with --error 0.01, or how large with --rank N"
         )
-    exact = Factors(trained[:0], trained[:, :0]) if isinstance(trained, Tensor) else _lowered(trained)
+    exact = Factors(trained[:0], trained[:, :0]) if isinstance(trained, Tensor) else lowered(trained)
     moment = budget.moment(name)
     cut = compress(trained, budget, moment) if budget else None
     rounded = _live(exact if cut is None else cut).to(to)
@@ -216,7 +216,7 @@ def _fold(name: str, source: Source, to: torch.dtype, budget: Budget) -> tuple[F
     return rounded, prove(name, trained, exact, on_disk, cut=cut, moment=moment)
 
 
-def _lowered(update: Factors) -> Factors:
+def lowered(update: Factors) -> Factors:
     """Balanced, without the components that add nothing, and of no higher rank than a matrix of its shape can have."""
     live = _live(update)
     return live.compress(rank=min(live.shape)) if live.rank > min(live.shape) else live

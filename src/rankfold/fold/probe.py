@@ -22,7 +22,9 @@ def probe(adapter: Path, folded: Path, config: PeftConfig, base: str | None) -> 
     Returns:
         The largest logit error, or {"skipped": why} where the base's weights cannot be had or the task has no logits.
     """
-    if not getattr(base_class(config), "__name__", "").endswith(("ForCausalLM", "ForSequenceClassification", "LMHeadModel")):
+    if not getattr(base_class(config), "__name__", "").endswith(
+        ("ForCausalLM", "ForSequenceClassification", "LMHeadModel")
+    ):
         return {"skipped": f"task_type={config.task_type} has no probe; CAUSAL_LM and SEQ_CLS have"}
     name = base or config.base_model_name_or_path
     if not name:
