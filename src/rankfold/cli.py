@@ -67,6 +67,20 @@ def _train(a: argparse.Namespace) -> None:
         _print_table(result.output, result.lines())
 
 
+def _sparsify(a: argparse.Namespace) -> None:
+    if not a.debug:
+        _quiet()
+    from rankfold.methods.sora import thresholds
+    from rankfold.train.runfile import load
+    from rankfold.train.sparsify import sparsify
+
+    schedule = thresholds(a.first, a.last, a.stages, a.schedule)
+    stages = sparsify(
+        load(a.run_file, a.overrides), schedule, stage_epochs=a.stage_epochs, resume=a.resume, overwrite=a.overwrite
+    )
+    print(f"{len(stages)} adapters; the curve is in {Path(stages[0].adapter).parent.parent / 'stages.png'}")
+
+
 def _validate(a: argparse.Namespace) -> None:
     from rankfold.train.runfile import load
 
@@ -189,6 +203,18 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--dry-run", action="store_true", help="print parameters, steps and memory; train nothing")
     train.add_argument("--resume", action="store_true", help="continue from the last whole checkpoint, if there is one")
     train.add_argument("--overwrite", action="store_true", help="delete the earlier run in the output folder first")
+
+    sparsify = command(
+        "sparsify", _sparsify, "train SoRA with ever higher thresholds and draw what each of them leaves"
+    )
+    run_file(sparsify)
+    sparsify.add_argument("--first", type=float, default=0.0, help="the first stage's threshold (default: 0, dense)")
+    sparsify.add_argument("--last", type=float, required=True, help="the last stage's threshold")
+    sparsify.add_argument("--stages", type=int, default=6, help="how many, the first and last included (default: 6)")
+    sparsify.add_argument("--schedule", choices=("linear", "log_linear", "exp_linear"), default="linear")
+    sparsify.add_argument("--stage-epochs", type=float, help="of every stage after the first (default: as the first)")
+    sparsify.add_argument("--resume", action="store_true", help="go on where a killed schedule stopped")
+    sparsify.add_argument("--overwrite", action="store_true", help="delete earlier stages in the output folder first")
 
     run_file(command("validate", _validate, "check a run file"))
 
