@@ -178,6 +178,11 @@ def _version(a: argparse.Namespace) -> None:
             print(f"{package} (not installed)")
 
 
+def _names(text: str) -> list[str]:
+    """What a list is on the command line: `query,key,value`."""
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
 # --- parsing ------------------------------------------------------------------------------------------------------------
 
 
@@ -249,9 +254,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--seed", type=int, default=0)
     plan.add_argument("--rounding", choices=("round", "ceil_diff", "floor_diff"), default="round")
     plan.add_argument("--max-rank", type=int)
-    plan.add_argument(
-        "--target", action="append", dest="targets", help="a module name suffix; by default the attention"
-    )
+    plan.add_argument("--targets", type=_names, metavar="A,B", help="ends of module names (default: the attention's)")
     plan.add_argument("--max-length", type=int, help="longest text in tokens")
     plan.add_argument("--text", default="text", help="column of the texts")
     plan.add_argument("--pair", help="column of second texts")
@@ -273,11 +276,7 @@ def _parser() -> argparse.ArgumentParser:
     subspace.add_argument("-o", "--out", required=True, help="the basis file to write (.safetensors)")
     subspace.add_argument("--base", help="folder of their common base; needed for --source delta")
     subspace.add_argument(
-        "--target",
-        action="append",
-        dest="targets",
-        default=None,
-        help="module name suffix (default: q_proj, k_proj, v_proj)",
+        "--targets", type=_names, metavar="A,B", help="ends of module names (default: q_proj,k_proj,v_proj)"
     )
     subspace.add_argument("--scope", choices=("layer", "module", "global"), default="layer")
     subspace.add_argument("--source", choices=("weights", "delta"), default="weights")
