@@ -73,9 +73,9 @@ def test_start_from_needs_the_same_shapes(classification: Values, tmp_path: Path
     other = [f"output={tmp_path / 'two'}", f"training.start_from={run.output}/adapter"]
     with pytest.raises(ModelError, match="other modules or shapes"):
         train(sora(classification, *other, "method.r=2"), say=silent)
+    rasa = {"method": {"name": "rasa", "r": 4, "target_modules": ["query", "value"]}}
     with pytest.raises(ModelError, match="is RANKFOLD_SORA, this run is RANKFOLD_RASA"):
-        method = {"name": "rasa", "r": 4, "target_modules": ["query", "value"]}
-        train(parse(classification | {"method": method}, other), say=silent)
+        train(parse(classification | rasa, other), say=silent)
     with pytest.raises(ModelError, match="not an adapter folder"):
         train(sora(classification, other[0], f"training.start_from={tmp_path}"), say=silent)
     assert not (tmp_path / "two").exists()
