@@ -30,7 +30,8 @@ from rankfold.train.runfile import parse
 HERE = Path(__file__).parent
 LINES, PAGE = HERE / "results" / "evidence.jsonl", HERE.parent / "docs" / "evidence.md"
 WORK = Path(os.environ.get("RANKFOLD_EVIDENCE", "runs/evidence"))
-RATES, SEEDS = (2e-3,), (0, 1, 2)
+RATES: tuple[float, ...] = (2e-3,)
+SEEDS = (0, 1, 2)
 ALL = {"target_modules": "all-linear"}
 #: name on the page, what it is, and the method's fields. α/r is 2 everywhere.
 TRIALS: dict[str, dict[str, Any]] = {
@@ -124,18 +125,10 @@ def basis(source: str) -> Path:
     path = WORK / f"basis-{source}.safetensors"
     if path.exists():
         return path.absolute()
-    siblings = WORK / "siblings"
+    script = HERE.parent / "examples" / "make_siblings.py"
     tasks = ["syllables", "first-sound", "last-sound", "extra-letters"]
-    make = [sys.executable, str(HERE.parent / "examples" / "make_siblings.py"), "--out", str(siblings), "--tasks"]
-    subprocess.run([*make, *tasks], check=True)
-    targets = "query,key,value,attention.output.dense,intermediate.dense,output.dense"
-    command = [sys.executable, "-m", "rankfold", "subspace", *(str(siblings / t) for t in tasks), "-o", str(path)]
-    command += ["--targets", targets, "--scope", "module", "--source", source, "--rank", "8"]
-    if source == "delta":
-        from rankfold.train import bundled
-
-        command += ["--base", str(bundled.model_path("all-minilm-l6-v2"))]
-    subprocess.run(command, check=True)
+    command = [sys.executable, str(script), "--out", str(WORK / "siblings"), "--basis", str(path), "--source", source]
+    subprocess.run([*command, "--tasks", *tasks], check=True)
     return path.absolute()
 
 

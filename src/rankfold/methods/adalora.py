@@ -20,15 +20,14 @@ import torch
 from torch import Tensor, nn
 
 from rankfold.adapter import Site
-from rankfold.config import LowRankConfig
 from rankfold.control.controller import Controller, finite, run_length
 from rankfold.control.sharded import whole, zero_
-from rankfold.methods.gated import Gated, check_budget, lowest
+from rankfold.methods.gated import BudgetConfig, Gated, check_budget, lowest
 from rankfold.registry import Method, register
 
 
 @dataclass
-class AdaSvdConfig(LowRankConfig):
+class AdaSvdConfig(BudgetConfig):
     """AdaLoRA (arXiv 2303.10512) as rankfold runs it; the names are those of PEFT's AdaLoraConfig, with r for init_r.
 
     Args:
@@ -42,8 +41,6 @@ class AdaSvdConfig(LowRankConfig):
     """
 
     method: ClassVar[str] = "adalora"
-    r: int = field(default=12, metadata={"help": "Rank of every module at the start."})
-    target_r: int = field(default=8, metadata={"help": "Mean rank of a module at the end."})
     tinit: int = field(default=0, metadata={"help": "Steps before the first cut."})
     tfinal: int = field(default=0, metadata={"help": "Steps at the end with the final ranks."})
     deltaT: int = field(default=1, metadata={"help": "Steps between two cuts."})
@@ -52,13 +49,9 @@ class AdaSvdConfig(LowRankConfig):
     orth_reg_weight: float = field(
         default=0.5, metadata={"help": "gamma: weight of the orthogonality of both factors."}
     )
-    total_step: int | None = field(default=None, metadata={"help": "Optimiser steps of the run; Trainers tell it."})
 
     def check(self) -> None:
         super().check()
-        self.require("target_r", self.target_r, 1 <= self.target_r <= self.r, f"in 1..r={self.r}")
-        steps = self.total_step
-        self.require("total_step", steps, steps is None or steps >= 1, "an integer >= 1, or null")
         self.require("use_rslora", self.use_rslora, not self.use_rslora, "false: AdaLoRA's scale is alpha/(r + 1e-5)")
         for name in ("tinit", "tfinal"):
             self.require(name, getattr(self, name), getattr(self, name) >= 0, "an integer >= 0")

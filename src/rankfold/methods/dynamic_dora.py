@@ -19,15 +19,14 @@ import torch
 from torch import Tensor, nn
 
 from rankfold.adapter import kaiming_
-from rankfold.config import LowRankConfig
 from rankfold.control.controller import Controller, finite, run_length
 from rankfold.control.sharded import whole, zero_
-from rankfold.methods.gated import Gated, check_budget, lowest
+from rankfold.methods.gated import BudgetConfig, Gated, check_budget, lowest
 from rankfold.registry import Method, register
 
 
 @dataclass
-class DynamicDoraConfig(LowRankConfig):
+class DynamicDoraConfig(BudgetConfig):
     """Dynamic DoRA (arXiv 2405.17357).
 
     Args:
@@ -41,21 +40,15 @@ class DynamicDoraConfig(LowRankConfig):
     """
 
     method: ClassVar[str] = "dynamic_dora"
-    r: int = field(default=12, metadata={"help": "Rank of every module at the start."})
     lora_dropout: float = field(default=0.1, metadata={"help": "Dropout on the adapter's input while training."})
-    target_r: int = field(default=8, metadata={"help": "Mean rank of a module at the end."})
     dem_weight: float = field(default=0.1, metadata={"help": "eta: weight of the variance penalty."})
     interval: int = field(default=100, metadata={"help": "Steps between two cuts."})
     beta: float = field(default=0.9, metadata={"help": "Smoothing of the scores."})
     start: float = field(default=0.15, metadata={"help": "Share of training before the first cut."})
     end: float = field(default=0.5, metadata={"help": "Share of training after the last cut."})
-    total_step: int | None = field(default=None, metadata={"help": "Optimiser steps of the run; Trainers tell it."})
 
     def check(self) -> None:
         super().check()
-        self.require("target_r", self.target_r, 1 <= self.target_r <= self.r, f"in 1..r={self.r}")
-        steps = self.total_step
-        self.require("total_step", steps, steps is None or steps >= 1, "an integer >= 1, or null")
         self.require("dem_weight", self.dem_weight, self.dem_weight >= 0, "a number >= 0")
         self.require("interval", self.interval, self.interval >= 1, "an integer >= 1")
         self.require("beta", self.beta, 0 <= self.beta < 1, "in [0, 1)")
