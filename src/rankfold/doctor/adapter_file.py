@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from rankfold.doctor import gguf_file, jsonlines
-from rankfold.doctor.findings import Finding, Status
+from rankfold.doctor.findings import Finding, Status, one_line
 
 #: Formats by the file that holds the weights. The order decides where a folder has several.
 WEIGHTS = {
@@ -157,7 +157,7 @@ def _read_config(path: Path, file: AdapterFile) -> None:
     try:
         file.config, file.lines = jsonlines.parse(path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
-        problem = f"it is not valid JSON: {_one_line(error)}"
+        problem = f"it is not valid JSON: {one_line(error)}"
         file.problems.append(Finding(Status.PROBLEM, problem, CONFIG, "restore the file"))
 
 
@@ -183,9 +183,5 @@ def _read_headers(path: Path, file: AdapterFile) -> None:
             raise ValueError("it has no tensors")
     except (SafetensorError, ValueError, OSError) as error:
         file.tensors = {}
-        problem = f"the weights cannot be read, they are truncated or not {path.suffix[1:]}: {_one_line(error)}"
+        problem = f"the weights cannot be read, they are truncated or not {path.suffix[1:]}: {one_line(error)}"
         file.problems.append(Finding(Status.PROBLEM, problem, path.name, "copy or download the file again"))
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

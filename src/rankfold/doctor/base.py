@@ -14,6 +14,7 @@ from torch import nn
 from transformers import AutoConfig
 from transformers.pytorch_utils import Conv1D
 
+from rankfold.doctor.findings import one_line
 from rankfold.fold.source import AUTO
 
 
@@ -52,11 +53,11 @@ def read_base(folder: Path, adapter: dict[str, Any]) -> Base:
         return Base(folder, config, _skeleton(folder, config, adapter))
     except Exception as error:  # transformers raises anything on a config that it does not know
         if "quantization_config" in config:  # packed weights have other shapes
-            return Base(folder, config, why_not=f"transformers cannot build it: {_one_line(error)}")
+            return Base(folder, config, why_not=f"transformers cannot build it: {one_line(error)}")
     try:
         return Base(folder, config, _headers(folder))
     except (SafetensorError, OSError, ValueError) as error:
-        return Base(folder, config, why_not=_one_line(error))
+        return Base(folder, config, why_not=one_line(error))
 
 
 def _skeleton(folder: Path, config: dict[str, Any], adapter: dict[str, Any]) -> dict[str, tuple[int, int]]:
@@ -93,7 +94,3 @@ def _headers(folder: Path) -> dict[str, tuple[int, int]]:
                 if name.endswith(".weight") and len(shape) == 2:
                     shapes[name.removesuffix(".weight")] = (shape[0], shape[1])
     return shapes
-
-
-def _one_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]

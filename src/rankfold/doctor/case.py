@@ -12,6 +12,7 @@ from rankfold.doctor.settings import Settings
 
 _PEFT = re.compile(r"^base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight$")
 _LOOSE = re.compile(r"^(?P<module>.+)\.lora[_.](?P<side>[aAbB]|up|down)(\.weight)?$")
+_OURS = re.compile(r"^base_model\.model\.(?P<module>.+)\.lowrank_adapters\.(?P<side>up|down)$")
 _SIDE = {"a": "a", "A": "a", "down": "a", "b": "b", "B": "b", "up": "b"}
 
 
@@ -84,7 +85,8 @@ class Case:
 def make_case(file: AdapterFile, settings: Settings, base: Base | None) -> Case:
     sides: dict[str, dict[str, Header]] = defaultdict(dict)
     others: dict[str, list[str]] = defaultdict(list)
-    pattern = _PEFT if file.kind == "peft" else _LOOSE
+    ours = settings.peft_type.startswith("RANKFOLD_")
+    pattern = _LOOSE if file.kind != "peft" else _OURS if ours else _PEFT
     for name, header in file.tensors.items():
         match = pattern.match(name)
         if match:
@@ -114,7 +116,7 @@ def _role(name: str, settings: Settings) -> str:
         return "base_layer"
     if any("trainable_tokens" in part for part in parts):
         return "tokens"
-    if parts[-2:-1] in (["embed_tokens"], ["lm_head"]):
+    if parts[-2:] in (["embed_tokens", "weight"], ["lm_head", "weight"]):
         return "vocabulary"
     if "_layernorm" in name or ".norm" in name or "_norm" in name:
         return "norm"

@@ -17,11 +17,15 @@ FLOATS = {"F64", "F32", "F16", "BF16"}
 
 def check(case: Case) -> list[Finding]:
     """Every check that applies to the format."""
-    checks: list[Callable[[Case], Iterator[Finding]]] = [pickled, pairing, dtypes, base_shapes]
+    checks: list[Callable[[Case], Iterator[Finding]]] = [pickled, dtypes, base_shapes]
+    if case.is_lora:
+        checks += [pairing]
+    if case.file.kind == "peft" and case.is_lora:
+        checks += [belonging]
     if case.file.kind == "peft" and case.file.config:
         checks += [unknown_keys]
         if case.is_lora:
-            checks += [ranks, targets, belonging, alpha_type]
+            checks += [ranks, targets, alpha_type]
     if case.file.kind == "gguf":
         checks += [gguf_scales]
     return [finding for one in checks for finding in one(case)]
@@ -40,18 +44,24 @@ def pickled(case: Case) -> Iterator[Finding]:
 def pairing(case: Case) -> Iterator[Finding]:
     lone = [p.module for p in case.pairs if p.a is None or p.b is None]
     if lone:
-        yield Finding(Status.PROBLEM, f"A without B, or B without A: {examples(lone)}", lone[0], "save the adapter again")
+        yield Finding(
+            Status.PROBLEM, f"A without B, or B without A: {examples(lone)}", lone[0], "save the adapter again"
+        )
     flat = [p.module for p in case.pairs if any(h and len(h.shape) < 2 for h in (p.a, p.b))]
     if flat:
         yield Finding(Status.PROBLEM, f"factors that are no matrices: {examples(flat)}", flat[0], "save it again")
     empty = [p.module for p in case.pairs if p.a and p.a.shape and p.a.shape[0] == 0]
     if empty:
-        yield Finding(Status.PROBLEM, f"factors of rank 0: {examples(empty)}", empty[0], "fold it: zeros take their place")
+        yield Finding(
+            Status.PROBLEM, f"factors of rank 0: {examples(empty)}", empty[0], "fold it: zeros take their place"
+        )
     torn = [
         p for p in case.whole if p.a and p.b and min(len(p.a.shape), len(p.b.shape)) >= 2 and p.a.shape[0] != p.b.shape[1]
     ]  # fmt: skip
     if torn and torn[0].a and torn[0].b:
-        what = f"A {torn[0].a.shape} and B {torn[0].b.shape} of {examples([p.module for p in torn])} have different ranks"
+        what = (
+            f"A {torn[0].a.shape} and B {torn[0].b.shape} of {examples([p.module for p in torn])} have different ranks"
+        )
         yield Finding(Status.PROBLEM, what, torn[0].module, "save the adapter again")
 
 
@@ -89,13 +99,16 @@ def base_shapes(case: Case) -> Iterator[Finding]:
         if p.module in base.shapes and p.a and p.b and len(p.a.shape) == len(p.b.shape) == 2:
             ours, theirs = (p.b.shape[0], p.a.shape[1]), base.shapes[p.module]
             if ours != theirs:
-                what = f"the update of {p.module} is {ours[0]}×{ours[1]}, but the base's module is {theirs[0]}×{theirs[1]}"
+                what = (
+                    f"the update of {p.module} is {ours[0]}×{ours[1]}, but the base's module is {theirs[0]}×{theirs[1]}"
+                )
                 yield Finding(Status.PROBLEM, f"another base: {what} ('{base.folder}')", p.module, fix)
                 return
 
 
 def unknown_keys(case: Case) -> Iterator[Finding]:
-    config = PEFT_TYPE_TO_CONFIG_MAPPING.get(case.settings.peft_type, LoraConfig)  # pyright: ignore[reportArgumentType]
+    configs: dict[str, type] = {str(getattr(k, "value", k)): v for k, v in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+    config = configs.get(case.settings.peft_type, LoraConfig)
     known = {f.name for f in dataclasses.fields(config)}
     unknown = sorted(set(case.file.config) - known)
     if unknown:
@@ -123,7 +136,7 @@ def targets(case: Case) -> Iterator[Finding]:
     if targets is None or not case.file.tensors:
         return
     where = case.file.where("target_modules")
-    names = [p.module for p in case.pairs] + [n for n in case.other_names]
+    names = [*(p.module for p in case.pairs), *case.other_names]
     if isinstance(targets, list):
         idle = [t for t in targets if not any(f".{t}." in f".{n}." for n in names)]
         if idle:

@@ -17,7 +17,9 @@ from rankfold.doctor.settings import read_settings
 from rankfold.doctor.weights import check_numbers
 
 #: What the verdicts are, and are not; printed with them.
-BASIS = "rules read from the engines' sources at these versions (shared/field.md §3.1, November 2026); nothing was started"
+BASIS = (
+    "rules read from the engines' sources at these versions (shared/field.md §3.1, November 2026); nothing was started"
+)
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,9 @@ def diagnose(path: str | Path, base: str | Path | None = None, engines: Sequence
         raise ValueError(f"engine={unknown[0]!r} must be one of {', '.join(e.key for e in ENGINES)}")
     path = Path(path)
     file = open_adapter(path)
-    settings, ill_typed = read_settings(file) if file.kind == "peft" else (read_settings(AdapterFile(path, "none"))[0], [])
+    settings, ill_typed = (
+        read_settings(file) if file.kind == "peft" else (read_settings(AdapterFile(path, "none"))[0], [])
+    )
     known_base, moved = _base(file, base)
     case = make_case(file, settings, known_base)
     found = [*file.problems, *ill_typed, *moved, *check(case), *check_numbers(file)]

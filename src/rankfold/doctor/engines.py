@@ -12,7 +12,7 @@ from functools import partial
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
 from rankfold.doctor.case import Case, Pair, layer_of
-from rankfold.doctor.findings import Finding, Status, examples
+from rankfold.doctor.findings import Finding, Status, examples, short
 from rankfold.doctor.settings import scale
 
 Rule = Callable[[Case], Iterable[Finding]]
@@ -96,7 +96,7 @@ def refuses_flag(*keys: str) -> Rule:
         for key in keys:
             value = case.file.config.get(key)
             if value:
-                yield Finding(Status.REFUSED, f"{key}={_short(value)} is refused", case.file.where(key), _fold(case))
+                yield Finding(Status.REFUSED, f"{key}={short(value)} is refused", case.file.where(key), _fold(case))
 
     return rule
 
@@ -104,7 +104,7 @@ def refuses_flag(*keys: str) -> Rule:
 def refuses_bias(case: Case) -> Iterator[Finding]:
     bias = case.file.config.get("bias", "none")
     if bias not in ("none", None):
-        what = f'bias={_short(bias)} is refused; it must be "none"'
+        what = f'bias={short(bias)} is refused; it must be "none"'
         yield Finding(Status.REFUSED, what, case.file.where("bias"), "train with bias='none'; a bias has no LoRA form")
 
 
@@ -195,7 +195,7 @@ vllm_rank = partial(rank_flag, VLLM_RANKS[-1], "--max-lora-rank", VLLM_RANKS)
 def vllm_init(case: Case) -> Iterator[Finding]:
     init = case.file.config.get("init_lora_weights")
     if isinstance(init, str) and init not in VLLM_INITS:
-        what = f"init_lora_weights={_short(init)} is refused, even where the weights were converted"
+        what = f"init_lora_weights={short(init)} is refused, even where the weights were converted"
         fix = f"{_fold(case)}; or write true, if the weights are against the original base"
         yield Finding(Status.REFUSED, what, case.file.where("init_lora_weights"), fix)
 
@@ -203,7 +203,7 @@ def vllm_init(case: Case) -> Iterator[Finding]:
 def vllm_saved(case: Case) -> Iterator[Finding]:
     more = [m for m in case.settings.modules_to_save if m not in ("classifier", "score")]
     if more:
-        what = f"modules_to_save={_short(more)}: only classifier and score are taken"
+        what = f"modules_to_save={short(more)}: only classifier and score are taken"
         fix = "train without modules_to_save, or merge it into the base"
         yield Finding(Status.REFUSED, what, case.file.where("modules_to_save"), fix)
 
@@ -221,7 +221,7 @@ def vllm_embedding(case: Case) -> Iterator[Finding]:
 def sglang_targets(case: Case) -> Iterator[Finding]:
     targets = case.settings.target_modules
     if isinstance(targets, str) and targets not in ("all-linear", "all"):
-        what = f"target_modules={_short(targets)} is a regular expression; it must be a list"
+        what = f"target_modules={short(targets)} is a regular expression; it must be a list"
         fix = f"write the list of names, or {_fold(case)}"
         yield Finding(Status.REFUSED, what, case.file.where("target_modules"), fix)
 
@@ -232,6 +232,12 @@ def sglang_tokens(case: Case) -> Iterator[Finding]:
         yield Finding(Status.REFUSED, what, "added_tokens.json", "remove the file if no token was added in training")
 
 
+def sglang_pool(case: Case) -> Iterator[Finding]:
+    if case.is_lora and case.largest_rank > case.settings.r:
+        what = f"rank {case.largest_rank} is above r={case.settings.r}, by which the pool is sized"
+        yield Finding(Status.NOT_CHECKED, what, case.file.where("r"), _fold(case))
+
+
 # --- llama.cpp and Ollama -----------------------------------------------------------------------------------------------
 
 
@@ -239,15 +245,15 @@ def gguf_other_tensors(case: Case) -> Iterator[Finding]:
     """The converter stops at any tensor that is neither a factor, nor a norm (which the loader then skips)."""
     if not case.is_lora:
         return
-    for name in case.other_names:
-        if "lora_embedding_" in name or ".base_layer.weight" in name:
-            continue
-        if "_layernorm" in name or ".norm" in name:
-            yield Finding(Status.IN_PART, f"{name} is converted and then not applied", name, "merge it into the base")
-        else:
-            fix = _fold(case) if "magnitude" in name else "train it without, or merge it into the base"
-            yield Finding(Status.REFUSED, f"the converter stops at {name}", name, fix)
-        return
+    names = [n for n in case.other_names if "lora_embedding_" not in n and ".base_layer.weight" not in n]
+    norms = [n for n in names if "_layernorm" in n or ".norm" in n]
+    stops = [n for n in names if n not in norms]
+    if stops:
+        fix = _fold(case) if case.others.get("magnitude") else "train it without, or merge it into the base"
+        yield Finding(Status.REFUSED, f"the converter stops at {stops[0]}", stops[0], fix)
+    elif norms:
+        what = f"converted and then not applied: {examples(norms)}"
+        yield Finding(Status.IN_PART, what, norms[0], "merge it into the base")
 
 
 def gguf_head(case: Case) -> Iterator[Finding]:
@@ -270,7 +276,7 @@ def gguf_file(case: Case) -> Iterator[Finding]:
     for key, wanted in (("general.type", "adapter"), ("adapter.type", "lora")):
         value = case.file.config.get(key)
         if value != wanted:
-            what = f"{key}={_short(value)} must be {wanted!r}; this is no LoRA"
+            what = f"{key}={short(value)} must be {wanted!r}; this is no LoRA"
             yield Finding(Status.REFUSED, what, key, "convert the adapter with convert_lora_to_gguf.py")
     bad = [n for n in case.other_names if not n.endswith("_norm.weight")]
     if bad:
@@ -297,7 +303,7 @@ def ollama_base(case: Case) -> Iterator[Finding]:
         what = "whether the base is a llama or gemma2, for which alone safetensors adapters are converted"
         yield Finding(Status.NOT_CHECKED, what, case.file.where("base_model_name_or_path"), "give --base FOLDER")
     elif case.base.config.get("model_type") not in ("llama", "mistral", "gemma2"):
-        what = f"the base is a {_short(case.base.config.get('model_type'))}; safetensors adapters need a llama or gemma2"
+        what = f"the base is a {short(case.base.config.get('model_type'))}; safetensors adapters need a llama or gemma2"
         yield Finding(Status.REFUSED, what, "config.json (model_type)", "convert it to GGUF with llama.cpp first")
 
 
@@ -351,10 +357,12 @@ def _layers_of_base(case: Case, kind: str) -> set[int]:
 
 def peft_type(case: Case) -> Iterator[Finding]:
     if case.ours:
-        what = f"peft_type={case.settings.peft_type} is unknown to stock PEFT; PEFT loads it where rankfold was imported"
+        what = (
+            f"peft_type={case.settings.peft_type} is unknown to stock PEFT; PEFT loads it where rankfold was imported"
+        )
         yield Finding(Status.REFUSED, what, case.file.where("peft_type"), f"import rankfold first, or {_fold(case)}")
     elif case.settings.peft_type not in PEFT_TYPE_TO_CONFIG_MAPPING:
-        what = f"peft_type={_short(case.settings.peft_type)} is unknown to PEFT"
+        what = f"peft_type={short(case.settings.peft_type)} is unknown to PEFT"
         yield Finding(Status.REFUSED, what, case.file.where("peft_type"), "write the type it was trained with")
 
 
@@ -379,7 +387,7 @@ def mlx_config(case: Case) -> Iterator[Finding]:
         return
     wrong = [p for p in case.whole if p.rank != numbers["rank"]]
     if wrong:
-        what = f"lora_parameters.rank={_short(numbers['rank'])}, but {wrong[0].module} has rank {wrong[0].rank}"
+        what = f"lora_parameters.rank={short(numbers['rank'])}, but {wrong[0].module} has rank {wrong[0].rank}"
         yield Finding(Status.REFUSED, what, where, "mlx has one rank for all")
 
 
@@ -391,11 +399,6 @@ def diffusers_scale(case: Case) -> Iterator[Finding]:
             "module's rank as the α of all"
         )
         yield Finding(Status.NOT_CHECKED, what, case.whole[0].module, "add alpha keys or metadata")
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 # --- the table ----------------------------------------------------------------------------------------------------------
@@ -432,15 +435,17 @@ ENGINES = (
                 vllm_init,
                 vllm_saved,
                 vllm_embedding,
-                keys_end_in_factors(Status.REFUSED, "keys must end in lora_A.weight or lora_B.weight", "embedding", "saved"),
+                keys_end_in_factors(
+                    Status.REFUSED, "keys must end in lora_A.weight or lora_B.weight", "embedding", "saved"
+                ),
                 vllm_rank,
             )
         },
     ),
     Engine(
         "vllm-old",
-        "vLLM, older",
-        "before it read patterns",
+        "older vLLM",
+        "before patterns",
         FORMATS["peft"],
         {
             "peft": (
@@ -467,6 +472,7 @@ ENGINES = (
                 refuses_flag("use_dora"),
                 sglang_targets,
                 sglang_tokens,
+                sglang_pool,
                 keys_end_in_factors(Status.NOT_CHECKED, "what becomes of other tensors was not read"),
                 scales(one_scale_no_rslora, "use_rslora", "alpha_pattern", "rank_pattern"),
                 partial(rank_flag, 1 << 31, "--max-lora-rank", ()),
@@ -476,21 +482,21 @@ ENGINES = (
     Engine(
         "llama.cpp",
         "llama.cpp",
-        "convert_lora_to_gguf.py, llama-adapter.h",
+        "November 2026",
         "a PEFT folder (through its converter) or a GGUF file",
         {"peft": (*_both_gguf, gguf_base), "gguf": (gguf_file,)},
     ),
     Engine(
         "ollama",
         "Ollama",
-        "convert/convert.go",
+        "November 2026",
         "a PEFT folder or a GGUF file",
         {"peft": (*_both_gguf, ollama_alpha, ollama_base), "gguf": (gguf_file,)},
     ),
     Engine(
         "tgi",
-        "TGI, LoRAX",
-        "2026-01-08, 2026-05-28",
+        "TGI/LoRAX",
+        "2026-01-08/2026-05-28",
         FORMATS["peft"],
         {
             "peft": (

@@ -40,6 +40,17 @@ class Finding:
     fix: str = ""
 
 
+def short(value: object) -> str:
+    """A value for a sentence, cut after 60 letters."""
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def one_line(error: Exception) -> str:
+    """An error's message without its line breaks, or its name where it has none."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def examples(names: list[str]) -> str:
     """The first of them, and how many there are.
 

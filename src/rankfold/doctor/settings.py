@@ -11,7 +11,7 @@ from functools import lru_cache
 from typing import Any, TypeVar
 
 from rankfold.doctor.adapter_file import AdapterFile
-from rankfold.doctor.findings import Finding, Status
+from rankfold.doctor.findings import Finding, Status, short
 
 T = TypeVar("T")
 
@@ -61,7 +61,7 @@ def read_settings(file: AdapterFile) -> tuple[Settings, list[Finding]]:
             return default
         if right(value):
             return value
-        what = f"{key}={_short(value)} must be {wanted}"
+        what = f"{key}={short(value)} must be {wanted}"
         problems.append(Finding(Status.PROBLEM, what, file.where(key), f"write {wanted}"))
         return default
 
@@ -109,7 +109,9 @@ def _are_targets(value: Any) -> bool:
 
 
 def _pattern(right: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, dict) and all(_compiles(rf"(.*\.)?({k})$") and right(v) for k, v in value.items())
+    return lambda value: (
+        isinstance(value, dict) and all(_compiles(rf"(.*\.)?({k})$") and right(v) for k, v in value.items())
+    )
 
 
 def _compiles(pattern: str) -> bool:
@@ -118,8 +120,3 @@ def _compiles(pattern: str) -> bool:
     except (re.error, OverflowError, RecursionError):
         return False
     return True
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -41,12 +41,15 @@ def show(found: Diagnosis) -> Group:
 
 
 def _engines(found: Diagnosis) -> Table:
-    table = Table("engine", "read at", "verdict", "why", box=None, pad_edge=False, header_style="bold")
-    table.columns[0].no_wrap = True
+    """A row for each verdict with its reasons; engines that share both share the row."""
+    rows: dict[tuple[Status, str], list[str]] = defaultdict(list)
     for v in found.verdicts:
-        shown = [f for f in v.findings if f.status is v.status] or v.findings
-        why = Text("\n").join(Text(_sentence(f)) for f in shown)
-        table.add_row(v.engine.name, Text(v.engine.version, "dim"), Text(v.status, COLOURS.get(v.status, "")), why)
+        shown = [f for f in v.findings if f.status is v.status]
+        rows[v.status, "\n".join(_sentence(f) for f in shown)].append(f"{v.engine.name} {v.engine.version}")
+    table = Table("engine, as read", "verdict", "why", box=None, pad_edge=False, header_style="bold")
+    table.columns[0].no_wrap = True
+    for (status, why), engines in rows.items():
+        table.add_row("\n".join(engines), Text(status, COLOURS.get(status, "")), Text(why))
     return table
 
 
