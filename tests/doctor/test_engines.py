@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from edits import edit_config, edit_tensors
-from peft import get_peft_model
+from peft import LoKrConfig, get_peft_model, save_as_lora
 from transformers import LlamaForCausalLM
 
 from rankfold import PlainLoraConfig, RasaConfig
@@ -82,6 +82,15 @@ def test_the_scale_of_save_as_lora(adapter):
     text = (found.path / "adapter_config.json").read_text()
     line = text[: text.index("alpha_pattern")].count("\n") + 1
     assert f"adapter_config.json:{line} (alpha_pattern)" in why(found, "llama.cpp")
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_what_peft_really_saves(llama: Path, tmp_path: Path):
+    lokr = LoKrConfig(r=4, target_modules=["q_proj"], init_weights=False, task_type="CAUSAL_LM")
+    save_as_lora(tmp_path, get_peft_model(LlamaForCausalLM.from_pretrained(llama), lokr), rank=0.9)
+    found = diagnose(tmp_path)
+    assert (verdicts(found)["vllm"], verdicts(found)["llama.cpp"]) == (LOADS, MIS)
+    assert "where 1 is right" in why(found, "llama.cpp")
 
 
 def test_a_rank_pattern_without_alphas(adapter):

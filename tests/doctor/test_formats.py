@@ -117,4 +117,4 @@ def test_a_ggufs_numbers_are_looked_at(tmp_path: Path):
 def test_a_safetensors_of_something_else(tmp_path: Path):
     save_file({"model.weight": torch.ones(2, 2)}, tmp_path / "model.safetensors")
     found = diagnose(tmp_path / "model.safetensors")
-    assert "do not belong into a LoRA" in " ".join(f.what for f in found.problems)
+    assert "do not belong in a LoRA" in " ".join(f.what for f in found.problems)

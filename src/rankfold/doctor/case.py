@@ -78,6 +78,11 @@ class Case:
         return [p for p in self.pairs if p.a and p.b and p.rank]
 
     @property
+    def contradicted(self) -> list[Pair]:
+        """Pairs whose rank is not the config's, so that the scale they were trained with is not known."""
+        return [p for p in self.whole if self.is_lora and p.rank != self.settings.rank(p.module)]
+
+    @property
     def other_names(self) -> list[str]:
         return [n for names in self.others.values() for n in names]
 

@@ -119,7 +119,7 @@ def unknown_keys(case: Case) -> Iterator[Finding]:
 
 def ranks(case: Case) -> Iterator[Finding]:
     """r and rank_pattern agree with the shapes."""
-    wrong = [p for p in case.whole if case.settings.rank(p.module) != p.rank]
+    wrong = case.contradicted
     if wrong:
         key = "rank_pattern" if case.settings.rank_pattern else "r"
         first = wrong[0]
@@ -152,7 +152,7 @@ def belonging(case: Case) -> Iterator[Finding]:
     """Nothing is inside that PEFT does not put there, and what the config promises is."""
     foreign = case.others.get("foreign", []) + case.others.get("alpha", [])
     if foreign:
-        what = f"{len(foreign)} tensors that do not belong into a LoRA: {examples(foreign)}"
+        what = f"tensors that do not belong in a LoRA: {examples(foreign)}"
         fix = "save it with save_pretrained; keys are base_model.model.MODULE.lora_A.weight and .lora_B.weight"
         yield Finding(Status.PROBLEM, what, foreign[0], fix)
     saved = case.others.get("saved", [])

@@ -134,6 +134,10 @@ def scales(engine_scale: Scale, *ignored: str) -> Rule:
         if not case.is_lora:
             return
         wrong: list[tuple[Pair, float, float]] = []
+        if case.contradicted:
+            what = "config and tensors disagree on the rank, so the right scale is not known"
+            yield Finding(Status.NOT_CHECKED, what, case.file.where("r"), "correct r or rank_pattern")
+            return
         for pair in case.whole or _of_config(case):
             used, right = engine_scale(case, pair), case.settings.scale(pair.module)
             if abs(used - right) > 1e-6 * abs(right):
@@ -367,8 +371,8 @@ def peft_type(case: Case) -> Iterator[Finding]:
 
 
 def peft_ranks(case: Case) -> Iterator[Finding]:
-    wrong = [p for p in case.whole if p.rank != case.settings.rank(p.module)]
-    if wrong and case.is_lora:
+    wrong = case.contradicted
+    if wrong:
         what = f"{wrong[0].module} has rank {wrong[0].rank}, the config says {case.settings.rank(wrong[0].module)}"
         yield Finding(Status.REFUSED, what, case.file.where("r"), "correct r or rank_pattern")
 
@@ -438,6 +442,7 @@ ENGINES = (
                 keys_end_in_factors(
                     Status.REFUSED, "keys must end in lora_A.weight or lora_B.weight", "embedding", "saved"
                 ),
+                scales(lambda case, pair: case.settings.scale(pair.module)),
                 vllm_rank,
             )
         },

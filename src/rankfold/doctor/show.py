@@ -34,7 +34,8 @@ def show(found: Diagnosis) -> Group:
     if found.healthy:
         verdict = Text("healthy: every engine that applies and could be checked loads it right", "green")
     else:
-        words = [f"{len(found.problems)} problems in the file"] if found.problems else []
+        n = len(found.problems)
+        words = [f"{n} problem{'s' * (n > 1)} in the file"] if n else []
         words += [f"not right in {', '.join(bad)}"] if bad else []
         verdict = Text("; ".join(words), "bold red")
     return Group(*parts, verdict, Text(BASIS, "dim"))

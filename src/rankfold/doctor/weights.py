@@ -38,7 +38,7 @@ def check_numbers(file: AdapterFile) -> list[Finding]:
         return [Finding(Status.PROBLEM, str(error), fix="copy or download the file again")]
     found = []
     if seen.broken:
-        what = f"NaN or infinity in {examples(seen.broken)} of {len(file.tensors)} tensors"
+        what = f"NaN or infinity in {len(seen.broken)} of {len(file.tensors)} tensors: {examples(seen.broken)}"
         fix = "the training diverged; take an earlier checkpoint"
         found.append(Finding(Status.PROBLEM, what, seen.broken[0], fix))
     for side, pattern in (("B (up)", _UP), ("A (down)", _DOWN)):
