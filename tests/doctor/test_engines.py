@@ -13,7 +13,8 @@ from transformers import LlamaForCausalLM
 
 from rankfold import PlainLoraConfig, RasaConfig
 from rankfold.doctor import Diagnosis, Status, diagnose
-from rankfold.doctor.engines import ENGINES, tgi_padded
+from rankfold.doctor.engines import ENGINES
+from rankfold.doctor.rules import tgi_padded
 from rankfold.fold import fold_adapter
 
 PEFT_READERS = ("vllm", "vllm-old", "sglang", "llama.cpp", "ollama", "tgi", "peft")
@@ -189,7 +190,7 @@ def test_regex_targets_fail_in_sglang(adapter):
 
 
 @pytest.mark.parametrize(
-    ("rank", "status", "flag"), [(16, LOADS, ""), (20, LOADS, "--max-lora-rank 32"), (520, REFUSED, "")]
+    ("rank", "status", "flag"), [(16, LOADS, ""), (20, LOADS, "--max-lora-rank 32"), (520, REFUSED, "-o OUT --rank 512")]
 )
 def test_vllms_ranks(adapter, rank: int, status: Status, flag: str):
     found = diagnose(adapter(r=rank, target_modules=["q_proj"]), engines=["vllm"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from rankfold.doctor.adapter_file import AdapterFile, Header
 from rankfold.doctor.base import Base
@@ -66,23 +67,38 @@ class Case:
     def is_lora(self) -> bool:
         return self.settings.peft_type == "LORA"
 
-    @property
+    @cached_property
     def largest_rank(self) -> int:
         """Of the tensors, or of the config where they are not known."""
         known = [self.settings.r, *self.settings.rank_pattern.values()]
         return max((p.rank for p in self.pairs), default=max(known))
 
-    @property
+    @cached_property
     def whole(self) -> list[Pair]:
         """The pairs that have both sides and a rank."""
         return [p for p in self.pairs if p.a and p.b and p.rank]
 
-    @property
+    @cached_property
     def contradicted(self) -> list[Pair]:
         """Pairs whose rank is not the config's, so that the scale they were trained with is not known."""
         return [p for p in self.whole if self.is_lora and p.rank != self.settings.rank(p.module)]
 
-    @property
+    @cached_property
+    def rank_by_kind(self) -> dict[str, int]:
+        """The rank of the first module of each type."""
+        return {p.kind: p.rank for p in reversed(self.whole)}
+
+    def right_scale(self, pair: Pair) -> float:
+        """The factor with which the pair was trained."""
+        if pair.module not in self._scales:
+            self._scales[pair.module] = self.settings.scale(pair.module)
+        return self._scales[pair.module]
+
+    @cached_property
+    def _scales(self) -> dict[str, float]:
+        return {}  # patterns are regular expressions, and every engine asks
+
+    @cached_property
     def other_names(self) -> list[str]:
         return [n for names in self.others.values() for n in names]
 

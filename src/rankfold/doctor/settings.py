@@ -7,7 +7,7 @@ import re
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache
 from typing import Any, TypeVar
 
 from rankfold.doctor.adapter_file import AdapterFile
@@ -85,7 +85,7 @@ def _first(pattern: dict[str, T], module: str, default: T) -> T:
     return next((v for key, v in pattern.items() if _regex(rf"(.*\.)?({key})$").match(module)), default)
 
 
-@lru_cache
+@cache
 def _regex(pattern: str) -> re.Pattern[str]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a strange pattern is the adapter's affair
