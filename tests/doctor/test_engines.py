@@ -190,7 +190,8 @@ def test_regex_targets_fail_in_sglang(adapter):
 
 
 @pytest.mark.parametrize(
-    ("rank", "status", "flag"), [(16, LOADS, ""), (20, LOADS, "--max-lora-rank 32"), (520, REFUSED, "-o OUT --rank 512")]
+    ("rank", "status", "flag"),
+    [(16, LOADS, ""), (20, LOADS, "--max-lora-rank 32"), (520, REFUSED, "-o OUT --rank 512")],
 )
 def test_vllms_ranks(adapter, rank: int, status: Status, flag: str):
     found = diagnose(adapter(r=rank, target_modules=["q_proj"]), engines=["vllm"])
