@@ -132,6 +132,18 @@ def _fold(a: argparse.Namespace) -> None:
     print(folded.summary())
 
 
+def _doctor(a: argparse.Namespace) -> int:
+    from rankfold.doctor.command import run_doctor
+
+    return run_doctor(a.path, base=a.base, engines=[e for part in a.engines or () for e in part], json=a.json)
+
+
+def _engines(text: str) -> list[str]:
+    from rankfold.doctor.command import engine_list
+
+    return engine_list(text)
+
+
 def _plan(a: argparse.Namespace) -> None:
     _quiet()
     from rankfold.plan.command import run_gelora
@@ -245,6 +257,19 @@ def _parser() -> argparse.ArgumentParser:
     )
     fold.add_argument("--no-probe", action="store_true", help="do not compare outputs of the two on a probe batch")
     fold.add_argument("--force", action="store_true", help="replace the output folder if it exists")
+
+    doctor = command("doctor", _doctor, "say which engine loads an adapter, which refuses or mis-scales it, and why")
+    doctor.add_argument("path", help="any adapter: a folder, or a .safetensors or .gguf file")
+    doctor.add_argument("--base", help="folder of the base model, if not the one that the adapter names")
+    doctor.add_argument(
+        "--engine",
+        action="append",
+        dest="engines",
+        type=_engines,
+        metavar="NAMES",
+        help="ask these alone, and fail unless each loads it: vllm,sglang,llama.cpp,... (repeatable)",
+    )
+    doctor.add_argument("--json", action="store_true", help="print JSON instead of the table")
 
     plan = command("plan", _plan, "choose ranks for a model on your texts before training (GeLoRA)")
     plan.add_argument("--method", choices=("gelora",), default="gelora")
