@@ -358,6 +358,13 @@ def test_a_merged_model_is_refused(bases: dict[str, Path]) -> None:
         from_model(model)
 
 
+def test_a_base_that_another_adapter_changed(bases: dict[str, Path]) -> None:
+    model = shaken(ROWS["pissa"].config(), bases["llama"])
+    model.add_adapter("other", ROWS["dora"].config())
+    with pytest.raises(ValueError, match="adapter 'default' took its start out of this model's base"):
+        from_model(model, "other")
+
+
 def test_an_adapter_that_is_not_there(bases: dict[str, Path]) -> None:
     with pytest.raises(ValueError, match="adapter_name='x'"):
         from_model(shaken(ROWS["lora"].config(), bases["llama"]), "x")

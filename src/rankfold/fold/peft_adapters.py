@@ -77,6 +77,12 @@ def from_model(model: nn.Module, adapter_name: str = "default") -> Source:
     if config is None:
         raise ValueError(f"adapter_name={adapter_name!r}: the model has {sorted(configs)}")
     check_foldable(config)
+    others = [n for n, c in configs.items() if n != adapter_name and _start(c).startswith((*STARTS, *UNKNOWN_STARTS))]
+    if others:
+        raise ValueError(
+            f"adapter {others[0]!r} took its start out of this model's base, so {adapter_name!r} is not relative to the base "
+            "itself; save it and fold its folder"
+        )
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     layers = _layers(base, adapter_name)
 
