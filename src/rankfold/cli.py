@@ -113,7 +113,14 @@ def _fold(a: argparse.Namespace) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)  # transformers' renamings concern nobody here
 
     folded = fold_adapter(
-        Path(a.adapter), Path(a.out), base=a.base, dtype=a.dtype, pad=a.pad, probe=not a.no_probe, force=a.force
+        Path(a.adapter),
+        Path(a.out),
+        base=a.base,
+        profile=a.profile,
+        dtype=a.dtype,
+        pad=a.pad,
+        probe=not a.no_probe,
+        force=a.force,
     )
     print(folded.summary())
 
@@ -211,6 +218,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     fold.add_argument(
         "--pad", choices=("serve", "none"), default="serve", help="serve: pad the rank to the next that engines name"
+    )
+    fold.add_argument(
+        "--profile",
+        choices=("uniform", "compact", "gguf", "mlx", "merged"),
+        default="uniform",
+        help="uniform: for every engine; compact: a rank for each module; gguf: llama.cpp; mlx: mlx-lm; merged: a whole model",
     )
     fold.add_argument("--no-probe", action="store_true", help="do not compare outputs of the two on a probe batch")
     fold.add_argument("--force", action="store_true", help="replace the output folder if it exists")

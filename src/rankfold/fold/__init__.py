@@ -6,6 +6,7 @@ print(fold_adapter("runs/movie/adapter", "runs/movie/folded").summary())
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,17 +14,23 @@ from torch import nn
 
 from rankfold.config import LowRankConfig
 from rankfold.factors import Factors
-from rankfold.fold import ours, uniform
+from rankfold.fold import compact, gguf, merged, mlx, ours, uniform
 from rankfold.fold.probe import probe as run_probe
 from rankfold.fold.profile import Folded, Profile
-from rankfold.fold.proof import FoldReport, prove, sha256
+from rankfold.fold.proof import FoldReport, LayerProof, prove, sha256
 from rankfold.fold.source import Source, Update, read_config
 from rankfold.folders import whole_folder
 
 __all__ = ["PROFILES", "FoldReport", "fold_adapter", "fold_model"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-PROFILES: dict[str, Profile] = {"uniform": uniform.write}
+PROFILES: dict[str, Profile] = {
+    "uniform": uniform.PROFILE,
+    "compact": compact.PROFILE,
+    "gguf": gguf.PROFILE,
+    "mlx": mlx.PROFILE,
+    "merged": merged.PROFILE,
+}
 
 
 def fold_adapter(
@@ -43,9 +50,9 @@ def fold_adapter(
         adapter: what `save_pretrained` or `rankfold train` wrote.
         out: the folder to make; it appears whole or not at all.
         base: the base model, if not the one the adapter names. Its config is needed; its weights only for the probe.
-        profile: one of `PROFILES`.
+        profile: one of `PROFILES`: the format, see docs/folding.md.
         dtype: "float32", "bfloat16" or "float16"; by default the base's.
-        pad: "serve" pads the rank up to one that engines name in their flags, "none" does not.
+        pad: of profile uniform: "serve" pads the rank up to one that engines name in their flags, "none" does not.
         probe: compare logits with stock PEFT, where the base's weights can be loaded.
         force: replace an existing `out`.
 
@@ -58,7 +65,7 @@ def fold_adapter(
         source = _source(adapter, base)
         report = _write(source, folder, out, str(adapter), profile, dtype, pad, base)
         if probe:
-            report.probe = run_probe(adapter, folder, source.config, base)
+            report.probe = run_probe(adapter, folder, source.config, base, PROFILES[profile])
         _write_report(report, folder)
     return report
 
@@ -95,6 +102,7 @@ def _write(
 ) -> FoldReport:
     if profile not in PROFILES:
         raise ValueError(f"profile={profile!r} must be one of {', '.join(PROFILES)}")
+    chosen = PROFILES[profile]
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r} must be one of {', '.join(DTYPES)}")
     to = source.dtype if dtype is None else DTYPES[dtype]
@@ -108,17 +116,17 @@ def _write(
         if site.name in adapted:
             trained = source.update(site.name)
             exact = _factors(trained)
-            rounded[site.name] = exact.to(to)
+            rounded[site.name] = chosen.rounded(exact, to)
             layers.append(prove(site.name, trained, exact, rounded[site.name].to(dtype=torch.float64)))
         else:
             zero = Factors(torch.zeros(0, site.in_features), torch.zeros(site.out_features, 0))
-            rounded[site.name] = zero.to(to)
+            rounded[site.name] = chosen.rounded(zero, to)
 
     base = base or source.config.base_model_name_or_path
     folded = Folded(source, rounded, to, base, out, pad)
-    written = PROFILES[profile](folded, folder)
-    for name, factors in rounded.items():
-        _check_disk(name, factors, written.read(name))  # the proof is about what is on the disk
+    written = chosen.write(folded, folder)
+    layers = [_on_disk(proof, rounded[proof.module], written.read(proof.module)) for proof in layers]
+    files = sorted(f for f in folder.rglob("*") if f.is_file())
     return FoldReport(
         adapter=origin,
         method=source.method,
@@ -128,12 +136,13 @@ def _write(
         needed_rank=folded.rank,
         dtype=str(to).removeprefix("torch."),
         parameters=written.parameters,
-        bytes=sum(f.stat().st_size for f in folder.iterdir()),
+        bytes=sum(f.stat().st_size for f in files),
         layers=layers,
         probe={"skipped": "not asked for"},
         serve=written.serve,
         notes=[*source.notes, *written.notes],
-        sha256={f.name: sha256(f) for f in sorted(folder.iterdir())},
+        sha256={str(f.relative_to(folder)): sha256(f) for f in files},
+        noun=chosen.noun,
     )
 
 
@@ -144,18 +153,26 @@ def _factors(update: Update) -> Factors:
     return balanced.select(balanced.up.norm(dim=0) > 0)
 
 
-def _check_disk(name: str, rounded: Factors, read: Factors) -> None:
+def _on_disk(proof: LayerProof, rounded: Factors, read: Update) -> LayerProof:
+    """The proof, about what is on the disk; raises OSError where that is not what was written."""
+    if not isinstance(read, Factors):
+        added = prove(proof.module, rounded.to(torch.float64), rounded.to(torch.float64), read)
+        return replace(proof, frobenius=added.frobenius, max=added.max)
     rank = rounded.rank
-    same = torch.equal(read.down[:rank], rounded.down) and torch.equal(read.baked().up[:, :rank], rounded.up)
-    if not same or read.down[rank:].any() or read.up[:, rank:].any():
+    same = torch.equal(read.down[:rank], rounded.down) and torch.equal(read.up[:, :rank], rounded.up)
+    if not same or read.scale != rounded.scale or read.down[rank:].any() or read.up[:, rank:].any():
         raise OSError(
-            f"{name}: what was read back from the disk is not what was written; the disk may be full or broken"
+            f"{proof.module}: what was read back from the disk is not what was written; the disk may be full or broken"
         )
+    return proof
 
 
 def _write_report(report: FoldReport, folder: Path) -> None:
     (folder / "fold_report.json").write_text(report.to_json(), encoding="utf-8")
-    card = f"---\nlibrary_name: peft\nbase_model: {report.base}\ntags: [lora, rankfold]\n---\n\n"
-    card += f"# A plain LoRA, folded from {report.method}\n\n```\n{report.summary()}\n```\n\n"
+    library = PROFILES[report.profile].library
+    card = f"---\nlibrary_name: {library}\nbase_model: {report.base}\ntags: [lora, rankfold]\n---\n\n"
+    card += (
+        f"# {report.noun[0].upper()}{report.noun[1:]}, folded from {report.method}\n\n```\n{report.summary()}\n```\n\n"
+    )
     card += "Made by `rankfold fold`; the errors per layer are in `fold_report.json`.\n"
     (folder / "README.md").write_text(card, encoding="utf-8")

@@ -49,6 +49,7 @@ class FoldReport:
     notes: list[str]
     sha256: dict[str, str]
     versions: dict[str, str] = field(default_factory=lambda: {p: version(p) for p in ("rankfold", "peft", "torch")})
+    noun: str = "a plain LoRA"
 
     @property
     def worst(self) -> LayerProof:
@@ -62,7 +63,7 @@ class FoldReport:
         """What a person wants to know, in a few lines."""
         worst = self.worst
         lines = [
-            f"folded {self.method} into a plain LoRA: rank {self.rank} ({self.needed_rank} needed), "
+            f"folded {self.method} into {self.noun}: rank {self.rank} ({self.needed_rank} needed), "
             f"{len(self.layers)} modules, {self.parameters:,} numbers in {self.dtype}, {self.bytes / 1e6:.1f} MB",
             f"error against the trained update: {max(p.algebra for p in self.layers):.1e} before rounding to {self.dtype}, "
             f"{worst.frobenius:.1e} on disk (relative Frobenius, worst layer {worst.module})",
@@ -70,7 +71,7 @@ class FoldReport:
         if "max_logit_error" in self.probe:
             lines.append(
                 f"probe: largest logit difference {self.probe['max_logit_error']:.1e} "
-                f"where logits reach {self.probe['max_logit']:.1f} (stock PEFT, same base, float32)"
+                f"where logits reach {self.probe['max_logit']:.1f} ({self.probe['loaded_by']}, same base, float32)"
             )
         else:
             lines.append(f"probe: not run ({self.probe['skipped']})")
@@ -78,7 +79,7 @@ class FoldReport:
         return "\n".join([*lines, *(f"note: {n}" for n in self.notes)])
 
 
-def prove(module: str, trained: Update, exact: Factors, on_disk: Factors) -> LayerProof:
+def prove(module: str, trained: Update, exact: Factors, on_disk: Update) -> LayerProof:
     """Compares one module's folded factors, before rounding and as in the file, with the trained update (all float64)."""
     norm, largest = _size(trained)
     scale = norm or 1.0
@@ -93,8 +94,14 @@ def prove(module: str, trained: Update, exact: Factors, on_disk: Factors) -> Lay
     )
 
 
-def _difference(folded: Factors, trained: Update) -> Update:
-    return folded.delta().sub_(trained) if isinstance(trained, Tensor) else folded.minus(trained)
+def _difference(folded: Update, trained: Update) -> Update:
+    if isinstance(folded, Factors) and isinstance(trained, Factors):
+        return folded.minus(trained)
+    return _dense(folded) - _dense(trained)
+
+
+def _dense(update: Update) -> Tensor:
+    return update if isinstance(update, Tensor) else update.delta()
 
 
 def _size(update: Update) -> tuple[float, float]:

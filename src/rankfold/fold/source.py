@@ -14,7 +14,13 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PretrainedConfig,
+)
 
 import rankfold.methods  # noqa: F401  (registers the methods with PEFT)
 from rankfold.adapter import Site, module_type
@@ -93,21 +99,27 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} cannot be read; it is truncated or not a safetensors file: {error}") from None
 
 
-def base_skeleton(config: PeftConfig, base: str | None) -> nn.Module:
-    """The base model on the meta device, from its config alone; raises ValueError where that cannot be had."""
-    name = base or config.base_model_name_or_path
+def base_config(name: str | None) -> PretrainedConfig:
+    """The base model's config; raises ValueError where it cannot be had."""
     if not name:
         raise ValueError("the adapter's config does not name its base model; give it with --base FOLDER")
     try:
-        base_config = AutoConfig.from_pretrained(name)
+        return AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"base={name!r}: its config.json cannot be read ({reason}); give --base FOLDER") from None
+
+
+def model_class(config: PeftConfig) -> type:
+    """The class of the base model that an adapter with this config is put on: an auto class, or transformers' own."""
     auto = AUTO.get(str(getattr(config.task_type, "value", config.task_type)))
-    if auto is None and config.auto_mapping:
-        model_cls = getattr(transformers, config.auto_mapping["base_model_class"], None)
-        if model_cls is not None:
-            with torch.device("meta"):
-                return model_cls(base_config)
+    mapped = None if auto is not None else (config.auto_mapping or {}).get("base_model_class")
+    return auto or getattr(transformers, mapped or "", None) or AutoModel
+
+
+def base_skeleton(config: PeftConfig, base: str | None) -> nn.Module:
+    """The base model on the meta device, from its config alone; raises ValueError where that cannot be had."""
+    found = base_config(base or config.base_model_name_or_path)
+    model = model_class(config)
     with torch.device("meta"):
-        return (auto or AutoModel).from_config(base_config)
+        return model.from_config(found) if hasattr(model, "from_config") else model(found)

@@ -1,0 +1,117 @@
+"""Profile `merged`: the whole model with the update added to its weights, for what cannot load adapters at all.
+
+The sum is made in float64 and rounded once to the file's dtype. In half precision that rounding is of the order of a
+small update itself; the proof is about what was saved: ‖W′ − W − ΔW‖ / ‖ΔW‖.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import AutoTokenizer
+from transformers.pytorch_utils import Conv1D
+
+from rankfold.factors import Factors
+from rankfold.fold.base import load_base, quiet
+from rankfold.fold.profile import Folded, Profile, Written
+
+#: Files larger than this are split.
+MAX_SHARD = "5GB"
+
+
+def rounded(exact: Factors, dtype: torch.dtype) -> Factors:
+    """float32, whatever the file's dtype: the sum is rounded, not its terms."""
+    return exact.to(torch.float32)
+
+
+def write(folded: Folded, folder: Path) -> Written:
+    """config.json, generation_config.json, safetensors and the tokenizer, as `save_pretrained` writes them."""
+    model = _base(folded)
+    with torch.no_grad():
+        for name in folded.source.adapted:
+            module = _linear(model, name)
+            delta = folded.factors[name].to(torch.float64).delta()  # out × in
+            added = module.weight.double() + (delta.T if isinstance(module, Conv1D) else delta)
+            module.weight = nn.Parameter(added.to(folded.dtype), requires_grad=False)
+        heads = {k.removeprefix("base_model.model."): v for k, v in folded.source.heads.items()}
+        unknown = model.load_state_dict(heads, strict=False).unexpected_keys
+    if unknown:
+        raise ValueError(f"profile merged: the base has no {unknown[0]}, which the adapter saved in modules_to_save")
+    model.to(folded.dtype)
+    with quiet():
+        model.save_pretrained(folder, max_shard_size=MAX_SHARD)  # pyright: ignore[reportCallIssue]
+    parameters = sum(p.numel() for p in model.parameters())
+    notes = _tokenizer(str(folded.base), folder)
+    if folded.dtype != torch.float32:
+        notes.append(
+            "the error on disk is that of W+ΔW rounded, relative to ΔW: 1 means that a layer's update is lost; "
+            "--dtype float32, or a fold that stays an adapter, keeps it"
+        )
+    return Written(
+        rank=folded.rank,
+        parameters=parameters,
+        read=_reader(folded, folder),
+        serve={
+            "vLLM": f"vllm serve {folded.out}",
+            "transformers": f"{type(model).__name__}.from_pretrained({str(folded.out)!r})",
+            "llama.cpp": f"convert_hf_to_gguf.py {folded.out}",
+        },
+        notes=notes,
+    )
+
+
+def _base(folded: Folded) -> nn.Module:
+    """The base in the dtype of its own files."""
+    if not folded.base:
+        raise ValueError("profile merged needs the weights of the base model, which is not known; give --base FOLDER")
+    model = load_base(folded.source.config, folded.base, "auto", folded.source.heads)
+    if getattr(model, "is_quantized", False):
+        raise ValueError(
+            f"profile merged: base={folded.base!r} is quantised and cannot hold a sum; give --base the float weights"
+        )
+    return model
+
+
+def _linear(model: nn.Module, name: str) -> nn.Linear:
+    """The module of this name; raises ValueError where another layer uses the same weight."""
+    module = model.get_submodule(name)
+    assert isinstance(module, nn.Linear | Conv1D)
+    embeddings = model.get_input_embeddings()  # pyright: ignore[reportCallIssue]
+    if module.weight is getattr(embeddings, "weight", None):
+        raise ValueError(f"profile merged: {name} shares its weight with the embeddings, which would change too")
+    return module  # pyright: ignore[reportReturnType]
+
+
+def _tokenizer(base: str, folder: Path) -> list[str]:
+    try:
+        with quiet():
+            AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        return [f"no tokenizer was found beside the base ({str(error).splitlines()[0]}); add one"]
+    return []
+
+
+def _reader(folded: Folded, folder: Path) -> Callable[[str], Tensor]:
+    """What was added to a module's weight: the saved one minus the base's, out × in in float64."""
+    index = folder / "model.safetensors.index.json"
+    files: dict[str, str] = json.loads(index.read_text())["weight_map"] if index.exists() else {}
+    base = cache(lambda: _base(folded))  # loaded again, and only once the merged one is gone
+
+    def read(name: str) -> Tensor:
+        key = f"{name}.weight"
+        with safe_open(folder / files.get(key, "model.safetensors"), framework="pt") as file:
+            saved = file.get_tensor(key)
+        module = base().get_submodule(name)
+        added = saved.double() - module.weight.detach().double()  # pyright: ignore
+        return added.T if isinstance(module, Conv1D) else added
+
+    return read
+
+
+PROFILE = Profile(write, rounded, noun="a merged model", library="transformers", loads_as="model")
