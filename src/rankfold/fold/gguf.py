@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -53,30 +54,30 @@ def write(folded: Folded, folder: Path) -> Written:
     import gguf
 
     base, rank = base_config(folded.base), max(folded.rank, 1)
-    architecture = _architecture(base)
+    family = _architecture(base)
     if folded.source.heads:
         raise ValueError("profile gguf: a GGUF LoRA has no place for the trained head in modules_to_save")
     kind = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}[folded.dtype]
     quantisation = gguf.GGMLQuantizationType[kind]
     names = tensor_names([n for n, f in folded.factors.items() if f.rank], base)
     path = folder / FILE
-    writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH[architecture.name]])
-    writer.add_type(gguf.GGUFType.ADAPTER)
-    writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
-    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(rank))
+    architecture = gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH[family.name]]
     parameters = 0
-    for name, stored in names.items():
-        padded = folded.factors[name].pad(rank)
-        order = row_order(name, padded.up.shape[0], base)
-        up = padded.up if order is None else padded.up[order]
-        for suffix, tensor in (("lora_a", padded.down), ("lora_b", up)):  # rank × in, out × rank
-            data = gguf.quantize(tensor.float().numpy(), quantisation)
-            writer.add_tensor(f"{stored}.{suffix}", data, raw_dtype=quantisation)
-            parameters += tensor.numel()
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    with closing(gguf.GGUFWriter(path, architecture)) as writer:
+        writer.add_type(gguf.GGUFType.ADAPTER)
+        writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+        writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(rank))
+        for name, stored in names.items():
+            padded = folded.factors[name].pad(rank)
+            order = row_order(name, padded.up.shape[0], base)
+            up = padded.up if order is None else padded.up[order]
+            for suffix, tensor in (("lora_a", padded.down), ("lora_b", up)):  # rank × in, out × rank
+                data = gguf.quantize(tensor.float().numpy(), quantisation)
+                writer.add_tensor(f"{stored}.{suffix}", data, raw_dtype=quantisation)
+                parameters += tensor.numel()
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
     return Written(
         rank=rank,
         parameters=parameters,

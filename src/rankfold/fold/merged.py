@@ -7,6 +7,7 @@ small update itself; the proof is about what was saved: ‖W′ − W − ΔW‖
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -14,8 +15,8 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoTokenizer
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import cached_file
 
 from rankfold.factors import Factors
 from rankfold.fold.base import load_base, quiet
@@ -23,6 +24,19 @@ from rankfold.fold.profile import Folded, Profile, Written
 
 #: Files larger than this are split.
 MAX_SHARD = "5GB"
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "tokenizer.model",
+    "spiece.model",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+)
 
 
 def rounded(exact: Factors, dtype: torch.dtype) -> Factors:
@@ -47,7 +61,7 @@ def write(folded: Folded, folder: Path) -> Written:
     with quiet():
         model.save_pretrained(folder, max_shard_size=MAX_SHARD)  # pyright: ignore[reportCallIssue]
     parameters = sum(p.numel() for p in model.parameters())
-    notes = _tokenizer(str(folded.base), folder)
+    notes = _copy_tokenizer(str(folded.base), folder)
     if folded.dtype != torch.float32:
         notes.append(
             "the error on disk is that of W+ΔW rounded, relative to ΔW: 1 means that a layer's update is lost; "
@@ -88,13 +102,15 @@ def _linear(model: nn.Module, name: str) -> nn.Linear:
     return module  # pyright: ignore[reportReturnType]
 
 
-def _tokenizer(base: str, folder: Path) -> list[str]:
-    try:
-        with quiet():
-            AutoTokenizer.from_pretrained(base).save_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
-        return [f"no tokenizer was found beside the base ({str(error).splitlines()[0]}); add one"]
-    return []
+def _copy_tokenizer(base: str, folder: Path) -> list[str]:
+    """Copies the files: transformers 5 makes an empty tokenizer of some types where there is none to load."""
+    quietly = {
+        f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors", "gated_repo")
+    }
+    found = [cached_file(base, name, **quietly) for name in TOKENIZER_FILES]
+    for path in filter(None, found):
+        shutil.copy(path, folder)
+    return [] if any(found) else ["no tokenizer was found beside the base; add its files before serving"]
 
 
 def _reader(folded: Folded, folder: Path) -> Callable[[str], Tensor]:
