@@ -1,14 +1,17 @@
-"""Bases for llama.cpp: any small transformers model written as a float32 GGUF file, and a GGUF file widened to float32."""
+"""What the tests of llama.cpp need: bases as float32 GGUF files, PEFT folders as its converter writes them, its logits."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import gguf
 import torch
-from transformers import PreTrainedModel
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel
 
-from rankfold.fold.gguf import ARCHITECTURES, row_order
+from rankfold.fold.gguf import ARCHITECTURES, row_order, tensor_names
 
 
 def write_float32(model: PreTrainedModel, path: Path) -> None:
@@ -48,10 +51,7 @@ def write_float32(model: PreTrainedModel, path: Path) -> None:
         stored = tensor if order is None else tensor[order]
         stored = stored + 1 if gemma and module.endswith("norm") else stored
         w.add_tensor(f"{table.get_name(module)}.{kind}", stored.float().numpy())
-    w.write_header_to_file()
-    w.write_kv_data_to_file()
-    w.write_tensors_to_file()
-    w.close()
+    _finish(w)
 
 
 def widen(quantised: Path, path: Path) -> None:
@@ -70,17 +70,28 @@ def widen(quantised: Path, path: Path) -> None:
         w.add_key_value(key, field.contents(), field.types[0], inner)
     for tensor in source.tensors:
         w.add_tensor(tensor.name, gguf.dequantize(tensor.data, tensor.tensor_type))
-    w.write_header_to_file()
-    w.write_kv_data_to_file()
-    w.write_tensors_to_file()
-    w.close()
+    _finish(w)
 
 
-def logits(
-    path: Path, tokens: list[int], lora: Path | None = None, scale: float = 1.0, threads: int = 1
-) -> torch.Tensor:
+def as_the_converter_does(folder: Path, config: PretrainedConfig, path: Path) -> None:
+    """A folder in PEFT's layout as llama.cpp's convert_lora_to_gguf.py turns it into a file: it reads lora_alpha and the
+    tensors, and no other field of the config."""
+    alpha = json.loads((folder / "adapter_config.json").read_text())["lora_alpha"]
+    w = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH[ARCHITECTURES[config.model_type].name]])
+    w.add_type(gguf.GGUFType.ADAPTER)
+    w.add_string(gguf.Keys.Adapter.TYPE, "lora")
+    w.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(alpha))
+    for name, tensor in load_file(folder / "adapter_model.safetensors").items():
+        module, kind = name.removeprefix("base_model.model.").removesuffix(".weight").rsplit(".", 1)
+        order = row_order(module, tensor.shape[0], config) if kind == "lora_B" else None
+        stored = tensor if order is None else tensor[order]
+        w.add_tensor(f"{tensor_names([module], config)[module]}.{kind.lower()}", stored.float().numpy())
+    _finish(w)
+
+
+def logits(base: Path, tokens: list[int], lora: Path | None = None, scale: float = 1.0) -> Tensor:
     """llama.cpp's logits at every position, tokens × vocabulary."""
-    model = engine(path, lora, scale, threads)
+    model = _engine(base, lora, scale)
     try:
         model.eval(tokens)
         return torch.tensor(model.scores[: len(tokens)])
@@ -88,11 +99,31 @@ def logits(
         model.close()
 
 
-def engine(path: Path, lora: Path | None = None, scale: float = 1.0, threads: int = 1):
+def greedy(base: Path, tokens: list[int], steps: int, lora: Path | None = None) -> list[int]:
+    """The most likely next token, `steps` times."""
+    model, made, fed = _engine(base, lora, 1.0), [], tokens
+    try:
+        for _ in range(steps):
+            model.eval(fed)
+            made.append(int(model.scores[model.n_tokens - 1].argmax()))
+            fed = made[-1:]
+        return made
+    finally:
+        model.close()
+
+
+def _engine(base: Path, lora: Path | None, scale: float):
     from llama_cpp import GGML_TYPE_F32 as float32  # the cache of keys and values is float16 by default, worth 1e-2
     from llama_cpp import Llama
 
     return Llama(
-        str(path), lora_path=str(lora) if lora else None, lora_scale=scale, logits_all=True, n_ctx=128,
-        n_threads=threads, n_threads_batch=threads, verbose=False, type_k=float32, type_v=float32,
+        str(base), lora_path=str(lora) if lora else None, lora_scale=scale, logits_all=True, n_ctx=128,
+        n_threads=1, n_threads_batch=1, verbose=False, type_k=float32, type_v=float32,
     )  # fmt: skip
+
+
+def _finish(w: gguf.GGUFWriter) -> None:
+    w.write_header_to_file()
+    w.write_kv_data_to_file()
+    w.write_tensors_to_file()
+    w.close()

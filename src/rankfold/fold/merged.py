@@ -16,7 +16,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
-from transformers.utils import cached_file
+from transformers.utils.hub import cached_file
 
 from rankfold.factors import Factors
 from rankfold.fold.base import load_base, quiet
