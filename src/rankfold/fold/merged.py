@@ -6,14 +6,11 @@ small update itself; the proof is about what was saved: ‖W′ − W − ΔW‖
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 from transformers.utils.hub import cached_file
@@ -21,6 +18,7 @@ from transformers.utils.hub import cached_file
 from rankfold.factors import Factors
 from rankfold.fold.base import load_base, quiet
 from rankfold.fold.profile import Folded, Profile, Written
+from rankfold.fold.weights import weight_reader
 
 #: Files larger than this are split.
 MAX_SHARD = "5GB"
@@ -70,7 +68,7 @@ def write(folded: Folded, folder: Path) -> Written:
     return Written(
         rank=folded.rank,
         parameters=parameters,
-        read=_reader(folded, folder),
+        read=_reader(folded, folder, model),
         serve={
             "vLLM": f"vllm serve {folded.out}",
             "transformers": f"{type(model).__name__}.from_pretrained({str(folded.out)!r})",
@@ -93,9 +91,10 @@ def _base(folded: Folded) -> nn.Module:
 
 
 def _linear(model: nn.Module, name: str) -> nn.Linear:
-    """The module of this name; raises ValueError where another layer uses the same weight."""
-    module = model.get_submodule(name)
-    assert isinstance(module, nn.Linear | Conv1D)
+    """The module of this name; raises ValueError where there is none, or where another layer uses its weight."""
+    module = dict(model.named_modules()).get(name)
+    if not isinstance(module, nn.Linear | Conv1D):
+        raise ValueError(f"profile merged: {type(model).__name__} has no linear layer {name!r}; was the adapter's another?")
     embeddings = model.get_input_embeddings()  # pyright: ignore[reportCallIssue]
     if module.weight is getattr(embeddings, "weight", None):
         raise ValueError(f"profile merged: {name} shares its weight with the embeddings, which would change too")
@@ -113,19 +112,16 @@ def _copy_tokenizer(base: str, folder: Path) -> list[str]:
     return [] if any(found) else ["no tokenizer was found beside the base; add its files before serving"]
 
 
-def _reader(folded: Folded, folder: Path) -> Callable[[str], Tensor]:
-    """What was added to a module's weight: the saved one minus the base's, out × in in float64."""
-    index = folder / "model.safetensors.index.json"
-    files: dict[str, str] = json.loads(index.read_text())["weight_map"] if index.exists() else {}
-    base = cache(lambda: _base(folded))  # loaded again, and only once the merged one is gone
+def _reader(folded: Folded, folder: Path, model: nn.Module) -> Callable[[str], Tensor]:
+    """What was added to a module's weight: the saved one minus the base's, out × in in float64, one at a time."""
+    prefix, config = str(getattr(model, "base_model_prefix", "")), folded.source.config
+    before = weight_reader(folded.base, config.revision, prefix)
+    after = weight_reader(str(folder), None, prefix)
+    transposed = {n for n in folded.source.adapted if isinstance(model.get_submodule(n), Conv1D)}
 
     def read(name: str) -> Tensor:
-        key = f"{name}.weight"
-        with safe_open(folder / files.get(key, "model.safetensors"), framework="pt") as file:
-            saved = file.get_tensor(key)
-        module = base().get_submodule(name)
-        added = saved.double() - module.weight.detach().double()  # pyright: ignore
-        return added.T if isinstance(module, Conv1D) else added
+        added = after(name).double() - before(name).double()
+        return added.T if name in transposed else added
 
     return read
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from rankfold.fold.base import load_base, quiet
 from rankfold.fold.profile import Profile
 from rankfold.fold.proof import logit_error
-from rankfold.fold.source import AUTO, read_tensors
+from rankfold.fold.source import base_class, read_tensors
 
 
 def probe(adapter: Path, folded: Path, config: PeftConfig, base: str | None, profile: Profile) -> dict[str, object]:
@@ -21,21 +21,17 @@ def probe(adapter: Path, folded: Path, config: PeftConfig, base: str | None, pro
         The largest logit error, or {"skipped": why} where the base's weights cannot be had, the task has no logits or
         the format is not for Python.
     """
-    task = str(getattr(config.task_type, "value", config.task_type))
-    name = base or config.base_model_name_or_path
     if profile.loads_as == "nothing":
-        return {"skipped": f"{profile.noun} is for an engine outside Python; docs/serving.md says how to compare"}
-    if task not in AUTO:
-        return {"skipped": f"task_type={task} has no probe; CAUSAL_LM and SEQ_CLS have"}
+        return {"skipped": f"{profile.noun} is not for Python; docs/serving.md says what was compared"}
+    if not getattr(base_class(config), "__name__", "").endswith(
+        ("ForCausalLM", "ForSequenceClassification", "LMHeadModel")
+    ):
+        return {"skipped": f"task_type={config.task_type} has no probe; CAUSAL_LM and SEQ_CLS have"}
+    name = base or config.base_model_name_or_path
     if not name:
         return {"skipped": "the base model is not known"}
-    tensors = read_tensors(adapter)
-
-    def load(path: str) -> nn.Module:
-        return load_base(config, path, torch.float32, tensors)
-
     try:
-        model = PeftModel.from_pretrained(load(name), str(adapter))  # pyright: ignore[reportArgumentType]
+        model = trained_model(adapter, config, base)
     except (OSError, MemoryError) as error:
         return {"skipped": f"base {name!r} could not be loaded: {str(error).splitlines()[0]}"}
     batch = torch.randint(5, model.config.vocab_size, (2, 16), generator=torch.Generator().manual_seed(0))
@@ -43,10 +39,25 @@ def probe(adapter: Path, folded: Path, config: PeftConfig, base: str | None, pro
     del model
     if profile.loads_as == "model":
         with quiet():
-            found, loader = AUTO[task].from_pretrained(folded, dtype=torch.float32), "transformers"
+            found, loader = base_class(config).from_pretrained(folded, dtype=torch.float32), "transformers"
     else:
-        found, loader = PeftModel.from_pretrained(load(name), str(folded)), "stock PEFT"  # pyright: ignore[reportArgumentType]
+        found, loader = _load(folded, config, name, read_tensors(adapter)), "stock PEFT"
     return {"base": name, "loaded_by": loader, **logit_error(trained, _logits(found, batch))}
+
+
+def trained_model(adapter: Path, config: PeftConfig, base: str | None) -> PeftModel:
+    """The adapter on its base in float32, as PEFT loads it.
+
+    Raises:
+        OSError, ValueError: the base's weights cannot be had.
+    """
+    return _load(adapter, config, base or config.base_model_name_or_path, read_tensors(adapter))
+
+
+def _load(adapter: Path, config: PeftConfig, base: str | None, tensors: dict[str, Tensor]) -> PeftModel:
+    model = load_base(config, base, torch.float32, tensors)
+    with quiet():
+        return PeftModel.from_pretrained(model, str(adapter))  # pyright: ignore[reportArgumentType]
 
 
 def _logits(model: nn.Module, batch: Tensor) -> Tensor:

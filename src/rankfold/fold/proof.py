@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from rankfold.factors import Factors
+from rankfold.fold.compression import weighted_error
 from rankfold.fold.source import Update
 
 
@@ -19,7 +20,15 @@ from rankfold.fold.source import Update
 class LayerProof:
     """One module. Errors are relative to ‖ΔW‖_F (`frobenius`) and to max |ΔW| (`max`), computed in float64.
 
-    `algebra` is the fold before rounding to the file's dtype, `frobenius` and `max` what was read back from disk.
+    Args:
+        module: its name.
+        rank: components it needs.
+        norm: ‖ΔW‖_F.
+        algebra: of the factors before anything is cut off or rounded; 0 where the update has no factors.
+        frobenius, max: of what was read back from disk, all in all.
+        truncation: of what compression cut off, before rounding.
+        rounding: of the rounding to the file's dtype, apart from the truncation.
+        output: what compression cut off, weighed by the calibration's inputs; None without calibration.
     """
 
     module: str
@@ -28,6 +37,9 @@ class LayerProof:
     algebra: float
     frobenius: float
     max: float
+    truncation: float = 0.0
+    rounding: float = 0.0
+    output: float | None = None
 
 
 @dataclass
@@ -55,9 +67,21 @@ class FoldReport:
     def worst(self) -> LayerProof:
         return max(self.layers, key=lambda p: p.frobenius)
 
+    def worst_of(self, kind: str) -> float:
+        """The largest of one kind of error over the modules."""
+        return max(getattr(p, kind) or 0.0 for p in self.layers)
+
     def to_json(self) -> str:
-        totals = {"worst_frobenius": self.worst.frobenius, "worst_algebra": max(p.algebra for p in self.layers)}
+        kinds = ("frobenius", "algebra", "truncation", "rounding")
+        totals = {f"worst_{kind}": self.worst_of(kind) for kind in kinds}
         return json.dumps({**totals, **asdict(self)}, indent=2) + "\n"
+
+    def _before_rounding(self) -> str:
+        if not self.worst_of("truncation"):
+            return f"{self.worst_of('algebra'):.1e} before rounding to {self.dtype}, "
+        weighed = f" ({self.worst_of('output'):.1e} of the output)" if self.layers[0].output is not None else ""
+        cut = f"{self.worst_of('truncation'):.1e} cut off by compression{weighed}, "
+        return cut + f"{self.worst_of('rounding'):.1e} by rounding to {self.dtype}, "
 
     def summary(self) -> str:
         """What a person wants to know, in a few lines."""
@@ -65,7 +89,7 @@ class FoldReport:
         lines = [
             f"folded {self.method} into {self.noun}: rank {self.rank} ({self.needed_rank} needed), "
             f"{len(self.layers)} modules, {self.parameters:,} numbers in {self.dtype}, {self.bytes / 1e6:.1f} MB",
-            f"error against the trained update: {max(p.algebra for p in self.layers):.1e} before rounding to {self.dtype}, "
+            f"error against the trained update: {self._before_rounding()}"
             f"{worst.frobenius:.1e} on disk (relative Frobenius, worst layer {worst.module})",
         ]
         if "max_logit_error" in self.probe:
@@ -79,18 +103,35 @@ class FoldReport:
         return "\n".join([*lines, *(f"note: {n}" for n in self.notes)])
 
 
-def prove(module: str, trained: Update, exact: Factors, on_disk: Update) -> LayerProof:
-    """Compares one module's folded factors, before rounding and as in the file, with the trained update (all float64)."""
+def prove(
+    module: str,
+    trained: Update,
+    exact: Factors,
+    on_disk: Update,
+    *,
+    cut: Factors | None = None,
+    moment: Tensor | None = None,
+) -> LayerProof:
+    """Compares one module's folded factors, before rounding and as in the file, with the trained update (all float64).
+
+    Args:
+        exact: the factors of all of it; not looked at where `trained` is a matrix.
+        cut: what compression left of it.
+        moment: E[x xᵀ] of the module's inputs, to state the error of its output as well.
+    """
     norm, largest = _size(trained)
     scale = norm or 1.0
     frobenius, most = _size(_difference(on_disk, trained))
     return LayerProof(
         module=module,
-        rank=exact.rank,
+        rank=(exact if cut is None else cut).rank,
         norm=norm,
-        algebra=_size(_difference(exact, trained))[0] / scale,
+        algebra=0.0 if isinstance(trained, Tensor) else _norm(_difference(exact, trained)) / scale,
         frobenius=frobenius / scale,
         max=most / (largest or 1.0),
+        truncation=0.0 if cut is None else _norm(_difference(cut, trained)) / scale,
+        rounding=(frobenius if cut is None else _norm(_difference(on_disk, cut))) / scale,
+        output=None if cut is None or moment is None else weighted_error(trained, cut, moment),
     )
 
 
@@ -106,9 +147,11 @@ def _dense(update: Update) -> Tensor:
 
 def _size(update: Update) -> tuple[float, float]:
     """(‖ΔW‖_F, max |ΔW|)."""
-    if isinstance(update, Tensor):
-        return float(update.norm()), float(update.abs().max())
-    return float(update.norm()), _max_abs(update)
+    return _norm(update), float(update.abs().max()) if isinstance(update, Tensor) else _max_abs(update)
+
+
+def _norm(update: Update) -> float:
+    return float(update.norm())
 
 
 def _max_abs(factors: Factors, rows: int = 512) -> float:

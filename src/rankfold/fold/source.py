@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -39,7 +41,7 @@ class Source:
     Args:
         method: what it is, for people: "rasa", "peft:dora".
         config: its config, of which a fold keeps base, revision, task type and modules_to_save.
-        update: the trained update of a module by name, with gate and scale; called once a module, in any order.
+        update: the trained update of a module by name, with gate and scale; in any order.
         adapted: names of the modules that have the adapter, as the base model knows them.
         sites: every linear module of a type that has the adapter, adapted or not, in the model's order.
         modules: every module name of the base model.
@@ -83,7 +85,9 @@ def read_config(folder: Path) -> PeftConfig:
         raise ValueError(f"{path} is not valid: {error}") from None
     if kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
         raise ValueError(f"{path}: peft_type={kind!r} is not known to PEFT or rankfold")
-    return PeftConfig.from_pretrained(str(folder))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT's advice about training
+        return PeftConfig.from_pretrained(str(folder))
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
@@ -110,16 +114,15 @@ def base_config(name: str | None) -> PretrainedConfig:
         raise ValueError(f"base={name!r}: its config.json cannot be read ({reason}); give --base FOLDER") from None
 
 
-def model_class(config: PeftConfig) -> type:
-    """The class of the base model that an adapter with this config is put on: an auto class, or transformers' own."""
-    auto = AUTO.get(str(getattr(config.task_type, "value", config.task_type)))
-    mapped = None if auto is not None else (config.auto_mapping or {}).get("base_model_class")
-    return auto or getattr(transformers, mapped or "", None) or AutoModel
-
-
 def base_skeleton(config: PeftConfig, base: str | None) -> nn.Module:
     """The base model on the meta device, from its config alone; raises ValueError where that cannot be had."""
-    found = base_config(base or config.base_model_name_or_path)
-    model = model_class(config)
+    found, made = base_config(base or config.base_model_name_or_path), base_class(config)
     with torch.device("meta"):
-        return model.from_config(found) if hasattr(model, "from_config") else model(found)
+        return made.from_config(found) if hasattr(made, "from_config") else made(found)
+
+
+def base_class(config: PeftConfig) -> Any:
+    """The class to load the base model with: of the adapter's task, else what it was trained on, else the bare model."""
+    auto = AUTO.get(str(getattr(config.task_type, "value", config.task_type)))
+    named = (config.auto_mapping or {}).get("base_model_class")
+    return auto or getattr(transformers, named or "", None) or AutoModel
