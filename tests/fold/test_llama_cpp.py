@@ -7,6 +7,9 @@ is quantised, and llama.cpp then rounds activations to 8 bits as well: there the
 from __future__ import annotations
 
 import hashlib
+import re
+import subprocess
+import sys
 from copy import deepcopy
 from pathlib import Path
 
@@ -212,3 +215,14 @@ def test_smollm2_at_scale_zero_is_the_base(base: str, smollm2: dict) -> None:
     assert torch.equal(
         logits(smollm2[base], smollm2["tokens"], smollm2["lora"], scale=0.0), logits(smollm2[base], smollm2["tokens"])
     )
+
+
+@pytest.mark.slow
+def test_the_code_of_the_serving_page_runs(smollm2: dict, tmp_path: Path) -> None:
+    page = Path(__file__).parents[2] / "docs" / "serving.md"
+    (code,) = re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S)
+    (tmp_path / "BASE.gguf").symlink_to(smollm2["quantised"])
+    (tmp_path / "folded").symlink_to(smollm2["lora"].parent)
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "sea" in done.stdout.lower()

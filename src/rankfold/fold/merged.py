@@ -94,7 +94,9 @@ def _linear(model: nn.Module, name: str) -> nn.Linear:
     """The module of this name; raises ValueError where there is none, or where another layer uses its weight."""
     module = dict(model.named_modules()).get(name)
     if not isinstance(module, nn.Linear | Conv1D):
-        raise ValueError(f"profile merged: {type(model).__name__} has no linear layer {name!r}; was the adapter's another?")
+        raise ValueError(
+            f"profile merged: {type(model).__name__} has no linear layer {name!r}; was the adapter's another?"
+        )
     embeddings = model.get_input_embeddings()  # pyright: ignore[reportCallIssue]
     if module.weight is getattr(embeddings, "weight", None):
         raise ValueError(f"profile merged: {name} shares its weight with the embeddings, which would change too")
