@@ -140,9 +140,10 @@ def test_fold_is_called_with_its_options(monkeypatch: pytest.MonkeyPatch, capsys
 
     monkeypatch.setattr("rankfold.fold.fold_adapter", fold_adapter, raising=False)
     assert cli.main(["fold", "a", "-o", "b", "--dtype", "bfloat16", "--no-probe"]) == 0
-    assert calls == [
-        (Path("a"), Path("b"), {"base": None, "dtype": "bfloat16", "pad": "serve", "probe": False, "force": False})
-    ]
+    ((adapter, out, options),) = calls
+    assert (adapter, out) == (Path("a"), Path("b"))
+    given = {"profile": "uniform", "dtype": "bfloat16", "pad": "serve", "probe": False, "progress": True}
+    assert {k: v for k, v in options.items() if v not in (None, False) or k in given} == given
     assert capsys.readouterr().out == "folded\n"
 
 

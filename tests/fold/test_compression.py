@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from rankfold import RasaConfig
+from rankfold.cli import main
 from rankfold.factors import Factors
 from rankfold.fold import fold_adapter, fold_model
 from rankfold.fold.calibration import read_texts, second_moments, tokenise
@@ -249,12 +251,27 @@ def test_strict_writes_nothing(base: Path, tmp_path: Path) -> None:
     folder = adapter(base, tmp_path)
     with pytest.raises(ValueError, match=r"strict=0.01: the relative error of model\.\S+ is .*of which compression"):
         fold_adapter(folder, tmp_path / "out", rank=4, strict=0.01)
-    with pytest.raises(ValueError, match="strict=1e-05.*rounding to torch.bfloat16"):
+    with pytest.raises(ValueError, match=r"strict=1e-05.*rounding to torch\.bfloat16"):
         fold_adapter(folder, tmp_path / "out", dtype="bfloat16", strict=1e-5)
     with pytest.raises(ValueError, match="strict=0 must be"):
         fold_adapter(folder, tmp_path / "out", strict=0)
     assert [p.name for p in tmp_path.iterdir()] == ["rasa"]
     fold_adapter(folder, tmp_path / "out", dtype="bfloat16", strict=0.01, probe=False)
+
+
+def test_the_command(base: Path, tmp_path: Path, capsys) -> None:
+    """The flags reach the fold; an error is one line, status 1, and nothing is written."""
+    folder, out = str(adapter(base, tmp_path, "dora")), str(tmp_path / "out")
+    with warnings.catch_warnings():
+        assert main(["fold", folder, "-o", out]) == 1
+        assert "error: peft:dora: its update is no product of small matrices" in capsys.readouterr().err
+        assert main(["fold", folder, "-o", out, "--rank", "8", "--strict"]) == 1
+        assert "error: strict=0.01: the relative error of model." in capsys.readouterr().err
+        assert not Path(out).exists()
+        (tmp_path / "c.txt").write_text(TEXTS[0])
+        flags = ["--error", "0.05", "--calibration", str(tmp_path / "c.txt"), "--strict", "0.5", "--no-probe"]
+        assert main(["fold", folder, "-o", out, *flags]) == 0
+    assert "of the output" in capsys.readouterr().out
 
 
 def test_a_large_rasa_takes_seconds() -> None:

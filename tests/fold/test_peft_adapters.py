@@ -135,7 +135,7 @@ def shaken(config: PeftConfig, base: Path, **kwargs: Any) -> PeftModel:
         model = get_peft_model(AutoModelForCausalLM.from_pretrained(base, **kwargs), config)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for name, p in model.named_parameters():
+        for p in model.parameters():
             if p.requires_grad:
                 scale = 0.3 * float(p.std()) if p.numel() > 1 and p.std() > 0 else 0.1
                 p.add_(torch.randn(p.shape, generator=generator).to(p.dtype), alpha=scale)
@@ -160,7 +160,7 @@ def reloaded(base: Path, adapter: Path) -> PeftModel:
 
 def merged_updates(base: Path, adapter: Path) -> dict[str, Tensor]:
     """W' − W of every module, out × in, by merging the whole model in float64."""
-    before = {n: m for n, m in AutoModelForCausalLM.from_pretrained(base).double().named_modules()}
+    before = dict(AutoModelForCausalLM.from_pretrained(base).double().named_modules())
     model = reloaded(base, adapter).double()
     found = {}
     for name, module in model.get_base_model().named_modules():
@@ -187,7 +187,7 @@ def test_a_fold_is_what_peft_computes(name: str, bases: dict[str, Path], tmp_pat
     plain = logits(AutoModelForCausalLM.from_pretrained(base))
     assert (expected - plain).abs().max() > 2e-3  # the adapter does something
     if row.rank is None:
-        with pytest.raises(ValueError, match="--error 0.01, or how large with --rank"):
+        with pytest.raises(ValueError, match=r"--error 0\.01, or how large with --rank"):
             fold_adapter(adapter, out, probe=False)
         assert not out.exists()
     report = fold_adapter(adapter, out, error=None if row.rank else 1e-9)

@@ -23,7 +23,7 @@ from rankfold.fold.probe import probe as run_probe
 from rankfold.fold.probe import trained_model
 from rankfold.fold.profile import Folded, Profile
 from rankfold.fold.progress import watched
-from rankfold.fold.proof import FoldReport, LayerProof, prove, sha256
+from rankfold.fold.proof import FoldReport, LayerProof, prove, prove_sum, sha256
 from rankfold.fold.source import Source, Update, read_config
 from rankfold.folders import whole_folder
 
@@ -218,14 +218,14 @@ def _fold(
             f"{source.method}: its update is no product of small matrices, so a LoRA can only come near it; say how near "
             "with --error 0.01, or how large with --rank N"
         )
-    exact = Factors(trained[:0], trained[:, :0]) if isinstance(trained, Tensor) else _lowered(trained)
+    exact = Factors(trained[:0], trained[:, :0]) if isinstance(trained, Tensor) else lowered(trained)
     moment = budget.moment(name)
     cut = compress(trained, budget, moment) if budget else None
     factors = rounded(_live(exact if cut is None else cut))
     return factors, prove(name, trained, exact, factors.to(torch.float64), cut=cut, moment=moment)
 
 
-def _lowered(update: Factors) -> Factors:
+def lowered(update: Factors) -> Factors:
     """Balanced, without the components that add nothing, and of no higher rank than a matrix of its shape can have."""
     live = _live(update)
     return live.compress(rank=min(live.shape)) if live.rank > min(live.shape) else live
@@ -239,11 +239,7 @@ def _live(update: Factors) -> Factors:
 def _on_disk(proof: LayerProof, source: Source, rounded: Factors, read: Update) -> LayerProof:
     """The proof, about what is on the disk; raises OSError where that is not what was written."""
     if isinstance(read, Tensor):  # no factors, but what was added to a weight
-        wide = rounded.to(torch.float64)
-        all_in_all, rounding = prove(proof.module, source.update(proof.module), wide, read), prove("", wide, wide, read)
-        share = rounding.norm / (proof.norm or 1.0)
-        errors = {"frobenius": all_in_all.frobenius, "max": all_in_all.max, "rounding": rounding.frobenius * share}
-        return replace(proof, **errors)
+        return prove_sum(proof, source.update(proof.module), rounded.to(torch.float64), read)
     rank = rounded.rank
     same = torch.equal(read.down[:rank], rounded.down) and torch.equal(read.up[:, :rank], rounded.up)
     if not same or read.scale != rounded.scale or read.down[rank:].any() or read.up[:, rank:].any():

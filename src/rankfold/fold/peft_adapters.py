@@ -7,11 +7,12 @@ from collections.abc import Callable
 from copy import copy
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -71,14 +72,16 @@ def from_model(model: nn.Module, adapter_name: str = "default") -> Source:
     Raises:
         ValueError: no adapter of that name, one that is merged, or one that has no fold.
     """
-    config = getattr(model, "peft_config", {}).get(adapter_name)
+    configs: dict[str, PeftConfig] = getattr(model, "peft_config", {})
+    config = configs.get(adapter_name)
     if config is None:
-        raise ValueError(f"adapter_name={adapter_name!r}: the model has {sorted(getattr(model, 'peft_config', {}))}")
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+        raise ValueError(f"adapter_name={adapter_name!r}: the model has {sorted(configs)}")
+    check_foldable(config)
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     layers = _layers(base, adapter_name)
 
     def live(name: str) -> Tensor:
-        weight = layers[name].get_base_layer().weight
+        weight: Tensor = layers[name].get_base_layer().weight  # pyright: ignore[reportAssignmentType]
         if not weight.is_floating_point():
             raise ValueError(
                 f"{name}: this adapter's update depends on the base's weights, which are quantised here; "
@@ -88,7 +91,7 @@ def from_model(model: nn.Module, adapter_name: str = "default") -> Source:
 
     read = live
     if _start(config) in STARTS:  # the live weights are no longer the base's
-        read = weight_reader(config.base_model_name_or_path, config.revision, base.base_model_prefix)  # pyright: ignore
+        read = weight_reader(config.base_model_name_or_path, config.revision, getattr(base, "base_model_prefix", ""))
     saved = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
     kept = _kept(config)
     heads = {key: tensor for key, tensor in saved.items() if kept & set(key.split("."))}
@@ -164,7 +167,7 @@ def _load(model: nn.Module, config: PeftConfig, tensors: dict[str, Tensor], fold
     tuner = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type]  # pyright: ignore[reportArgumentType]
     own = {key: tensor for key, tensor in tensors.items() if key in expected}
     loaded = tuner._remap_adapter_state_dict_for_load(
-        model=model, config=model.peft_config["default"], adapter_name="default", state_dict=own
+        model=model, config=config, adapter_name="default", state_dict=own
     )
     shapes = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
     for key, tensor in loaded.items():
@@ -205,7 +208,6 @@ def _source(
     stored: Callable[[str], Tensor],
     heads: dict[str, Tensor],
 ) -> Source:
-    check_foldable(config)
     inside = tuple(f"{name}." for name in layers)
     sites, modules = [], []
     for name, module in base.named_modules():
@@ -232,7 +234,7 @@ def _source(
         return update_of(layers[name], adapter_name, config, weight)
 
     first = next(iter(layers.values())).get_base_layer()
-    dtype = getattr(base, "dtype", first.weight.dtype)
+    dtype: torch.dtype = getattr(base, "dtype", None) or first.weight.dtype  # pyright: ignore[reportAssignmentType]
     half = _start(config) in STARTS and dtype in (torch.bfloat16, torch.float16)
     return Source(
         method=f"peft:{_start(config) if _start(config) in STARTS else _title(config)}",
@@ -251,10 +253,8 @@ def _source(
 
 
 def _site(name: str, linear: nn.Module) -> Site:
-    out, into = linear.weight.shape if linear.weight.ndim == 2 else (0, 0)
-    if isinstance(linear, Conv1D):
-        return Site(name, int(out), int(into))
-    return Site(name, int(getattr(linear, "in_features", into)), int(getattr(linear, "out_features", out)))
+    into, out = _get_in_out_features(linear)
+    return Site(name, int(into), int(out))  # pyright: ignore[reportArgumentType]
 
 
 def _kept(config: PeftConfig) -> set[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -107,7 +107,7 @@ def prove(
     module: str,
     trained: Update,
     exact: Factors,
-    on_disk: Update,
+    on_disk: Factors,
     *,
     cut: Factors | None = None,
     moment: Tensor | None = None,
@@ -121,13 +121,15 @@ def prove(
     """
     norm, largest = _size(trained)
     scale = norm or 1.0
-    frobenius, most = _size(_difference(on_disk, trained))
+    algebra = 0.0 if isinstance(trained, Tensor) else _sketched(exact, trained) / scale
+    # Where nothing was cut, what is on the disk differs from `exact` by rounding alone, and from `trained` by that and `algebra`
+    frobenius, most = _size(_difference(on_disk, exact if cut is None else trained))
     return LayerProof(
         module=module,
         rank=(exact if cut is None else cut).rank,
         norm=norm,
-        algebra=0.0 if isinstance(trained, Tensor) else _norm(_difference(exact, trained)) / scale,
-        frobenius=frobenius / scale,
+        algebra=algebra,
+        frobenius=frobenius / scale + (algebra if cut is None else 0.0),
         max=most / (largest or 1.0),
         truncation=0.0 if cut is None else _norm(_difference(cut, trained)) / scale,
         rounding=(frobenius if cut is None else _norm(_difference(on_disk, cut))) / scale,
@@ -135,10 +137,35 @@ def prove(
     )
 
 
-def _difference(folded: Update, trained: Update) -> Update:
-    if isinstance(folded, Factors) and isinstance(trained, Factors):
-        return folded.minus(trained)
-    return _dense(folded) - _dense(trained)
+def prove_sum(proof: LayerProof, trained: Update, folded: Factors, added: Tensor) -> LayerProof:
+    """The proof of a module whose update was added to its weight, where the rounding is that of the sum.
+
+    Args:
+        proof: of its factors.
+        trained, folded: its update and what was added, in float64.
+        added: the saved weight minus the base's, out × in in float64.
+    """
+    norm, largest = proof.norm or 1.0, _size(trained)[1] or 1.0
+    frobenius, most = _size(_difference(added, trained))
+    rounding = _norm(_difference(added, folded))
+    return replace(proof, frobenius=frobenius / norm, max=most / largest, rounding=rounding / norm)
+
+
+def _difference(folded: Update, other: Update) -> Update:
+    if isinstance(folded, Tensor) or isinstance(other, Tensor):
+        return _dense(folded) - _dense(other)
+    if folded.rank != other.rank:
+        return folded.minus(other)
+    # B'A' − BA = (B' − B) A' + B (A' − A): of factors that are close, nothing large is subtracted
+    new, old = folded.baked(), other.baked()
+    return Factors(torch.cat([new.down, new.down - old.down]), torch.cat([new.up - old.up, old.up], 1))
+
+
+def _sketched(folded: Factors, trained: Factors, vectors: int = 8) -> float:
+    """‖ΔW' − ΔW‖_F, estimated by what both do to a few random inputs (fixed seed): any error shows, at no cost."""
+    new, old = folded.baked(), trained.baked()
+    x = torch.randn(new.shape[1], vectors, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    return float((new.up @ (new.down @ x) - old.up @ (old.down @ x)).norm()) / vectors**0.5
 
 
 def _dense(update: Update) -> Tensor:
@@ -147,23 +174,40 @@ def _dense(update: Update) -> Tensor:
 
 def _size(update: Update) -> tuple[float, float]:
     """(‖ΔW‖_F, max |ΔW|)."""
-    return _norm(update), float(update.abs().max()) if isinstance(update, Tensor) else _max_abs(update)
+    if isinstance(update, Tensor):
+        return float(update.norm()), float(update.abs().max())
+    steady, norm = _steady(update)
+    return norm, _max_abs(steady)
 
 
 def _norm(update: Update) -> float:
-    return float(update.norm())
+    return float(update.norm()) if isinstance(update, Tensor) else _steady(update)[1]
 
 
-def _max_abs(factors: Factors, rows: int = 512) -> float:
-    """max |ΔW|, a few rows at a time. The r×r core is made first in float64, so that a difference of two large updates
-    keeps its digits; the wide product may then run in float32."""
-    f = factors.baked()
-    if f.rank == 0:
-        return 0.0
+def _steady(f: Factors) -> tuple[Factors, float]:
+    """The same update in a form whose products keep their digits, and ‖ΔW‖_F: a difference of two large updates has its
+    core made first, by QR in float64; what does not cancel needs none, and its norm is a sum of r × r products."""
+    f = f.baked()
+    square = float(((f.up.T @ f.up) * (f.down @ f.down.T)).sum())
+    apart = float((f.up.square().sum(0) * f.down.square().sum(1)).sum())
+    if square > 1e-6 * apart or apart == 0:
+        return f, max(square, 0.0) ** 0.5
     q_up, r_up = torch.linalg.qr(f.up)
     q_down, r_down = torch.linalg.qr(f.down.T)
-    left, right = (q_up @ (r_up @ r_down.T)).float(), q_down.T.float()
-    return max(float((part @ right).abs().max()) for part in left.split(rows))
+    core = r_up @ r_down.T
+    return Factors(q_down.T, q_up @ core), float(core.norm())
+
+
+def _max_abs(f: Factors, rows: int = 512) -> float:
+    """max |ΔW|, a few rows at a time; the wide product may run in float32."""
+    if f.rank == 0:
+        return 0.0
+    right = f.down.float()
+    largest = 0.0
+    for part in f.up.float().split(rows):
+        low, high = torch.aminmax(part @ right)
+        largest = max(largest, -float(low), float(high))
+    return largest
 
 
 def sha256(path: Path) -> str:
