@@ -59,6 +59,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "rasa": {"shared_rank": 1},
     "sora": {"threshold": 1e-3},
     "adalora": {"r": 12, "target_r": 8, "tinit": 20, "tfinal": 50, "deltaT": 5, "orth_reg_weight": 0.1, "lora_alpha": 24},
+    "cora": {"target_modules": None},  # the basis names them
     "dynamic_dora": {"r": 12, "target_r": 8, "interval": 10, "lora_dropout": 0.0, "lora_alpha": 24},
 }  # fmt: skip
 
@@ -96,11 +97,14 @@ def main() -> None:
     results: dict[str, TrainResult] = {}
     for method in (args.method, "peft:lora"):
         name = method.replace(":", "-")
+        if method == "cora":
+            METHODS[method]["basis"] = str(basis(args.model, args.out))
         console.rule(f"{method} on {RUNS[args.model]['model']}")
         run = parse(
             {
                 **RUNS[args.model],
-                "method": {"name": method, **COMMON, **METHODS.get(method, {})},
+                "method": {"name": method}
+                | {k: v for k, v in {**COMMON, **METHODS.get(method, {})}.items() if v is not None},
                 "output": str(args.out / f"demo-{args.model}-{name}"),
             }
         )
@@ -139,6 +143,21 @@ def main() -> None:
     )
     if same != of:
         sys.exit(f"{of - same} predictions of the fold differ from the trained adapter's")
+
+
+def basis(model: str, out: Path) -> Path:
+    """A common subspace of siblings of the model that were tuned on other tasks than the demo's."""
+    if model != "minilm":
+        sys.exit("cora: the siblings that examples/make_siblings.py makes are of MiniLM; use make demo METHOD=cora")
+    file = out / "siblings.safetensors"
+    script, tasks = (
+        Path(__file__).with_name("make_siblings.py"),
+        ["syllables", "first-sound", "last-sound", "extra-letters"],
+    )
+    command = [sys.executable, "-W", "ignore", str(script), "--out", str(out / "siblings"), "--basis", str(file)]
+    console.rule("four siblings of the model, each tuned on another task, and their common subspace")
+    subprocess.run([*command, "--tasks", *tasks], check=True)
+    return file.absolute()
 
 
 def stock_peft_agrees(model: str, result: TrainResult, folded: Path, rows: int = 256) -> tuple[int, int, float]:

@@ -2,6 +2,7 @@
 
     python examples/make_siblings.py --out siblings              (a few minutes on two cores)
     rankfold subspace siblings/* -o bases/qkv.safetensors --targets query,key,value
+    python examples/make_siblings.py --out siblings --basis bases/all.safetensors     (both at once, for all linear layers)
 
 CoRA needs models that were tuned from one base for different tasks. These are film reviews (VADER's corpus) and four
 questions about the sound of a spelt word, whose answers are in the CMU dictionary. To measure CoRA on one of the tasks,
@@ -26,6 +27,7 @@ from peft import PeftModel
 
 from rankfold.cli import _quiet
 from rankfold.folders import whole_folder
+from rankfold.subspace import build_subspace
 from rankfold.train import bundled
 from rankfold.train.model import load_config, load_model, load_tokenizer, locate
 from rankfold.train.run import train
@@ -56,6 +58,7 @@ QUESTIONS: dict[str, Callable[[list[str], list[str]], str]] = {
     "last-sound": lambda letters, sounds: KIND[sounds[-1]],
     "extra-letters": extra_letters,
 }
+LINEAR = ("query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense")
 TASKS = ("movie-reviews", *QUESTIONS)
 
 
@@ -123,6 +126,8 @@ def main() -> None:
     parser.add_argument("--epochs", type=float, default=1.0)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--basis", type=Path, help="then build a subspace of every linear layer, rank 8 (.safetensors)")
+    parser.add_argument("--source", choices=("weights", "delta"), default="weights", help="of what (default: weights)")
     arguments = parser.parse_args()
     _quiet()
     arguments.out.mkdir(parents=True, exist_ok=True)
@@ -133,6 +138,21 @@ def main() -> None:
             continue
         with tempfile.TemporaryDirectory(dir=arguments.out, prefix=f".{task}.") as work:
             print(f"{task}: {make(task, folder, Path(work), arguments)} -> {folder}", flush=True)
+    if arguments.basis is not None and not arguments.basis.exists():
+        build_basis([arguments.out / task for task in arguments.tasks], arguments)
+
+
+def build_basis(siblings: list[Path], arguments: argparse.Namespace) -> None:
+    found = build_subspace(
+        siblings,
+        arguments.basis,
+        base=locate(arguments.model) if arguments.source == "delta" else None,
+        targets=LINEAR,
+        scope="module",  # the shapes differ
+        source=arguments.source,
+        rank=8,
+    )
+    print(found.summary(), flush=True)
 
 
 if __name__ == "__main__":

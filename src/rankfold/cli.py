@@ -67,6 +67,20 @@ def _train(a: argparse.Namespace) -> None:
         _print_table(result.output, result.lines())
 
 
+def _sparsify(a: argparse.Namespace) -> None:
+    if not a.debug:
+        _quiet()
+    from rankfold.methods.sora import thresholds
+    from rankfold.train.runfile import load
+    from rankfold.train.sparsify import sparsify
+
+    schedule = thresholds(a.first, a.last, a.stages, a.schedule)
+    stages = sparsify(
+        load(a.run_file, a.overrides), schedule, stage_epochs=a.stage_epochs, resume=a.resume, overwrite=a.overwrite
+    )
+    print(f"{len(stages)} adapters; the curve is in {Path(stages[0].adapter).parent.parent / 'stages.png'}")
+
+
 def _validate(a: argparse.Namespace) -> None:
     from rankfold.train.runfile import load
 
@@ -118,6 +132,18 @@ def _fold(a: argparse.Namespace) -> None:
     print(folded.summary())
 
 
+def _doctor(a: argparse.Namespace) -> int:
+    from rankfold.doctor.command import run_doctor
+
+    return run_doctor(a.path, base=a.base, engines=[e for part in a.engines or () for e in part], json=a.json)
+
+
+def _engines(text: str) -> list[str]:
+    from rankfold.doctor.command import engine_list
+
+    return engine_list(text)
+
+
 def _plan(a: argparse.Namespace) -> None:
     _quiet()
     from rankfold.plan.command import run_gelora
@@ -164,6 +190,11 @@ def _version(a: argparse.Namespace) -> None:
             print(f"{package} (not installed)")
 
 
+def _names(text: str) -> list[str]:
+    """What a list is on the command line: `query,key,value`."""
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
 # --- parsing ------------------------------------------------------------------------------------------------------------
 
 
@@ -189,6 +220,18 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--dry-run", action="store_true", help="print parameters, steps and memory; train nothing")
     train.add_argument("--resume", action="store_true", help="continue from the last whole checkpoint, if there is one")
     train.add_argument("--overwrite", action="store_true", help="delete the earlier run in the output folder first")
+
+    sparsify = command(
+        "sparsify", _sparsify, "train SoRA with ever higher thresholds and draw what each of them leaves"
+    )
+    run_file(sparsify)
+    sparsify.add_argument("--first", type=float, default=0.0, help="the first stage's threshold (default: 0, dense)")
+    sparsify.add_argument("--last", type=float, required=True, help="the last stage's threshold")
+    sparsify.add_argument("--stages", type=int, default=6, help="how many, the first and last included (default: 6)")
+    sparsify.add_argument("--schedule", choices=("linear", "log_linear", "exp_linear"), default="linear")
+    sparsify.add_argument("--stage-epochs", type=float, help="of every stage after the first (default: as the first)")
+    sparsify.add_argument("--resume", action="store_true", help="go on where a killed schedule stopped")
+    sparsify.add_argument("--overwrite", action="store_true", help="delete earlier stages in the output folder first")
 
     run_file(command("validate", _validate, "check a run file"))
 
@@ -236,6 +279,19 @@ def _parser() -> argparse.ArgumentParser:
     fold.add_argument("--no-probe", action="store_true", help="do not compare outputs of the two on a probe batch")
     fold.add_argument("--force", action="store_true", help="replace the output folder if it exists")
 
+    doctor = command("doctor", _doctor, "say which engine loads an adapter, which refuses or mis-scales it, and why")
+    doctor.add_argument("path", help="any adapter: a folder, or a .safetensors or .gguf file")
+    doctor.add_argument("--base", help="folder of the base model, if not the one that the adapter names")
+    doctor.add_argument(
+        "--engine",
+        action="append",
+        dest="engines",
+        type=_engines,
+        metavar="NAMES",
+        help="ask these alone, and fail unless each loads it: vllm,sglang,llama.cpp,... (repeatable)",
+    )
+    doctor.add_argument("--json", action="store_true", help="print JSON instead of the table")
+
     plan = command("plan", _plan, "choose ranks for a model on your texts before training (GeLoRA)")
     plan.add_argument("--method", choices=("gelora",), default="gelora")
     plan.add_argument("--model", required=True, help="a bundled name, folder, GGUF file or hub id")
@@ -244,9 +300,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--seed", type=int, default=0)
     plan.add_argument("--rounding", choices=("round", "ceil_diff", "floor_diff"), default="round")
     plan.add_argument("--max-rank", type=int)
-    plan.add_argument(
-        "--target", action="append", dest="targets", help="a module name suffix; by default the attention"
-    )
+    plan.add_argument("--targets", type=_names, metavar="A,B", help="ends of module names (default: the attention's)")
     plan.add_argument("--max-length", type=int, help="longest text in tokens")
     plan.add_argument("--text", default="text", help="column of the texts")
     plan.add_argument("--pair", help="column of second texts")
@@ -268,11 +322,7 @@ def _parser() -> argparse.ArgumentParser:
     subspace.add_argument("-o", "--out", required=True, help="the basis file to write (.safetensors)")
     subspace.add_argument("--base", help="folder of their common base; needed for --source delta")
     subspace.add_argument(
-        "--target",
-        action="append",
-        dest="targets",
-        default=None,
-        help="module name suffix (default: q_proj, k_proj, v_proj)",
+        "--targets", type=_names, metavar="A,B", help="ends of module names (default: q_proj,k_proj,v_proj)"
     )
     subspace.add_argument("--scope", choices=("layer", "module", "global"), default="layer")
     subspace.add_argument("--source", choices=("weights", "delta"), default="weights")

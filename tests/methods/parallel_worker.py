@@ -27,7 +27,7 @@ CASES: dict[str, tuple[str, Arch, Row]] = {
     for how in ("ddp", "ddp_checkpointed", "fsdp")
     for arch in ("llama", "gpt2")
     for row in ROWS
-    if ((arch == "llama" and how != "ddp_checkpointed") or row in FIRST) and (how != "fsdp" or row.facts.sharded)
+    if (arch == "llama" and how != "ddp_checkpointed") or row in FIRST
 }
 
 

@@ -41,7 +41,6 @@ class Facts:
         bad: configs that must be refused, each with what the error must name.
         starts_at_base: whether the first update is zero.
         needs: what the config needs on an architecture beside the variant's fields.
-        sharded: whether it trains under FSDP2.
     """
 
     method: str
@@ -52,7 +51,6 @@ class Facts:
     bad: tuple[tuple[dict[str, Any], str], ...] = ()
     starts_at_base: bool = True
     needs: Callable[[Arch], dict[str, Any]] = lambda arch: {}
-    sharded: bool = True
 
 
 @dataclass(frozen=True, eq=False)
@@ -171,13 +169,12 @@ ADALORA = Facts(
     count=_gated_count,
     rank=lambda config, r, layers: r,
     delta=_adalora_delta,
-    variants={"default": {"r": 4, "target_r": 4, "allow_unscheduled": True}},
+    variants={"default": {"r": 4, "target_r": 2, "allow_unscheduled": True}},
     bad=(
         ({"r": 4, "target_r": 5}, "target_r=5"),
         ({"deltaT": 0}, "deltaT=0"),
         ({"use_rslora": True}, "use_rslora=True"),
     ),
-    sharded=False,  # its controller mixes whole tensors with shards
 )
 DYNAMIC_DORA = Facts(
     method="dynamic_dora",
@@ -185,11 +182,10 @@ DYNAMIC_DORA = Facts(
     rank=lambda config, r, layers: r,
     delta=_gated_delta,
     variants={
-        "default": {"r": 4, "target_r": 4, "lora_dropout": 0.0, "interval": 1, "start": 0, "end": 0}
+        "default": {"r": 4, "target_r": 2, "lora_dropout": 0.0, "interval": 1, "start": 0, "end": 0}
         | {"allow_unscheduled": True}
     },
     bad=(({"r": 4, "target_r": 0}, "target_r=0"), ({"start": 0.6, "end": 0.5}, "start=0.6")),
-    sharded=False,  # as AdaLoRA
 )
 
 

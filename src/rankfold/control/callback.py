@@ -20,6 +20,7 @@ class AdapterCallback(TrainerCallback):
 
     def __init__(self) -> None:
         self.attached: Attached | None = None
+        self.written = -1  # the step of the last line
 
     def on_train_begin(
         self,
@@ -32,10 +33,17 @@ class AdapterCallback(TrainerCallback):
     ) -> None:
         self.attached = attach(model, optimizer, total_steps=state.max_steps)  # pyright: ignore[reportArgumentType]
         if self.attached.controllers and state.is_world_process_zero:
-            _drop_later_lines(self._path(args), state.global_step)
+            self.written = _drop_later_lines(self._path(args), state.global_step)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
-        if self.attached and self.attached.controllers and state.is_world_process_zero:
+        # Trainer logs the last step twice, with its loss and with the summary
+        if (
+            self.attached
+            and self.attached.controllers
+            and state.is_world_process_zero
+            and state.global_step > self.written
+        ):
+            self.written = state.global_step
             self._path(args).parent.mkdir(parents=True, exist_ok=True)
             with open(self._path(args), "a", encoding="utf-8") as f:
                 f.write(json.dumps({"step": state.global_step, "ranks": self.attached.ranks()}) + "\n")
@@ -56,18 +64,23 @@ class AdapterCallback(TrainerCallback):
         return Path(args.output_dir or ".") / "ranks.jsonl"
 
 
-def _drop_later_lines(path: Path, step: int) -> None:
-    """A resumed run writes steps after its checkpoint again; what the killed one wrote of them goes."""
+def _drop_later_lines(path: Path, step: int) -> int:
+    """A resumed run writes steps after its checkpoint again; what the killed one wrote of them goes.
+
+    Returns:
+        The last step that is kept, -1 where there is none.
+    """
     if not path.exists():
-        return
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    kept = []
-    for line in lines:
+        return -1
+    kept = {}
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
         try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line)
+            written = int(json.loads(line)["step"])
         except (json.JSONDecodeError, KeyError, TypeError):
             continue  # half a line, from the moment of the kill
+        if written <= step and line.endswith("\n"):
+            kept[written] = line
     part = path.with_suffix(".part")  # a kill in here must not lose the lines
-    part.write_text("".join(kept), encoding="utf-8")
+    part.write_text("".join(kept.values()), encoding="utf-8")
     part.replace(path)
+    return max(kept, default=-1)

@@ -20,14 +20,14 @@ import torch
 from torch import Tensor, nn
 
 from rankfold.adapter import Site
-from rankfold.config import LowRankConfig
 from rankfold.control.controller import Controller, finite, run_length
-from rankfold.methods.gated import Gated, check_budget, lowest
+from rankfold.control.sharded import whole, zero_
+from rankfold.methods.gated import BudgetConfig, Gated, check_budget, lowest
 from rankfold.registry import Method, register
 
 
 @dataclass
-class AdaSvdConfig(LowRankConfig):
+class AdaSvdConfig(BudgetConfig):
     """AdaLoRA (arXiv 2303.10512) as rankfold runs it; the names are those of PEFT's AdaLoraConfig, with r for init_r.
 
     Args:
@@ -41,8 +41,6 @@ class AdaSvdConfig(LowRankConfig):
     """
 
     method: ClassVar[str] = "adalora"
-    r: int = field(default=12, metadata={"help": "Rank of every module at the start."})
-    target_r: int = field(default=8, metadata={"help": "Mean rank of a module at the end."})
     tinit: int = field(default=0, metadata={"help": "Steps before the first cut."})
     tfinal: int = field(default=0, metadata={"help": "Steps at the end with the final ranks."})
     deltaT: int = field(default=1, metadata={"help": "Steps between two cuts."})
@@ -51,13 +49,9 @@ class AdaSvdConfig(LowRankConfig):
     orth_reg_weight: float = field(
         default=0.5, metadata={"help": "gamma: weight of the orthogonality of both factors."}
     )
-    total_step: int | None = field(default=None, metadata={"help": "Optimiser steps of the run; Trainers tell it."})
 
     def check(self) -> None:
         super().check()
-        self.require("target_r", self.target_r, 1 <= self.target_r <= self.r, f"in 1..r={self.r}")
-        steps = self.total_step
-        self.require("total_step", steps, steps is None or steps >= 1, "an integer >= 1, or null")
         self.require("use_rslora", self.use_rslora, not self.use_rslora, "false: AdaLoRA's scale is alpha/(r + 1e-5)")
         for name in ("tinit", "tfinal"):
             self.require(name, getattr(self, name), getattr(self, name) >= 0, "an integer >= 0")
@@ -110,8 +104,8 @@ class AdaSvdController(Controller[AdaSvd, AdaSvdConfig]):
         names = ("down", "up", "gate")
         self.state |= {
             # Ī and Ū of every entry of Q, P, λ
-            "I": [{n: torch.zeros_like(getattr(a, n), dtype=_wide(a)) for n in names} for a in self.adapters],
-            "U": [{n: torch.zeros_like(getattr(a, n), dtype=_wide(a)) for n in names} for a in self.adapters],
+            "I": [{n: _zeros(getattr(a, n)) for n in names} for a in self.adapters],
+            "U": [{n: _zeros(getattr(a, n)) for n in names} for a in self.adapters],
         }
 
     def extra_loss(self) -> Tensor | None:
@@ -119,8 +113,9 @@ class AdaSvdController(Controller[AdaSvd, AdaSvdConfig]):
             return None
         norms = []
         for a in self.adapters:
-            eye = torch.eye(a.r, device=a.up.device, dtype=a.up.dtype)
-            norms += [torch.linalg.norm(a.up.T @ a.up - eye), torch.linalg.norm(a.down @ a.down.T - eye)]
+            up, down = whole(a.up), whole(a.down)
+            eye = torch.eye(a.r, device=up.device, dtype=up.dtype)
+            norms += [torch.linalg.norm(up.T @ up - eye), torch.linalg.norm(down @ down.T - eye)]
         return self.config.orth_reg_weight * torch.stack(norms).mean()
 
     def before_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -138,7 +133,7 @@ class AdaSvdController(Controller[AdaSvd, AdaSvdConfig]):
         b, now = budget(t, b0, bT, c.tinit, c.tfinal, total, c.deltaT)
         if now and b < b0:
             for adapter, out in zip(self.adapters, lowest(self._scores(), b0 - b), strict=True):
-                adapter.gate[out] = 0.0  # P and Q stay: a triplet dropped by mistake can come back
+                zero_(adapter.gate, out)  # P and Q stay: a triplet dropped by mistake can come back
 
     def _update(self) -> None:
         c = self.config
@@ -146,7 +141,7 @@ class AdaSvdController(Controller[AdaSvd, AdaSvdConfig]):
             for name in i_bar:
                 w: nn.Parameter = getattr(a, name)
                 if w.grad is not None:
-                    importance(i_bar[name], u_bar[name], w, w.grad, c.beta1, c.beta2)
+                    importance(i_bar[name], u_bar[name], whole(w), whole(w.grad), c.beta1, c.beta2)
 
     def _scores(self) -> list[Tensor]:
         scores = []
@@ -161,8 +156,8 @@ class AdaSvdController(Controller[AdaSvd, AdaSvdConfig]):
         return self.step >= min(self.total_steps, self.total_steps - self.config.tfinal + 2)
 
 
-def _wide(adapter: AdaSvd) -> torch.dtype:
-    return torch.promote_types(adapter.down.dtype, torch.float32)
+def _zeros(p: Tensor) -> Tensor:
+    return torch.zeros(p.shape, device=p.device, dtype=torch.promote_types(p.dtype, torch.float32))
 
 
 ADALORA = register(

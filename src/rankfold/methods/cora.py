@@ -45,7 +45,10 @@ class CoraConfig(LowRankConfig):
     """
 
     method: ClassVar[str] = "cora"
-    basis: str = field(default="", metadata={"help": "File of the common subspace; `rankfold subspace` writes it."})
+    basis: str = field(
+        default="",
+        metadata={"help": "File of the subspace; `rankfold subspace` writes it.", "example": "bases/qkv.safetensors"},
+    )
     basis_hash: str | None = field(
         default=None, metadata={"help": "Content hash of the basis, filled in from the file; another is refused."}
     )

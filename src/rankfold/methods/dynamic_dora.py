@@ -19,14 +19,14 @@ import torch
 from torch import Tensor, nn
 
 from rankfold.adapter import kaiming_
-from rankfold.config import LowRankConfig
 from rankfold.control.controller import Controller, finite, run_length
-from rankfold.methods.gated import Gated, check_budget, lowest
+from rankfold.control.sharded import whole, zero_
+from rankfold.methods.gated import BudgetConfig, Gated, check_budget, lowest
 from rankfold.registry import Method, register
 
 
 @dataclass
-class DynamicDoraConfig(LowRankConfig):
+class DynamicDoraConfig(BudgetConfig):
     """Dynamic DoRA (arXiv 2405.17357).
 
     Args:
@@ -40,21 +40,15 @@ class DynamicDoraConfig(LowRankConfig):
     """
 
     method: ClassVar[str] = "dynamic_dora"
-    r: int = field(default=12, metadata={"help": "Rank of every module at the start."})
     lora_dropout: float = field(default=0.1, metadata={"help": "Dropout on the adapter's input while training."})
-    target_r: int = field(default=8, metadata={"help": "Mean rank of a module at the end."})
     dem_weight: float = field(default=0.1, metadata={"help": "eta: weight of the variance penalty."})
     interval: int = field(default=100, metadata={"help": "Steps between two cuts."})
     beta: float = field(default=0.9, metadata={"help": "Smoothing of the scores."})
     start: float = field(default=0.15, metadata={"help": "Share of training before the first cut."})
     end: float = field(default=0.5, metadata={"help": "Share of training after the last cut."})
-    total_step: int | None = field(default=None, metadata={"help": "Optimiser steps of the run; Trainers tell it."})
 
     def check(self) -> None:
         super().check()
-        self.require("target_r", self.target_r, 1 <= self.target_r <= self.r, f"in 1..r={self.r}")
-        steps = self.total_step
-        self.require("total_step", steps, steps is None or steps >= 1, "an integer >= 1, or null")
         self.require("dem_weight", self.dem_weight, self.dem_weight >= 0, "a number >= 0")
         self.require("interval", self.interval, self.interval >= 1, "an integer >= 1")
         self.require("beta", self.beta, 0 <= self.beta < 1, "in [0, 1)")
@@ -69,10 +63,10 @@ class DynamicDora(Gated):
 
     def shares(self) -> Tensor:
         """q_i: the share of each component in the norm of the matrix's update; the scale cancels."""
-        a, b, c = self.down.float(), self.up.float(), self.gate.float()
+        a, b, c = (whole(p).float() for p in (self.down, self.up, self.gate))
         scaled = c[:, None] * a
-        whole = ((b.T @ b) * (scaled @ scaled.T)).sum().clamp_min(0).sqrt()  # ‖B diag(c) A‖_F
-        return c.abs() * b.norm(dim=0) * a.norm(dim=1) / (whole + 1e-8)
+        norm = ((b.T @ b) * (scaled @ scaled.T)).sum().clamp_min(0).sqrt()  # ‖B diag(c) A‖_F
+        return c.abs() * b.norm(dim=0) * a.norm(dim=1) / (norm + 1e-8)
 
 
 def cut(tau: int, tau_max: int, surplus: int) -> int:
@@ -105,7 +99,7 @@ class DynamicDoraController(Controller[DynamicDora, DynamicDoraConfig]):
     def extra_loss(self) -> Tensor | None:
         if not self.config.dem_weight or self.tau(self.step + 1) > self.tau_max:
             return None
-        variances = [v for a in self.adapters for v in (a.down.var(dim=1), a.up.var(dim=0))]
+        variances = [v for a in self.adapters for v in (whole(a.down).var(dim=1), whole(a.up).var(dim=0))]
         return self.config.dem_weight * torch.cat(variances).mean()
 
     def before_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -125,13 +119,13 @@ class DynamicDoraController(Controller[DynamicDora, DynamicDoraConfig]):
                 count = max(cut(tau, self.tau_max, surplus), 1) if surplus > 0 else 0
                 out = list(lowest(self.state["S"], count))
                 for adapter, mask in zip(self.adapters, out, strict=True):
-                    adapter.gate[mask] = 0.0
+                    zero_(adapter.gate, mask)
                 if tau == self.tau_max:
                     for final, mask in zip(self.state["final"], out, strict=True):
                         final.copy_(mask)
         else:
             for adapter, final in zip(self.adapters, self.state["final"], strict=True):
-                adapter.gate[final] = 0.0
+                zero_(adapter.gate, final)
 
     def finished(self) -> bool:
         return self.tau(self.step) >= self.tau_max

@@ -6,7 +6,7 @@ They differ in first values and in who zeroes entries of the gate, and when; tha
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +42,22 @@ class Gated(Adapter):
         return int(self.gate.count_nonzero())
 
 
-def check_budget(config: Any, adapters: Sequence[Gated]) -> None:
+@dataclass
+class BudgetConfig(LowRankConfig):
+    """Of a method whose components compete for a budget over the whole model: where they start, end, and for how long."""
+
+    r: int = field(default=12, metadata={"help": "Rank of every module at the start."})
+    target_r: int = field(default=8, metadata={"help": "Mean rank of a module at the end."})
+    total_step: int | None = field(default=None, metadata={"help": "Optimiser steps of the run; Trainers tell it."})
+
+    def check(self) -> None:
+        super().check()
+        self.require("target_r", self.target_r, 1 <= self.target_r <= self.r, f"in 1..r={self.r}")
+        steps = self.total_step
+        self.require("total_step", steps, steps is None or steps >= 1, "an integer >= 1, or null")
+
+
+def check_budget(config: BudgetConfig, adapters: Sequence[Gated]) -> None:
     """Raises ValueError where the start ranks (`rank_pattern` included) are below the budget."""
     start, goal = sum(a.r for a in adapters), config.target_r * len(adapters)
     if start < goal:

@@ -67,7 +67,7 @@ def trainer_arguments(
     if validated:
         arguments |= {f"eval_{key}": value for key, value in every.items()}
         arguments |= {
-            "load_best_model_at_end": t.keep_best,
+            "load_best_model_at_end": run.keeps_best,
             "metric_for_best_model": f"eval_{LOGGED_AS.get(run.metric, run.metric)}",
             "greater_is_better": run.greater_is_better,
         }

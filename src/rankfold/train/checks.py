@@ -63,6 +63,13 @@ def config_fields(config: type) -> dict[str, dataclasses.Field]:
     return {f.name: f for f in dataclasses.fields(config) if f.init and f.name not in SET_BY_THE_RUN}
 
 
+def scheduled(run: RunFile) -> bool:
+    """Whether the run's method is one of ours that chooses its ranks while it trains."""
+    from rankfold import registry
+
+    return run.method.name in registry.METHODS and registry.METHODS[run.method.name].controller is not None
+
+
 def peft_config(run: RunFile) -> PeftConfig:
     """The PEFT config of the run's method.
 
@@ -167,6 +174,10 @@ def _check_training(run: RunFile) -> list[Problem]:
         problem("metric", f"'{t.metric}' is no metric of {run.task}{nearest(t.metric, METRICS[run.task], 'known')}")
     if isinstance(t.evaluate_every, int) and t.evaluate_every < 1:
         problem("evaluate_every", f"{t.evaluate_every} is not allowed, should be greater than 0")
+    if t.early_stopping and not run.keeps_best:
+        problem(
+            "early_stopping", f"{t.early_stopping} needs keep_best: true, which '{run.method.name}' has off by default"
+        )
     if t.extra and not problems:
         arguments = arguments_class(run.task)
         known, ours = (

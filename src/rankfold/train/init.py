@@ -9,6 +9,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from rankfold.config import LowRankConfig
 from rankfold.train.checks import config_class, config_fields
 from rankfold.train.runfile import Data, Model, Task, Training
 
@@ -75,8 +76,12 @@ def _section(name: str, section: type[BaseModel], values: dict[str, Any]) -> lis
 def _method_fields(config: type, values: dict[str, Any]) -> list[str]:
     known = config_fields(config)
     # The fields that make the method what it is stand in every file, the rest of LoraConfig's is in its documentation.
-    own = [f for f in vars(config).get("__annotations__", {}) if f in known]
+    classes = [c for c in config.__mro__ if c is config or (issubclass(c, LowRankConfig) and c is not LowRankConfig)]
+    own = [f for c in reversed(classes) for f in vars(c).get("__annotations__", {}) if f in known]
     lines = []
+    values = {**values, **{key: known[key].metadata["example"] for key in own if "example" in known[key].metadata}}
+    if getattr(config, "default_targets", None) not in (None, LowRankConfig.default_targets):
+        values.pop("target_modules", None)  # the method knows them better
     for key in dict.fromkeys([*values, *own]):
         if key in known:
             field = known[key]

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -17,6 +17,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from rankfold.fold.source import read_config, read_tensors
 from rankfold.train import bundled
 from rankfold.train.checks import peft_config
 from rankfold.train.problems import nearest
@@ -127,10 +128,33 @@ def adapt(
         if more := [name for name in train_in_full if name not in _HEADS_OF_PEFT]:
             setattr(config, "modules_to_save", [*(getattr(config, "modules_to_save", None) or []), *more])  # noqa: B010
     try:
-        return get_peft_model(model, config)
+        return get_peft_model(model, config)  # pyright: ignore[reportReturnType]
     except (ValueError, TypeError, KeyError) as e:
         linear = {name.rpartition(".")[2] for name, module in model.named_modules() if hasattr(module, "weight")}
         raise ModelError(f"method: {e}. Modules with a weight: {', '.join(sorted(linear))}") from e
+
+
+def start_from(model: PeftModel, folder: Path) -> None:
+    """Puts the weights of an adapter folder, trained head included, into the model's new adapter.
+
+    Raises:
+        ModelError: no adapter folder, another method, or other modules and shapes.
+    """
+    where = f"training.start_from: '{folder}'"
+    try:
+        config, tensors = read_config(folder), read_tensors(folder)
+    except ValueError as e:
+        raise ModelError(f"training.start_from: {e}") from e
+    theirs, ours = (str(getattr(c.peft_type, "value", c.peft_type)) for c in (config, model.peft_config["default"]))
+    if theirs != ours:
+        raise ModelError(f"{where} is {theirs}, this run is {ours}; start from an adapter of the same method")
+    own = get_peft_model_state_dict(model, save_embedding_layers=False)
+    wrong = sorted(
+        {k for k, v in tensors.items() if k not in own or own[k].shape != v.shape} | (own.keys() - tensors.keys())
+    )
+    if wrong:
+        raise ModelError(f"{where} has other modules or shapes than this run ({len(wrong)} differ, {wrong[0]} is one)")
+    set_peft_model_state_dict(model, tensors)
 
 
 def _from(auto: Any, model: Model, place: str, **options: Any) -> Any:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-TRAIN, VALIDATION, TEST = "#4878a8", "#d1603d", "#2f2f2f"
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+TRAIN, VALIDATION, TEST, INK = "#4878a8", "#d1603d", "#2f2f2f", "#2f2f2f"
 
 
 def plot_metrics(
@@ -18,14 +21,12 @@ def plot_metrics(
         metric: as the trainer logs it, without prefix.
         best_step: of the checkpoint that was kept, if it is not the last one; the scores after training are its.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     evaluated = any(key.endswith(f"_{metric}") for row in rows for key in row)
     panels = ["loss", metric] if metric != "loss" and evaluated else ["loss"]
     figure = Figure(figsize=(5.2 * len(panels), 3.6), layout="constrained")
-    FigureCanvasAgg(figure)
     figure.suptitle(title, fontsize=11, x=0.01, ha="left")
     for panel, name in enumerate(panels, 1):
         axes = figure.add_subplot(1, len(panels), panel)
@@ -47,5 +48,10 @@ def plot_metrics(
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, fontsize=8)
+    save_figure(figure, folder / "metrics")
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Writes `path`.png and `path`.svg."""
     for suffix in ("png", "svg"):
-        figure.savefig(folder / f"metrics.{suffix}", dpi=150)
+        figure.savefig(f"{path}.{suffix}", dpi=150)

@@ -15,6 +15,7 @@ class TrainResult:
         output: the run's folder; the adapter is in `adapter` below it.
         metric: the one that chooses the best checkpoint.
         measured_on: the split of `before` and `after`: test, else validation, else none (empty).
+        others: by split, what else was measured after training.
         total, trainable, adapter, head: parameters; `head` is what is trained in full beside the adapter.
         stored, stored_bytes: of the saved adapter.
         resumed_at: the step this session began with, or None for a run in one go.
@@ -30,6 +31,7 @@ class TrainResult:
     measured_on: str
     before: dict[str, float]
     after: dict[str, float]
+    others: dict[str, dict[str, float]]
     total: int
     trainable: int
     adapter: int

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -39,6 +39,7 @@ def train(
     resume: bool = False,
     overwrite: bool = False,
     command: str = "",
+    also: Sequence[str] = (),
     say: Callable[[str], None] = print,
 ) -> TrainResult:
     """Train as the run file says.
@@ -47,6 +48,7 @@ def train(
         resume: continue from the last whole checkpoint in the output folder; start if there is none.
         overwrite: delete an earlier run in the output folder first.
         command: how the run was started, for the model card.
+        also: further splits whose rows are measured after training, such as "train".
         say: takes each sentence for the reader (on the main process only).
 
     Raises:
@@ -76,6 +78,8 @@ def train(
     set_seed(run.training.seed)  # the new weights depend on the seed alone, not on what the rows drew
     base, new_modules = model.load_model(run, prepared.place, prepared.config)
     adapted = model.adapt(base, run, new_modules, prepared.tokenizer)
+    if run.training.start_from is not None:
+        model.start_from(adapted, Path(run.training.start_from))
     spent = budget.count(adapted)
     share = spent.trainable / (spent.base + spent.trainable)
     say(
@@ -109,6 +113,8 @@ def train(
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     trainer.remove_callback(EarlyStoppingCallback)  # the measurement below is no further evaluation
     after = _measure(trainer, split, measured)
+    trainer.remove_callback(MetricsFile)  # nor is this
+    others = {name: _measure(trainer, name, prepared.for_trainer(name)) for name in also}
 
     best = trainer.state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
     rows_a_step = run.training.batch_size * run.training.gradient_accumulation * state.num_processes
@@ -126,6 +132,7 @@ def train(
             measured_on=split or "",
             before=first.scores,
             after=after,
+            others=others,
             total=spent.base + spent.trainable,
             trainable=spent.trainable,
             adapter=spent.adapter,

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from rankfold.train.checks import METRICS, check
+from rankfold.train.checks import METRICS, check, scheduled
 from rankfold.train.problems import COMMAND_LINE, Problem, RunFileError, explain, short
 from rankfold.train.yamlfile import KeyPath, YamlError, read
 
@@ -128,6 +128,9 @@ class Training(Section):
     precision: Literal["fp32", "bf16", "fp16"] = Field(
         default="fp32", description="Type of the computation: fp32, or autocast to bf16 or fp16."
     )
+    start_from: str | None = Field(
+        default=None, description="An adapter folder of the same method and shapes whose weights the run starts from."
+    )
     seed: int = Field(default=0, ge=0, description="Seed of the new weights, the order of the rows and dropout.")
     deterministic: bool = Field(
         default=False, description="Only deterministic kernels: repeatable to the bit, slower on a GPU."
@@ -142,8 +145,10 @@ class Training(Section):
         default=None,
         description="Chooses the best checkpoint. classification: accuracy, macro_f1, loss; causal-lm: loss, token_accuracy.",
     )
-    keep_best: bool = Field(
-        default=True, description="End with the best checkpoint on validation instead of the last one."
+    keep_best: bool | None = Field(
+        default=None,
+        description="End with the best checkpoint on validation instead of the last one. By default yes, but no for a "
+        "method that chooses its ranks on a schedule: the best may be from before they were chosen.",
     )
     early_stopping: int | None = Field(
         default=None, gt=0, description="Stop after so many evaluations in a row without a better metric."
@@ -178,6 +183,11 @@ class RunFile(Section):
     @property
     def greater_is_better(self) -> bool:
         return METRICS[self.task][self.metric]
+
+    @property
+    def keeps_best(self) -> bool:
+        """Whether the run ends with the best checkpoint on validation."""
+        return not scheduled(self) if self.training.keep_best is None else self.training.keep_best
 
     def to_yaml(self) -> str:
         """Every value of the run, defaults included, so that the file means the same in a later version."""

@@ -1,0 +1,24 @@
+"""Whole tensors for a schedule, where FSDP2 leaves every process a shard of each parameter.
+
+Every process computes the same scores from whole tensors, so all of them cut the same components. Both functions are
+collectives for a sharded tensor: every process calls them, in the same order.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+
+def whole(t: Tensor) -> Tensor:
+    """`t` itself, or all shards of it together; gradients go back to the shards."""
+    return t.full_tensor() if isinstance(t, DTensor) else t
+
+
+def zero_(p: Tensor, out: Tensor) -> None:
+    """Zeroes the entries of `p` that `out` (whole, bool, of p's shape) names, in place."""
+    if isinstance(p, DTensor):
+        p.mul_(distribute_tensor((~out).to(p.dtype), p.device_mesh, p.placements, src_data_rank=None))
+    else:
+        p[out] = torch.zeros((), dtype=p.dtype, device=p.device)

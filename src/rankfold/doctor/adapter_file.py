@@ -1,0 +1,187 @@
+"""An adapter as it lies on the disk: which format, its config with line numbers, the headers of its tensors.
+
+Nothing is unpickled, nothing is loaded: tensors are streamed by `weights.py`, one at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from rankfold.doctor import gguf_file, jsonlines
+from rankfold.doctor.findings import Finding, Status, one_line
+
+#: Formats by the file that holds the weights. The order decides where a folder has several.
+WEIGHTS = {
+    "adapter_model.safetensors": "peft",
+    "adapters.safetensors": "mlx",
+    "pytorch_lora_weights.safetensors": "diffusers",
+    "adapter_model.bin": "peft",
+}
+CONFIG = "adapter_config.json"
+
+
+@dataclass(frozen=True)
+class Header:
+    """What is known of a tensor without reading it; `dtype` in safetensors' letters (F32, BF16 …)."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass
+class AdapterFile:
+    """One adapter.
+
+    Args:
+        kind: "peft", "mlx", "diffusers" or "gguf".
+        weights: the file of the tensors, if there is one.
+        config: adapter_config.json, or the metadata of the file where the format has no config; {} if unreadable.
+        lines: the line of each key of the config.
+        tensors: headers by name; empty if pickled or unreadable.
+        pickled: the weights are a pickle, so nothing is known of the tensors.
+        problems: what went wrong in reading. With any of them no engine can read it either.
+    """
+
+    path: Path
+    kind: str
+    weights: Path | None = None
+    config: dict[str, Any] = field(default_factory=dict)
+    lines: dict[str, int] = field(default_factory=dict)
+    tensors: dict[str, Header] = field(default_factory=dict)
+    pickled: bool = False
+    problems: list[Finding] = field(default_factory=list)
+
+    def where(self, key: str) -> str:
+        """The place of a config key, for a finding."""
+        if self.kind == "gguf" or not self.lines:
+            return key
+        return f"{CONFIG}:{self.lines[key]} ({key})" if key in self.lines else f"{CONFIG} (no {key})"
+
+    def read_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor that torch can hold, one at a time.
+
+        Raises:
+            ValueError: a tensor that cannot be read, by name.
+        """
+        if self.weights is None or not self.tensors:
+            return
+        if self.kind == "gguf":
+            for name, tensor in gguf_file.read_header(self.weights).tensors.items():
+                values = gguf_file.read_tensor(self.weights, tensor)
+                if values is not None:
+                    yield name, values
+            return
+        with safe_open(self.weights, "pt") as file:
+            for name in self.tensors:
+                try:
+                    yield name, file.get_tensor(name)
+                except (SafetensorError, AttributeError, RuntimeError, KeyError, TypeError) as error:
+                    raise ValueError(f"tensor {name!r} cannot be read: {error}") from None
+
+
+def open_adapter(path: Path) -> AdapterFile:
+    """Finds and reads what `path` is.
+
+    Args:
+        path: a folder (or one that has the adapter in `adapter/`, as runs do), or a file of weights.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+        ValueError: it is no adapter. A damaged adapter is no error, its problems are in the result.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"'{path}' does not exist; give an adapter's folder or its file of weights")
+    if path.is_file():
+        return _from_file(path)
+    for folder in (path, path / "adapter"):
+        found = next((folder / name for name in WEIGHTS if (folder / name).exists()), None)
+        if found is not None:
+            return _read(folder, WEIGHTS[found.name], found)
+        gguf = sorted(folder.glob("*.gguf")) if folder.is_dir() else []
+        if len(gguf) == 1 and not (folder / CONFIG).exists():
+            return _read(folder, "gguf", gguf[0])
+        if (folder / CONFIG).exists():
+            return _read(folder, "peft", None)
+    if not any(path.iterdir()):
+        raise ValueError(f"'{path}' is an empty folder; give the folder that has {CONFIG}")
+    model = "; its config.json says that it is a whole model" if (path / "config.json").exists() else ""
+    raise ValueError(f"'{path}' is not an adapter: it has none of {CONFIG}, {', '.join(WEIGHTS)}{model}")
+
+
+def _from_file(path: Path) -> AdapterFile:
+    if path.name == CONFIG:
+        return open_adapter(path.parent)
+    if path.name in WEIGHTS:
+        return _read(path.parent, WEIGHTS[path.name], path)
+    if path.suffix == ".gguf":
+        return _read(path.parent, "gguf", path)
+    if path.suffix in (".bin", ".pt", ".pth", ".ckpt"):
+        return _read(path.parent, "peft", path)
+    if path.suffix != ".safetensors":
+        raise ValueError(f"'{path}' is no adapter: it must be a folder, a .safetensors, a .gguf or a {CONFIG}")
+    file = _read(path.parent, "peft", path)
+    names = list(file.tensors)
+    if any(n.endswith((".lora_a", ".lora_b")) for n in names):
+        return _read(path.parent, "mlx", path)
+    if names and not any(n.startswith("base_model.") for n in names) and any("lora" in n for n in names):
+        return _read(path.parent, "diffusers", path)
+    return file
+
+
+def _read(folder: Path, kind: str, weights: Path | None) -> AdapterFile:
+    file = AdapterFile(folder, kind, weights)
+    if kind in ("peft", "mlx"):
+        _read_config(folder / CONFIG, file)
+    if weights is None:
+        file.problems.append(
+            Finding(Status.PROBLEM, "there are no weights", str(folder), "add adapter_model.safetensors")
+        )
+    elif weights.suffix in (".bin", ".pt", ".pth", ".ckpt"):
+        file.pickled = True
+    else:
+        _read_headers(weights, file)
+    return file
+
+
+def _read_config(path: Path, file: AdapterFile) -> None:
+    if not path.exists():
+        problem = f"there is no {CONFIG} beside the weights, so rank, alpha and targets are not known"
+        file.problems.append(Finding(Status.PROBLEM, problem, str(path.parent), f"restore {CONFIG}"))
+        return
+    try:
+        file.config, file.lines = jsonlines.parse(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        problem = f"it is not valid JSON: {one_line(error)}"
+        file.problems.append(Finding(Status.PROBLEM, problem, CONFIG, "restore the file"))
+
+
+def _read_headers(path: Path, file: AdapterFile) -> None:
+    try:
+        if path.stat().st_size == 0:
+            raise ValueError("it is empty")
+        with open(path, "rb") as raw:
+            if raw.read(24) == b"version https://git-lfs.":
+                raise ValueError("it is a git-lfs pointer and not the weights (git lfs pull)")
+        if file.kind == "gguf":
+            header = gguf_file.read_header(path)
+            file.config = header.metadata
+            file.tensors = {name: Header(t.shape, t.dtype) for name, t in header.tensors.items()}
+            return
+        with safe_open(path, "pt") as opened:
+            for name in opened.keys():  # noqa: SIM118  (not a dict)
+                part = opened.get_slice(name)
+                file.tensors[name] = Header(tuple(part.get_shape()), str(part.get_dtype()))
+            if file.kind == "diffusers":
+                file.config = dict(opened.metadata() or {})
+        if not file.tensors:
+            raise ValueError("it has no tensors")
+    except (SafetensorError, ValueError, OSError) as error:
+        file.tensors = {}
+        problem = f"the weights cannot be read, they are truncated or not {path.suffix[1:]}: {one_line(error)}"
+        file.problems.append(Finding(Status.PROBLEM, problem, path.name, "copy or download the file again"))

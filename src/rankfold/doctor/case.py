@@ -1,0 +1,144 @@
+"""What a rule looks at: the adapter's file with its tensors sorted into pairs and others, its settings, its base."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from rankfold.doctor.adapter_file import AdapterFile, Header
+from rankfold.doctor.base import Base
+from rankfold.doctor.settings import Settings
+
+_PEFT = re.compile(r"^base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight$")
+_LOOSE = re.compile(r"^(?P<module>.+)\.lora[_.](?P<side>[aAbB]|up|down)(\.weight)?$")
+_OURS = re.compile(r"^base_model\.model\.(?P<module>.+)\.lowrank_adapters\.(?P<side>up|down)$")
+_SIDE = {"a": "a", "A": "a", "down": "a", "b": "b", "B": "b", "up": "b"}
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The two factors of one module. In mlx's format they are transposed, which `of` has undone."""
+
+    module: str
+    a: Header | None
+    b: Header | None
+
+    @property
+    def rank(self) -> int:
+        """Rows of A; 0 where there is no A."""
+        return self.a.shape[0] if self.a and self.a.shape else 0
+
+    @property
+    def kind(self) -> str:
+        """The module's type: the last part of its name."""
+        return self.module.rsplit(".", 1)[-1]
+
+    @property
+    def layer(self) -> int | None:
+        """The first number in its name."""
+        return layer_of(self.module)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One adapter, as the rules see it.
+
+    Args:
+        pairs: of every module, complete or not.
+        others: names of the tensors that are no factor, by their role: "embedding", "magnitude", "bias", "base_layer",
+            "saved" (named in modules_to_save), "vocabulary" (embed_tokens or lm_head whole), "tokens", "norm", "alpha",
+            "foreign".
+        base: what is known of the base model.
+    """
+
+    file: AdapterFile
+    settings: Settings
+    pairs: list[Pair] = field(default_factory=list)
+    others: dict[str, list[str]] = field(default_factory=dict)
+    base: Base | None = None
+
+    @property
+    def ours(self) -> bool:
+        return self.settings.peft_type.startswith("RANKFOLD_")
+
+    @property
+    def is_lora(self) -> bool:
+        return self.settings.peft_type == "LORA"
+
+    @cached_property
+    def largest_rank(self) -> int:
+        """Of the tensors, or of the config where they are not known."""
+        known = [self.settings.r, *self.settings.rank_pattern.values()]
+        return max((p.rank for p in self.pairs), default=max(known))
+
+    @cached_property
+    def whole(self) -> list[Pair]:
+        """The pairs that have both sides and a rank."""
+        return [p for p in self.pairs if p.a and p.b and p.rank]
+
+    @cached_property
+    def contradicted(self) -> list[Pair]:
+        """Pairs whose rank is not the config's, so that the scale they were trained with is not known."""
+        return [p for p in self.whole if self.is_lora and p.rank != self.settings.rank(p.module)]
+
+    @cached_property
+    def rank_by_kind(self) -> dict[str, int]:
+        """The rank of the first module of each type."""
+        return {p.kind: p.rank for p in reversed(self.whole)}
+
+    def right_scale(self, pair: Pair) -> float:
+        """The factor with which the pair was trained."""
+        if pair.module not in self._scales:
+            self._scales[pair.module] = self.settings.scale(pair.module)
+        return self._scales[pair.module]
+
+    @cached_property
+    def _scales(self) -> dict[str, float]:
+        return {}  # patterns are regular expressions, and every engine asks
+
+    @cached_property
+    def other_names(self) -> list[str]:
+        return [n for names in self.others.values() for n in names]
+
+
+def make_case(file: AdapterFile, settings: Settings, base: Base | None) -> Case:
+    sides: dict[str, dict[str, Header]] = defaultdict(dict)
+    others: dict[str, list[str]] = defaultdict(list)
+    ours = settings.peft_type.startswith("RANKFOLD_")
+    pattern = _LOOSE if file.kind != "peft" else _OURS if ours else _PEFT
+    for name, header in file.tensors.items():
+        match = pattern.match(name)
+        if match:
+            shape = header.shape[::-1] if file.kind == "mlx" else header.shape
+            sides[match["module"]][_SIDE[match["side"]]] = Header(shape, header.dtype)
+        else:
+            others[_role(name, settings)].append(name)
+    pairs = [Pair(module, s.get("a"), s.get("b")) for module, s in sides.items()]
+    return Case(file, settings, pairs, dict(others), base)
+
+
+def layer_of(module: str) -> int | None:
+    return next((int(part) for part in module.split(".") if part.isdecimal()), None)
+
+
+def _role(name: str, settings: Settings) -> str:
+    parts = name.split(".")
+    if "lora_embedding_" in name:
+        return "embedding"
+    if "magnitude" in name or name.endswith(".dora_scale"):
+        return "magnitude"
+    if name.endswith(".bias"):
+        return "bias"
+    if any(s and f".{s}." in f".{name}." for s in settings.modules_to_save):
+        return "saved"
+    if "base_layer" in parts:
+        return "base_layer"
+    if any("trainable_tokens" in part for part in parts):
+        return "tokens"
+    if parts[-2:] in (["embed_tokens", "weight"], ["lm_head", "weight"]):
+        return "vocabulary"
+    if "_layernorm" in name or ".norm" in name or "_norm" in name:
+        return "norm"
+    return "alpha" if parts[-1] == "alpha" else "foreign"

@@ -1,0 +1,137 @@
+"""The whole examination: read, check, ask every engine."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rankfold.doctor.adapter_file import AdapterFile, open_adapter
+from rankfold.doctor.base import Base, read_base
+from rankfold.doctor.case import Case, make_case
+from rankfold.doctor.checks import check
+from rankfold.doctor.engines import ENGINES, FORMATS, Verdict, judge
+from rankfold.doctor.findings import Finding, Status
+from rankfold.doctor.settings import read_settings
+from rankfold.doctor.weights import check_numbers
+
+#: What the verdicts are, and are not; printed with them.
+BASIS = (
+    "rules read from the engines' sources at these versions (shared/field.md §3.1, November 2026); nothing was started"
+)
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What was found.
+
+    Args:
+        path: the adapter, as it was given.
+        summary: what it is, in a few words.
+        asked: the engines were named by the caller, so each of them must load the adapter.
+        findings: about the file itself: problems, then notes.
+        verdicts: one an engine.
+    """
+
+    path: Path
+    summary: str
+    asked: bool
+    findings: list[Finding]
+    verdicts: list[Verdict]
+
+    @property
+    def problems(self) -> list[Finding]:
+        return [f for f in self.findings if f.status is Status.PROBLEM]
+
+    @property
+    def failing(self) -> list[Verdict]:
+        """Engines that do not load it right. What does not apply or could not be checked counts only if it was asked for."""
+        bad = {Status.REFUSED, Status.MIS_SCALED, Status.IN_PART}
+        return [v for v in self.verdicts if v.status in bad or (self.asked and v.status is not Status.LOADS)]
+
+    @property
+    def healthy(self) -> bool:
+        return not self.problems and not self.failing
+
+    def to_json(self) -> str:
+        def plain(findings: Sequence[Finding]) -> list[dict[str, str]]:
+            return [{"status": f.status, "what": f.what, "where": f.where, "fix": f.fix} for f in findings]
+
+        engines = [
+            {
+                "engine": v.engine.key,
+                "name": v.engine.name,
+                "version": v.engine.version,
+                "status": v.status,
+                "findings": plain(v.findings),
+            }
+            for v in self.verdicts
+        ]
+        result = {
+            "path": str(self.path),
+            "adapter": self.summary,
+            "healthy": self.healthy,
+            "basis": BASIS,
+            "file": plain(self.findings),
+            "engines": engines,
+        }
+        return json.dumps(result, indent=2) + "\n"
+
+
+def diagnose(path: str | Path, base: str | Path | None = None, engines: Sequence[str] = ()) -> Diagnosis:
+    """Examines an adapter: a folder or a file, of rankfold, PEFT, mlx-lm, diffusers or llama.cpp.
+
+    Nothing is unpickled and no weight of the base is read; the adapter's own tensors are read one at a time.
+
+    Args:
+        base: the base model's folder; by default the one that the adapter names, if it is a local folder.
+        engines: keys of the engines to ask (`ENGINES`); by default all.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+        ValueError: it is no adapter, an engine is unknown, or `base` has no config.json. A damaged adapter raises
+            nothing, its problems are the result.
+    """
+    unknown = sorted(set(engines) - {e.key for e in ENGINES})
+    if unknown:
+        raise ValueError(f"engine={unknown[0]!r} must be one of {', '.join(e.key for e in ENGINES)}")
+    path = Path(path)
+    file = open_adapter(path)
+    settings, ill_typed = (
+        read_settings(file) if file.kind == "peft" else (read_settings(AdapterFile(path, "none"))[0], [])
+    )
+    known_base, moved = _base(file, base)
+    case = make_case(file, settings, known_base)
+    found = [*file.problems, *ill_typed, *moved, *check(case), *check_numbers(file)]
+    return Diagnosis(
+        path=path,
+        summary=_summary(case),
+        asked=bool(engines),
+        findings=sorted(found, key=lambda f: -f.status.severity),
+        verdicts=[judge(e, case) for e in ENGINES if not engines or e.key in engines],
+    )
+
+
+def _base(file: AdapterFile, given: str | Path | None) -> tuple[Base | None, list[Finding]]:
+    if given is not None:
+        return read_base(Path(given), file.config), []
+    named = file.config.get("base_model_name_or_path")
+    if not isinstance(named, str) or "\0" in named or len(named) > 1024 or not Path(named).is_dir():
+        return None, []
+    try:
+        return read_base(Path(named), file.config), []
+    except ValueError as error:
+        return None, [Finding(Status.NOTE, str(error), file.where("base_model_name_or_path"))]
+
+
+def _summary(case: Case) -> str:
+    kind = FORMATS[case.file.kind]
+    if not case.file.tensors:
+        return f"{kind}, tensors not read"
+    dtypes = ", ".join(sorted({h.dtype for h in case.file.tensors.values()}))
+    ranks = sorted({p.rank for p in case.pairs})
+    rank = "" if not ranks else f", rank {ranks[0]}" if len(ranks) == 1 else f", ranks {ranks[0]} to {ranks[-1]}"
+    type_ = f", {case.settings.peft_type}" if case.file.kind == "peft" else ""
+    modules = f"{len(case.pairs)} modules" if case.pairs else f"{len(case.file.tensors)} tensors"
+    return f"{kind}{type_}, {modules}{rank}, {dtypes}"

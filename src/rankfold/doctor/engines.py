@@ -1,0 +1,176 @@
+"""What each engine does with an adapter: one row an engine, each a list of small rules (shared/field.md §3.1).
+
+The rules were read from the engines' sources at the versions named here; no engine was started by this module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
+
+from rankfold.doctor import rules
+from rankfold.doctor.case import Case
+from rankfold.doctor.findings import Finding, Status
+from rankfold.doctor.rules import Rule
+
+
+@dataclass(frozen=True)
+class Engine:
+    """One engine.
+
+    Args:
+        version: what was read.
+        rules: by format of the file; a format that is missing does not apply.
+        reads: that format in words.
+    """
+
+    key: str
+    name: str
+    version: str
+    reads: str
+    rules: dict[str, tuple[Rule, ...]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What one engine makes of the adapter: the worst of its findings."""
+
+    engine: Engine
+    findings: list[Finding]
+
+    @property
+    def status(self) -> Status:
+        return max((f.status for f in self.findings), key=lambda s: s.severity, default=Status.LOADS)
+
+
+def judge(engine: Engine, case: Case) -> Verdict:
+    if case.file.kind not in engine.rules:
+        what = f"it reads {engine.reads}; this is {FORMATS[case.file.kind]}"
+        return Verdict(engine, [Finding(Status.DOES_NOT_APPLY, what)])
+    if case.file.problems:
+        first = case.file.problems[0]
+        return Verdict(engine, [Finding(Status.REFUSED, first.what, first.where, first.fix)])
+    return Verdict(engine, [f for rule in (_pickled, *engine.rules[case.file.kind]) for f in rule(case)])
+
+
+def _pickled(case: Case) -> Iterator[Finding]:
+    if case.file.pickled and case.file.weights:
+        what = "the weights are a pickle and were not opened; the config alone was checked"
+        yield Finding(Status.NOT_CHECKED, what, case.file.weights.name, "convert it to safetensors")
+
+
+# --- the table ----------------------------------------------------------------------------------------------------------
+
+FORMATS = {
+    "peft": "a PEFT folder",
+    "mlx": "an mlx adapter",
+    "diffusers": "a diffusers file",
+    "gguf": "a GGUF file",
+}
+_vllm_rank = partial(rules.rank_flag, rules.VLLM_RANKS[-1], "--max-lora-rank", rules.VLLM_RANKS)
+_lora = partial(rules.only_lora, Status.REFUSED)
+_both_gguf: tuple[Rule, ...] = (
+    _lora,
+    rules.needs("lora_alpha"),
+    rules.gguf_other_tensors,
+    rules.gguf_head,
+    rules.scales(rules.alpha_over_tensor_rank, "use_rslora", "alpha_pattern", "rank_pattern"),
+)
+
+ENGINES = (
+    Engine(
+        "vllm",
+        "vLLM",
+        "0.33.0",
+        FORMATS["peft"],
+        {
+            "peft": (
+                _lora,
+                rules.needs("r", "lora_alpha", "target_modules"),
+                rules.refuses_flag(
+                    "use_dora", "lora_bias", "layer_replication", "alora_invocation_tokens", "use_bdlora", "use_qalora"
+                ),
+                rules.refuses_bias,
+                rules.vllm_init,
+                rules.vllm_saved,
+                rules.vllm_embedding,
+                rules.keys_end_in_factors(
+                    Status.REFUSED, "keys must end in lora_A.weight or lora_B.weight", "embedding", "saved"
+                ),
+                rules.scales(lambda case, pair: case.right_scale(pair)),
+                _vllm_rank,
+            )
+        },
+    ),
+    Engine(
+        "vllm-old",
+        "older vLLM",
+        "before patterns",
+        FORMATS["peft"],
+        {
+            "peft": (
+                _lora,
+                rules.needs("r", "lora_alpha", "target_modules"),
+                rules.refuses_flag("use_dora", "modules_to_save"),
+                rules.refuses_bias,
+                rules.vllm_embedding,
+                rules.keys_end_in_factors(
+                    Status.REFUSED, "keys must end in lora_A.weight or lora_B.weight", "embedding"
+                ),
+                rules.scales(rules.one_scale, "alpha_pattern", "rank_pattern"),
+                _vllm_rank,
+            )
+        },
+    ),
+    Engine(
+        "sglang",
+        "SGLang",
+        "0.5.23",
+        FORMATS["peft"],
+        {
+            "peft": (
+                _lora,
+                rules.needs("r", "lora_alpha", "target_modules"),
+                rules.refuses_flag("use_dora"),
+                rules.sglang_targets,
+                rules.sglang_tokens,
+                rules.sglang_pool,
+                rules.keys_end_in_factors(Status.NOT_CHECKED, "what becomes of other tensors was not read"),
+                rules.scales(rules.one_scale_no_rslora, "use_rslora", "alpha_pattern", "rank_pattern"),
+                partial(rules.rank_flag, 1 << 31, "--max-lora-rank", ()),
+            )
+        },
+    ),
+    Engine(
+        "llama.cpp",
+        "llama.cpp",
+        "November 2026",
+        "a PEFT folder (through its converter) or a GGUF file",
+        {"peft": (*_both_gguf, rules.gguf_base), "gguf": (rules.gguf_file,)},
+    ),
+    Engine(
+        "ollama",
+        "Ollama",
+        "November 2026",
+        "a PEFT folder or a GGUF file",
+        {"peft": (*_both_gguf, rules.ollama_alpha, rules.ollama_base), "gguf": (rules.gguf_file,)},
+    ),
+    Engine(
+        "tgi",
+        "TGI/LoRAX",
+        "2026-01-08/2026-05-28",
+        FORMATS["peft"],
+        {
+            "peft": (
+                partial(rules.only_lora, Status.IN_PART),
+                rules.keys_end_in_factors(Status.IN_PART, "only lora_A.weight and lora_B.weight are used, not"),
+                rules.tgi_layers,
+                rules.scales(rules.tgi_scale, "alpha_pattern", "rank_pattern"),
+            )
+        },
+    ),
+    Engine("mlx", "mlx-lm", "2026-08-22", FORMATS["mlx"], {"mlx": (rules.mlx_config,)}),
+    Engine("diffusers", "diffusers", "2026-08-23", FORMATS["diffusers"], {"diffusers": (rules.diffusers_scale,)}),
+    Engine("peft", "PEFT", "0.21.2", FORMATS["peft"], {"peft": (rules.peft_type, rules.peft_ranks)}),
+)

@@ -1,0 +1,60 @@
+"""What the doctor finds: one sentence, where it is, and what to do about it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class Status(StrEnum):
+    """What a finding means. The first two are about the file itself, the others about one engine, worst last."""
+
+    NOTE = "note"
+    PROBLEM = "problem"
+
+    DOES_NOT_APPLY = "does not apply"
+    LOADS = "loads"
+    NOT_CHECKED = "not checked"
+    IN_PART = "loads in part"
+    MIS_SCALED = "loads but mis-scaled"
+    REFUSED = "refused"
+
+    @property
+    def severity(self) -> int:
+        return list(Status).index(self)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing to know.
+
+    Args:
+        what: one sentence with the field or tensor and its value.
+        where: "adapter_config.json:7 (use_rslora)", or the name of a tensor or file.
+        fix: what to do; empty where nothing need be done.
+    """
+
+    status: Status
+    what: str
+    where: str = ""
+    fix: str = ""
+
+
+def short(value: object) -> str:
+    """A value for a sentence, cut after 60 letters."""
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def one_line(error: Exception) -> str:
+    """An error's message without its line breaks, or its name where it has none."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def examples(names: list[str]) -> str:
+    """The first of them, and how many there are.
+
+    >>> examples(["a", "b", "c"])
+    'a and 2 more'
+    """
+    return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")

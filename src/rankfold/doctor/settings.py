@@ -1,0 +1,122 @@
+"""The numbers of an adapter's config that decide its scale and its targets, with every type checked."""
+
+from __future__ import annotations
+
+import math
+import re
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any, TypeVar
+
+from rankfold.doctor.adapter_file import AdapterFile
+from rankfold.doctor.findings import Finding, Status, short
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What PEFT would take from the config; its defaults where a key is absent or unusable."""
+
+    peft_type: str = "LORA"
+    r: int = 8
+    lora_alpha: float = 8.0
+    use_rslora: bool = False
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    target_modules: list[str] | str | None = None
+    modules_to_save: list[str] = field(default_factory=list)
+
+    def rank(self, module: str) -> int:
+        """The rank that the config gives a module, by PEFT's rule: the first pattern that matches the end of its name."""
+        return _first(self.rank_pattern, module, self.r)
+
+    def alpha(self, module: str) -> float:
+        return _first(self.alpha_pattern, module, self.lora_alpha)
+
+    def scale(self, module: str) -> float:
+        """The factor of up · down with which the adapter was trained."""
+        return scale(self.alpha(module), self.rank(module), self.use_rslora)
+
+    def targets(self, module: str) -> bool:
+        """Whether target_modules names the module, by PEFT's rule. "all-linear" names any."""
+        if isinstance(self.target_modules, str):
+            return self.target_modules == "all-linear" or bool(_regex(self.target_modules).fullmatch(module))
+        return any(module == t or module.endswith(f".{t}") for t in self.target_modules or ())
+
+
+def scale(alpha: float, rank: int, rslora: bool = False) -> float:
+    return alpha / (math.sqrt(rank) if rslora else rank)
+
+
+def read_settings(file: AdapterFile) -> tuple[Settings, list[Finding]]:
+    """The settings, and a problem for each value that is not of its type."""
+    problems: list[Finding] = []
+
+    def get(key: str, default: Any, right: Callable[[Any], bool], wanted: str) -> Any:
+        value = file.config.get(key)
+        if value is None:
+            return default
+        if right(value):
+            return value
+        what = f"{key}={short(value)} must be {wanted}"
+        problems.append(Finding(Status.PROBLEM, what, file.where(key), f"write {wanted}"))
+        return default
+
+    r = get("r", 8, _is_rank, "a positive integer")
+    rank_pattern = get("rank_pattern", {}, _pattern(_is_rank), "an object of name pattern: positive integer")
+    alpha_pattern = get("alpha_pattern", {}, _pattern(_is_number), "an object of name pattern: number")
+    targets = get("target_modules", None, _are_targets, "a list of names, or one valid regular expression")
+    return Settings(
+        peft_type=get("peft_type", "LORA", lambda v: isinstance(v, str), "a string"),
+        r=r,
+        lora_alpha=float(get("lora_alpha", 8, _is_number, "a number")),
+        use_rslora=get("use_rslora", False, lambda v: isinstance(v, bool), "true or false"),
+        rank_pattern=rank_pattern,
+        alpha_pattern={k: float(v) for k, v in alpha_pattern.items()},
+        target_modules=targets,
+        modules_to_save=get("modules_to_save", [], _are_names, "a list of names"),
+    ), problems
+
+
+def _first(pattern: dict[str, T], module: str, default: T) -> T:
+    return next((v for key, v in pattern.items() if _regex(rf"(.*\.)?({key})$").match(module)), default)
+
+
+@cache
+def _regex(pattern: str) -> re.Pattern[str]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a strange pattern is the adapter's affair
+        return re.compile(pattern)
+
+
+def _is_rank(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 1 << 31
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e30
+
+
+def _are_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(v, str) for v in value)
+
+
+def _are_targets(value: Any) -> bool:
+    return _are_names(value) or (isinstance(value, str) and _compiles(value))
+
+
+def _pattern(right: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: (
+        isinstance(value, dict) and all(_compiles(rf"(.*\.)?({k})$") and right(v) for k, v in value.items())
+    )
+
+
+def _compiles(pattern: str) -> bool:
+    try:
+        _regex(pattern)
+    except (re.error, OverflowError, RecursionError):
+        return False
+    return True
