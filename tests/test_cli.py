@@ -15,6 +15,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from rankfold import cli
+from rankfold.fold import STRICT
 
 
 @pytest.fixture
@@ -139,11 +140,12 @@ def test_fold_is_called_with_its_options(monkeypatch: pytest.MonkeyPatch, capsys
         return types.SimpleNamespace(summary=lambda: "folded")
 
     monkeypatch.setattr("rankfold.fold.fold_adapter", fold_adapter, raising=False)
-    assert cli.main(["fold", "a", "-o", "b", "--dtype", "bfloat16", "--no-probe"]) == 0
-    ((adapter, out, options),) = calls
+    assert cli.main(["fold", "a", "-o", "b", "--dtype", "bfloat16", "--no-probe", "--rank", "8", "--strict"]) == 0
+    [(adapter, out, options)] = calls
     assert (adapter, out) == (Path("a"), Path("b"))
-    given = {"profile": "uniform", "dtype": "bfloat16", "pad": "serve", "probe": False, "progress": True}
-    assert {k: v for k, v in options.items() if v not in (None, False) or k in given} == given
+    expected = {"base": None, "profile": "uniform", "dtype": "bfloat16", "pad": "serve", "probe": False, "force": False}
+    compression = {"rank": 8, "error": None, "calibration": None, "strict": STRICT}
+    assert options.items() >= {**expected, **compression, "progress": True}.items()
     assert capsys.readouterr().out == "folded\n"
 
 

@@ -52,8 +52,8 @@ def test_the_best_of_its_rank(name: str, rank: int) -> None:
     folded = compress(update, Budget(rank=rank))
     best = torch.linalg.svdvals(dense(update))[rank:].norm()
     error = (folded.delta() - dense(update)).norm()
-    assert folded.rank <= rank
-    torch.testing.assert_close(error, best, rtol=1e-9, atol=1e-13)
+    assert folded.rank == min(rank, 10)
+    torch.testing.assert_close(error, best, rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.parametrize("name", updates())
@@ -62,7 +62,7 @@ def test_the_smallest_rank_within_an_error(name: str, error: float) -> None:
     update = updates()[name]
     folded = compress(update, Budget(error=error))
     sigma = torch.linalg.svdvals(dense(update))
-    assert (folded.delta() - dense(update)).norm() <= error * sigma.norm() + 1e-13
+    assert (folded.delta() - dense(update)).norm() <= error * sigma.norm() + 1e-11
     if error:
         assert sigma[folded.rank - 1 :].norm() > error * sigma.norm()
 

@@ -85,8 +85,7 @@ def fold_adapter(
         source = _source(adapter, base)
         if texts is not None:
             name = base or source.config.base_model_name_or_path
-            model = trained_model(adapter, source.config, base).get_base_model()
-            budget = _weighed(budget, model, source, texts, name)
+            budget = _weighed(budget, trained_model(adapter, source.config, base), source, texts, name)
         report = _write(source, folder, out, str(adapter), profile, dtype, pad, base, budget, strict, progress)
         if probe:
             report.probe = run_probe(adapter, folder, source.config, base, PROFILES[profile])
@@ -120,8 +119,7 @@ def fold_model(
         foreign = not isinstance(getattr(model, "peft_config", {}).get(adapter_name), LowRankConfig | None)
         source = (peft_adapters if foreign else ours).from_model(model, adapter_name)
         if texts is not None:
-            inner = model.get_base_model() if isinstance(model, PeftModel) else model
-            budget = _weighed(budget, inner, source, texts, source.config.base_model_name_or_path)
+            budget = _weighed(budget, model, source, texts, source.config.base_model_name_or_path)
         report = _write(source, folder, out, origin, profile, dtype, pad, None, budget, strict, progress)
         _write_report(report, folder)
     return report
@@ -137,7 +135,8 @@ def _source(adapter: Path, base: str | None) -> Source:
 def _weighed(budget: Budget, model: nn.Module, source: Source, texts: list[str], base: str | None) -> Budget:
     if not budget:
         raise ValueError("calibration weighs what compression cuts off; give rank or error with it")
-    return replace(budget, moments=second_moments(model, source.adapted, tokenise(texts, base)))
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    return replace(budget, moments=second_moments(inner, source.adapted, tokenise(texts, base)))
 
 
 def _write(

@@ -101,9 +101,10 @@ def _eigenvectors(gram: Tensor) -> Tensor:
 
 def _rank_for(power: Tensor, budget: Budget) -> int:
     """How many components to keep, from the squared norm of each."""
-    rank = len(power) if budget.rank is None else min(budget.rank, len(power))
-    if budget.error is None or not len(power):
+    alive = int((power > 1e-26 * power.sum()).sum())  # the others are float64's own rounding
+    rank = alive if budget.rank is None else min(budget.rank, alive)
+    if budget.error is None or not rank:
         return rank
     left = power.flip(0).cumsum(0).flip(0).sqrt()  # left[k]: the error of rank k
     enough = (left <= budget.error * left[0]).nonzero()
-    return min(rank, int(enough[0]) if len(enough) else len(power))
+    return min(rank, int(enough[0]) if len(enough) else alive)

@@ -122,21 +122,10 @@ def from_folder(folder: Path, config: PeftConfig, base: str | None = None) -> So
         model = get_peft_model(skeleton, bare).eval()  # pyright: ignore[reportArgumentType]
         layers = _layers(skeleton, "default")
         heads = _load(model, config, tensors, folder)
-    bases = _reader(base or config.base_model_name_or_path, config.revision, skeleton)
-    source = _source(skeleton, config, "default", layers, bases, heads)
+    prefix = getattr(skeleton, "base_model_prefix", "")
+    stored = weight_reader(base or config.base_model_name_or_path, config.revision, prefix)
+    source = _source(skeleton, config, "default", layers, stored, heads)
     return replace(source, dtype=dtype)
-
-
-def _reader(base: str | None, revision: str | None, skeleton: nn.Module) -> Callable[[str], Tensor]:
-    """A `weight_reader` that looks for the base's weights only when one is asked for: most types need none."""
-    opened: list[Callable[[str], Tensor]] = []
-
-    def read(name: str) -> Tensor:
-        if not opened:
-            opened.append(weight_reader(base, revision, getattr(skeleton, "base_model_prefix", "")))
-        return opened[0](name)
-
-    return read
 
 
 def _hollow(skeleton: nn.Module, dtype: torch.dtype) -> None:

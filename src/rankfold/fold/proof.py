@@ -126,7 +126,7 @@ def prove(
     frobenius, most = _size(_difference(on_disk, exact if cut is None else trained))
     return LayerProof(
         module=module,
-        rank=(exact if cut is None else cut).rank,
+        rank=on_disk.rank,
         norm=norm,
         algebra=algebra,
         frobenius=frobenius / scale + (algebra if cut is None else 0.0),

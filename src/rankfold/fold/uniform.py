@@ -66,7 +66,7 @@ def reader(folder: Path, scales: dict[str, float]) -> Callable[[str], Factors]:
 def _notes(source: Source, rank: int) -> list[str]:
     notes = []
     if rank > SERVE_RANKS[-1]:
-        notes.append(f"rank {rank} exceeds 512, the largest that vLLM takes; train with a smaller r or shared_rank")
+        notes.append(f"rank {rank} exceeds 512, the largest that vLLM takes; compress it with --rank 512 or less")
     zeros = len(source.sites) - len(source.adapted)
     if zeros:
         notes.append(f"{zeros} modules of adapted types have no adapter and were written as zeros (TGI wants them)")

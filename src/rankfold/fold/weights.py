@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -21,23 +22,27 @@ def weight_reader(base: str | None, revision: str | None, prefix: str) -> Callab
         base: folder, or hub id in the local cache.
         prefix: the model's `base_model_prefix`, which checkpoints may have or lack.
 
-    Raises:
-        ValueError: no safetensors of the base can be had, or (when reading) it has no such weight in floating point.
+    Returns:
+        The reader, which looks for the files when it is first called: most adapters need no weight. It raises ValueError
+        where the base has no safetensors, or no such weight in floating point.
     """
-    if not base:
-        raise ValueError("this adapter's update depends on the base's weights; give the base with --base FOLDER")
-    files = _files(base, revision)
+
+    @cache
+    def files() -> dict[str, Path]:
+        if not base:
+            raise ValueError("this adapter's update depends on the base's weights; give the base with --base FOLDER")
+        return _files(base, revision)
 
     def read(module: str) -> Tensor:
         names = (f"{module}.weight", f"{prefix}.{module}.weight", f"{module}.weight".removeprefix(f"{prefix}."))
-        name = next((n for n in names if n in files), None)
+        name = next((n for n in names if n in files()), None)
         if name is None:
             raise ValueError(f"base={base!r} has no tensor {names[0]!r}; give the base it was trained on with --base")
         try:
-            with safe_open(files[name], "pt") as f:
+            with safe_open(files()[name], "pt") as f:
                 tensor = f.get_tensor(name)
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"{files[name]} cannot be read: {error}") from None
+            raise ValueError(f"{files()[name]} cannot be read: {error}") from None
         if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
             raise ValueError(f"base={base!r}: {name} is {tensor.dtype}; give the unquantised base with --base FOLDER")
         return tensor
