@@ -37,7 +37,12 @@ from rankfold.fold import fold_model, lowered, ours, peft_adapters
 from rankfold.fold.compression import Budget, compress
 from rankfold.fold.proof import prove
 
-SMOLLM2 = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3}
+SMOLLM2: dict[str, Any] = {
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+}
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 #: out × in of one layer of a 7B.
 LARGE = [(4096, 4096)] * 4 + [(11008, 4096)] * 2 + [(4096, 11008)]

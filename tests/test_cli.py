@@ -143,7 +143,7 @@ def test_fold_is_called_with_its_options(monkeypatch: pytest.MonkeyPatch, capsys
     assert cli.main(["fold", "a", "-o", "b", "--dtype", "bfloat16", "--no-probe", "--rank", "8", "--strict"]) == 0
     [(adapter, out, options)] = calls
     assert (adapter, out) == (Path("a"), Path("b"))
-    expected = {"base": None, "dtype": "bfloat16", "pad": "serve", "probe": False, "force": False}
+    expected = {"base": None, "profile": "uniform", "dtype": "bfloat16", "pad": "serve", "probe": False, "force": False}
     compression = {"rank": 8, "error": None, "calibration": None, "strict": STRICT}
     assert options.items() >= {**expected, **compression, "progress": True}.items()
     assert capsys.readouterr().out == "folded\n"

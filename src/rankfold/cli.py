@@ -126,7 +126,7 @@ def _fold(a: argparse.Namespace) -> None:
 
     warnings.filterwarnings("ignore", category=FutureWarning)  # transformers' renamings concern nobody here
 
-    given = ("base", "dtype", "pad", "rank", "error", "calibration", "strict", "force")
+    given = ("base", "profile", "dtype", "pad", "rank", "error", "calibration", "strict", "force")
     options = {name: getattr(a, name) for name in given}
     folded = fold_adapter(Path(a.adapter), Path(a.out), **options, probe=not a.no_probe, progress=True)
     print(folded.summary())
@@ -269,6 +269,12 @@ def _parser() -> argparse.ArgumentParser:
         const=1e-2,
         metavar="E",
         help="fail, and write nothing, where a module's relative error exceeds this (default: 0.01)",
+    )
+    fold.add_argument(
+        "--profile",
+        choices=("uniform", "compact", "gguf", "mlx", "merged"),
+        default="uniform",
+        help="uniform: for every engine; compact: a rank for each module; gguf: llama.cpp; mlx: mlx-lm; merged: a whole model",
     )
     fold.add_argument("--no-probe", action="store_true", help="do not compare outputs of the two on a probe batch")
     fold.add_argument("--force", action="store_true", help="replace the output folder if it exists")

@@ -6,6 +6,7 @@ print(fold_adapter("runs/movie/adapter", "runs/movie/folded").summary())
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,21 +16,27 @@ from torch import Tensor, nn
 
 from rankfold.config import LowRankConfig
 from rankfold.factors import Factors
-from rankfold.fold import ours, peft_adapters, uniform
+from rankfold.fold import compact, gguf, merged, mlx, ours, peft_adapters, uniform
 from rankfold.fold.calibration import read_texts, second_moments, tokenise
 from rankfold.fold.compression import Budget, compress
 from rankfold.fold.probe import probe as run_probe
 from rankfold.fold.probe import trained_model
 from rankfold.fold.profile import Folded, Profile
 from rankfold.fold.progress import watched
-from rankfold.fold.proof import FoldReport, LayerProof, prove, sha256
-from rankfold.fold.source import Source, read_config
+from rankfold.fold.proof import FoldReport, LayerProof, prove, prove_sum, sha256
+from rankfold.fold.source import Source, Update, read_config
 from rankfold.folders import whole_folder
 
 __all__ = ["PROFILES", "FoldReport", "fold_adapter", "fold_model"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-PROFILES: dict[str, Profile] = {"uniform": uniform.write}
+PROFILES: dict[str, Profile] = {
+    "uniform": uniform.PROFILE,
+    "compact": compact.PROFILE,
+    "gguf": gguf.PROFILE,
+    "mlx": mlx.PROFILE,
+    "merged": merged.PROFILE,
+}
 #: The largest relative error on disk that `strict` lets pass: rounding to bfloat16 is about 0.003.
 STRICT = 1e-2
 
@@ -56,9 +63,9 @@ def fold_adapter(
         adapter: what `save_pretrained` or `rankfold train` wrote.
         out: the folder to make; it appears whole or not at all.
         base: the base model, if not the one the adapter names. Its config is needed; its weights only for the probe.
-        profile: one of `PROFILES`.
+        profile: one of `PROFILES`: the format, see docs/folding.md.
         dtype: "float32", "bfloat16" or "float16"; by default the base's.
-        pad: "serve" pads the rank up to one that engines name in their flags, "none" does not.
+        pad: of profile uniform: "serve" pads the rank up to one that engines name in their flags, "none" does not.
         rank: compress every module to at most this rank; the best approximation, and its error is stated.
         error: compress every module to the smallest rank whose relative error (Frobenius) is within this.
         calibration: texts (a .jsonl with "text", or plain paragraphs) to run through the base with the adapter, so that
@@ -81,7 +88,7 @@ def fold_adapter(
             budget = _weighed(budget, trained_model(adapter, source.config, base), source, texts, name)
         report = _write(source, folder, out, str(adapter), profile, dtype, pad, base, budget, strict, progress)
         if probe:
-            report.probe = run_probe(adapter, folder, source.config, base)
+            report.probe = run_probe(adapter, folder, source.config, base, PROFILES[profile])
         _write_report(report, folder)
     return report
 
@@ -147,6 +154,7 @@ def _write(
 ) -> FoldReport:
     if profile not in PROFILES:
         raise ValueError(f"profile={profile!r} must be one of {', '.join(PROFILES)}")
+    chosen = PROFILES[profile]
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r} must be one of {', '.join(DTYPES)}")
     if strict is not None and not strict > 0:
@@ -160,11 +168,15 @@ def _write(
     layers = []
     for site in watched(source.sites, progress, "folding"):
         if site.name in adapted:
-            rounded[site.name], proof = _fold(site.name, source, to, budget)
+            rounded[site.name], proof = _fold(site.name, source, lambda f: chosen.rounded(f, to), budget)
             layers.append(proof)
         else:
             zero = Factors(torch.zeros(0, site.in_features), torch.zeros(site.out_features, 0))
-            rounded[site.name] = zero.to(to)
+            rounded[site.name] = chosen.rounded(zero, to)
+    base = base or source.config.base_model_name_or_path
+    folded = Folded(source, rounded, to, base, out, pad)
+    written = chosen.write(folded, folder)
+    layers = [_on_disk(proof, source, rounded[proof.module], written.read(proof.module)) for proof in layers]
     worst = max(layers, key=lambda p: p.frobenius)
     if strict is not None and not worst.frobenius <= strict:
         raise ValueError(
@@ -172,12 +184,7 @@ def _write(
             f"{worst.truncation:.1e} and rounding to {to} {worst.rounding:.1e}; nothing was written. Give more rank, less "
             "error or dtype float32"
         )
-
-    base = base or source.config.base_model_name_or_path
-    folded = Folded(source, rounded, to, base, out, pad)
-    written = PROFILES[profile](folded, folder)
-    for name, factors in rounded.items():
-        _check_disk(name, factors, written.read(name))  # the proof is about what is on the disk
+    files = sorted(f for f in folder.rglob("*") if f.is_file())
     return FoldReport(
         adapter=origin,
         method=source.method,
@@ -187,16 +194,19 @@ def _write(
         needed_rank=folded.rank,
         dtype=str(to).removeprefix("torch."),
         parameters=written.parameters,
-        bytes=sum(f.stat().st_size for f in folder.iterdir()),
+        bytes=sum(f.stat().st_size for f in files),
         layers=layers,
         probe={"skipped": "not asked for"},
         serve=written.serve,
         notes=[*source.notes, *written.notes],
-        sha256={f.name: sha256(f) for f in sorted(folder.iterdir())},
+        sha256={str(f.relative_to(folder)): sha256(f) for f in files},
+        noun=chosen.noun,
     )
 
 
-def _fold(name: str, source: Source, to: torch.dtype, budget: Budget) -> tuple[Factors, LayerProof]:
+def _fold(
+    name: str, source: Source, rounded: Callable[[Factors], Factors], budget: Budget
+) -> tuple[Factors, LayerProof]:
     """One module's factors as they will be in the file, and their proof."""
     trained = source.update(name)
     values = trained if isinstance(trained, Tensor) else trained.baked().up
@@ -210,9 +220,8 @@ def _fold(name: str, source: Source, to: torch.dtype, budget: Budget) -> tuple[F
     exact = Factors(trained[:0], trained[:, :0]) if isinstance(trained, Tensor) else lowered(trained)
     moment = budget.moment(name)
     cut = compress(trained, budget, moment) if budget else None
-    rounded = _live(exact if cut is None else cut).to(to)
-    on_disk = rounded.to(dtype=torch.float64)
-    return rounded, prove(name, trained, exact, on_disk, cut=cut, moment=moment)
+    factors = rounded(_live(exact if cut is None else cut))
+    return factors, prove(name, trained, exact, factors.to(torch.float64), cut=cut, moment=moment)
 
 
 def lowered(update: Factors) -> Factors:
@@ -226,18 +235,25 @@ def _live(update: Factors) -> Factors:
     return balanced.select(balanced.up.norm(dim=0) > 0)
 
 
-def _check_disk(name: str, rounded: Factors, read: Factors) -> None:
+def _on_disk(proof: LayerProof, source: Source, rounded: Factors, read: Update) -> LayerProof:
+    """The proof, about what is on the disk; raises OSError where that is not what was written."""
+    if isinstance(read, Tensor):  # no factors, but what was added to a weight
+        return prove_sum(proof, source.update(proof.module), rounded.to(torch.float64), read)
     rank = rounded.rank
-    same = torch.equal(read.down[:rank], rounded.down) and torch.equal(read.baked().up[:, :rank], rounded.up)
-    if not same or read.down[rank:].any() or read.up[:, rank:].any():
+    same = torch.equal(read.down[:rank], rounded.down) and torch.equal(read.up[:, :rank], rounded.up)
+    if not same or read.scale != rounded.scale or read.down[rank:].any() or read.up[:, rank:].any():
         raise OSError(
-            f"{name}: what was read back from the disk is not what was written; the disk may be full or broken"
+            f"{proof.module}: what was read back from the disk is not what was written; the disk may be full or broken"
         )
+    return proof
 
 
 def _write_report(report: FoldReport, folder: Path) -> None:
     (folder / "fold_report.json").write_text(report.to_json(), encoding="utf-8")
-    card = f"---\nlibrary_name: peft\nbase_model: {report.base}\ntags: [lora, rankfold]\n---\n\n"
-    card += f"# A plain LoRA, folded from {report.method}\n\n```\n{report.summary()}\n```\n\n"
+    library = PROFILES[report.profile].library
+    card = f"---\nlibrary_name: {library}\nbase_model: {report.base}\ntags: [lora, rankfold]\n---\n\n"
+    card += (
+        f"# {report.noun[0].upper()}{report.noun[1:]}, folded from {report.method}\n\n```\n{report.summary()}\n```\n\n"
+    )
     card += "Made by `rankfold fold`; the errors per layer are in `fold_report.json`.\n"
     (folder / "README.md").write_text(card, encoding="utf-8")

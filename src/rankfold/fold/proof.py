@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -61,6 +61,7 @@ class FoldReport:
     notes: list[str]
     sha256: dict[str, str]
     versions: dict[str, str] = field(default_factory=lambda: {p: version(p) for p in ("rankfold", "peft", "torch")})
+    noun: str = "a plain LoRA"
 
     @property
     def worst(self) -> LayerProof:
@@ -86,7 +87,7 @@ class FoldReport:
         """What a person wants to know, in a few lines."""
         worst = self.worst
         lines = [
-            f"folded {self.method} into a plain LoRA: rank {self.rank} ({self.needed_rank} needed), "
+            f"folded {self.method} into {self.noun}: rank {self.rank} ({self.needed_rank} needed), "
             f"{len(self.layers)} modules, {self.parameters:,} numbers in {self.dtype}, {self.bytes / 1e6:.1f} MB",
             f"error against the trained update: {self._before_rounding()}"
             f"{worst.frobenius:.1e} on disk (relative Frobenius, worst layer {worst.module})",
@@ -94,7 +95,7 @@ class FoldReport:
         if "max_logit_error" in self.probe:
             lines.append(
                 f"probe: largest logit difference {self.probe['max_logit_error']:.1e} "
-                f"where logits reach {self.probe['max_logit']:.1f} (stock PEFT, same base, float32)"
+                f"where logits reach {self.probe['max_logit']:.1f} ({self.probe['loaded_by']}, same base, float32)"
             )
         else:
             lines.append(f"probe: not run ({self.probe['skipped']})")
@@ -136,9 +137,23 @@ def prove(
     )
 
 
-def _difference(folded: Factors, other: Update) -> Update:
-    if isinstance(other, Tensor):
-        return folded.delta().sub_(other)
+def prove_sum(proof: LayerProof, trained: Update, folded: Factors, added: Tensor) -> LayerProof:
+    """The proof of a module whose update was added to its weight, where the rounding is that of the sum.
+
+    Args:
+        proof: of its factors.
+        trained, folded: its update and what was added, in float64.
+        added: the saved weight minus the base's, out × in in float64.
+    """
+    norm, largest = proof.norm or 1.0, _size(trained)[1] or 1.0
+    frobenius, most = _size(_difference(added, trained))
+    rounding = _norm(_difference(added, folded))
+    return replace(proof, frobenius=frobenius / norm, max=most / largest, rounding=rounding / norm)
+
+
+def _difference(folded: Update, other: Update) -> Update:
+    if isinstance(folded, Tensor) or isinstance(other, Tensor):
+        return _dense(folded) - _dense(other)
     if folded.rank != other.rank:
         return folded.minus(other)
     # B'A' − BA = (B' − B) A' + B (A' − A): of factors that are close, nothing large is subtracted
@@ -151,6 +166,10 @@ def _sketched(folded: Factors, trained: Factors, vectors: int = 8) -> float:
     new, old = folded.baked(), trained.baked()
     x = torch.randn(new.shape[1], vectors, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     return float((new.up @ (new.down @ x) - old.up @ (old.down @ x)).norm()) / vectors**0.5
+
+
+def _dense(update: Update) -> Tensor:
+    return update if isinstance(update, Tensor) else update.delta()
 
 
 def _size(update: Update) -> tuple[float, float]:

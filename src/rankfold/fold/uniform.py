@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rankfold.factors import Factors
-from rankfold.fold.profile import Folded, Written
+from rankfold.fold.profile import Folded, Profile, Written
 from rankfold.fold.source import Source
 
 #: vLLM's legal values of max_lora_rank from 8 on: padding to one of them costs nothing at serving time.
@@ -130,3 +130,6 @@ def target_suffixes(targets: list[str], modules: list[str]) -> list[str]:
                 found.add(suffix)
                 break
     return sorted(found)
+
+
+PROFILE = Profile(write, loads_as="adapter")
