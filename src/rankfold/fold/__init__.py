@@ -77,7 +77,7 @@ def fold_adapter(
 
     Raises:
         FileExistsError: `out` exists and `force` is not given.
-        ValueError, TypeError: the adapter is damaged, foreign, or has no fold, or `strict` is exceeded; nothing is written.
+        ValueError: the adapter is damaged, foreign, or has no fold, or `strict` is exceeded; nothing is written.
     """
     adapter, out = Path(adapter), Path(out)
     with whole_folder(out, force) as folder:
