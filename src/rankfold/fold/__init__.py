@@ -148,7 +148,8 @@ def _weighed(budget: Budget, model: nn.Module, source: Source, texts: list[str],
     if not budget:
         raise ValueError("calibration weighs what compression cuts off; give rank or error with it")
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
-    return replace(budget, moments=second_moments(inner, source.adapted, tokenise(texts, base)))
+    batches = tokenise(texts, base, inner.config)  # pyright: ignore[reportArgumentType]
+    return replace(budget, moments=second_moments(inner, source.adapted, batches))
 
 
 def _write(
