@@ -216,6 +216,29 @@ def test_merging_into_tied_embeddings_is_refused(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["base"]
 
 
+def test_an_adapted_output_head_brings_no_copy_of_the_bases(llama: Path, tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="save_embedding_layers"):
+        live(llama, rasa(target_modules=["q_proj", "lm_head"])).save_pretrained(str(tmp_path / "adapter"))
+    report = fold_adapter(tmp_path / "adapter", tmp_path / "out")
+    assert not any("modules_to_save" in note for note in report.notes)
+    assert all(".lora_" in key for key in load_file(tmp_path / "out" / "adapter_model.safetensors"))
+    assert report.probe["max_logit_error"] < 1e-4  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("kept", ["lm_head", "embed_tokens"])
+def test_merging_a_trained_head_into_tied_embeddings_is_refused(kept: str, tmp_path: Path) -> None:
+    LlamaForCausalLM(LlamaConfig(**{**LLAMA.to_dict(), "tie_word_embeddings": True})).save_pretrained(tmp_path / "base")
+    with pytest.warns(UserWarning, match="tie_word_embeddings"):
+        model = live(tmp_path / "base", rasa(target_modules=["q_proj"], modules_to_save=[kept]))
+    with torch.no_grad():
+        next(p for n, p in model.named_parameters() if "modules_to_save" in n).add_(1)
+    with pytest.raises(
+        ValueError, match=f"{kept}.weight, which the adapter saved in modules_to_save, shares its weight"
+    ):
+        fold_model(model, tmp_path / "out", profile="merged")
+    assert [p.name for p in tmp_path.iterdir()] == ["base"]
+
+
 # mlx --------------------------------------------------------------------------------------------------------------------
 
 

@@ -71,7 +71,7 @@ def _notes(source: Source, rank: int) -> list[str]:
     if zeros:
         notes.append(f"{zeros} modules of adapted types have no adapter and were written as zeros (TGI wants them)")
     if source.heads:
-        notes.append("the trained head is kept in modules_to_save; only PEFT and vLLM's classifiers read it")
+        notes.append("the trained head is kept in modules_to_save; only PEFT reads it, and vLLM a classifier or score")
     return notes
 
 
