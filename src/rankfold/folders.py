@@ -35,7 +35,12 @@ def whole_folder(path: Path, force: bool = False) -> Iterator[Path]:
         if path.exists():
             old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old."))
             os.replace(path, old / path.name)
-        os.replace(temporary, path)
+        try:
+            os.replace(temporary, path)
+        except OSError:
+            if old is not None:
+                os.replace(old / path.name, path)
+            raise
         if old is not None:
             shutil.rmtree(old)
     finally:

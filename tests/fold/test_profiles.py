@@ -209,20 +209,29 @@ def test_merging_into_tied_embeddings_is_refused(tmp_path: Path) -> None:
         model = live(tmp_path / "base", rasa(target_modules=["q_proj", "lm_head"]))
     with pytest.raises(ValueError, match="shares its weight"):
         fold_model(model, tmp_path / "out", profile="merged")
-    with pytest.raises(ValueError, match="lm_head is not a layer of the blocks"):
+    with pytest.raises(ValueError, match="lm_head is the output head"):
         fold_model(model, tmp_path / "out", profile="gguf")
-    with pytest.raises(ValueError, match="lm_head lies outside"):
+    with pytest.raises(ValueError, match="lm_head is the output head"):
         fold_model(model, tmp_path / "out", profile="mlx")
     assert [p.name for p in tmp_path.iterdir()] == ["base"]
 
 
-def test_an_adapted_output_head_brings_no_copy_of_the_bases(llama: Path, tmp_path: Path) -> None:
+def test_an_adapted_output_head_is_merged_and_never_served(llama: Path, tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="save_embedding_layers"):
         live(llama, rasa(target_modules=["q_proj", "lm_head"])).save_pretrained(str(tmp_path / "adapter"))
-    report = fold_adapter(tmp_path / "adapter", tmp_path / "out")
-    assert not any("modules_to_save" in note for note in report.notes)
-    assert all(".lora_" in key for key in load_file(tmp_path / "out" / "adapter_model.safetensors"))
+    for profile in ("uniform", "compact", "gguf", "mlx"):
+        with pytest.raises(ValueError, match="lm_head is the output head"):
+            fold_adapter(tmp_path / "adapter", tmp_path / "out", profile=profile)
+    report = fold_adapter(tmp_path / "adapter", tmp_path / "out", profile="merged")
     assert report.probe["max_logit_error"] < 1e-4  # type: ignore[operator]
+
+
+def test_an_untrained_adapter_says_so(llama: Path, tmp_path: Path) -> None:
+    report = fold_model(
+        live(llama, RasaConfig(r=4, shared_rank=1, target_modules="all-linear", task_type="CAUSAL_LM")),
+        tmp_path / "out",
+    )
+    assert any("changes nothing" in note for note in report.notes)
 
 
 @pytest.mark.parametrize("kept", ["lm_head", "embed_tokens"])
