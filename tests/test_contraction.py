@@ -185,7 +185,8 @@ def test_dropout_is_inverted_dropout_on_the_input(separate):
     with separate_order() if separate else torch.enable_grad():
         y = dropped(x, [Term([eye], 0.3)])
         kept = y != 0
-        assert_close(y[kept], (x / 0.7)[kept])
+        keep = 0.7 if separate else 1 - 77 / 256  # fused: a byte of random bits an element
+        assert_close(y[kept], (x / keep)[kept])
         assert abs(kept.float().mean() - 0.7) < 0.02
         negative = Factors(torch.eye(IN), -torch.eye(IN))
         assert dropped(x, [Term([eye, negative], 0.3)]).eq(0).all(), "blocks of one adapter see one mask"
