@@ -15,6 +15,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from rankfold import cli
+from rankfold.fold import STRICT
 
 
 @pytest.fixture
@@ -139,10 +140,12 @@ def test_fold_is_called_with_its_options(monkeypatch: pytest.MonkeyPatch, capsys
         return types.SimpleNamespace(summary=lambda: "folded")
 
     monkeypatch.setattr("rankfold.fold.fold_adapter", fold_adapter, raising=False)
-    assert cli.main(["fold", "a", "-o", "b", "--dtype", "bfloat16", "--no-probe"]) == 0
-    assert calls == [
-        (Path("a"), Path("b"), {"base": None, "dtype": "bfloat16", "pad": "serve", "probe": False, "force": False})
-    ]
+    assert cli.main(["fold", "a", "-o", "b", "--dtype", "bfloat16", "--no-probe", "--rank", "8", "--strict"]) == 0
+    [(adapter, out, options)] = calls
+    assert (adapter, out) == (Path("a"), Path("b"))
+    expected = {"base": None, "profile": "uniform", "dtype": "bfloat16", "pad": "serve", "probe": False, "force": False}
+    compression = {"rank": 8, "error": None, "calibration": None, "strict": STRICT}
+    assert options.items() >= {**expected, **compression, "progress": True}.items()
     assert capsys.readouterr().out == "folded\n"
 
 

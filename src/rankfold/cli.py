@@ -126,9 +126,9 @@ def _fold(a: argparse.Namespace) -> None:
 
     warnings.filterwarnings("ignore", category=FutureWarning)  # transformers' renamings concern nobody here
 
-    folded = fold_adapter(
-        Path(a.adapter), Path(a.out), base=a.base, dtype=a.dtype, pad=a.pad, probe=not a.no_probe, force=a.force
-    )
+    given = ("base", "profile", "dtype", "pad", "rank", "error", "calibration", "strict", "force")
+    options = {name: getattr(a, name) for name in given}
+    folded = fold_adapter(Path(a.adapter), Path(a.out), **options, probe=not a.no_probe, progress=True)
     print(folded.summary())
 
 
@@ -254,6 +254,27 @@ def _parser() -> argparse.ArgumentParser:
     )
     fold.add_argument(
         "--pad", choices=("serve", "none"), default="serve", help="serve: pad the rank to the next that engines name"
+    )
+    fold.add_argument("--rank", type=int, metavar="N", help="compress to at most this rank, as well as any can")
+    fold.add_argument(
+        "--error", type=float, metavar="E", help="compress to the least rank within this relative error, such as 0.01"
+    )
+    fold.add_argument(
+        "--calibration", metavar="FILE", help='texts (.jsonl with "text", or paragraphs): compress for their outputs'
+    )
+    fold.add_argument(
+        "--strict",
+        type=float,
+        nargs="?",
+        const=1e-2,
+        metavar="E",
+        help="fail, and write nothing, where a module's relative error exceeds this (default: 0.01)",
+    )
+    fold.add_argument(
+        "--profile",
+        choices=("uniform", "compact", "gguf", "mlx", "merged"),
+        default="uniform",
+        help="uniform: for every engine; compact: a rank for each module; gguf: llama.cpp; mlx: mlx-lm; merged: a whole model",
     )
     fold.add_argument("--no-probe", action="store_true", help="do not compare outputs of the two on a probe batch")
     fold.add_argument("--force", action="store_true", help="replace the output folder if it exists")

@@ -237,7 +237,7 @@ def damage_json(folder: Path) -> None:
 
 
 def damage_type(folder: Path) -> None:
-    (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    (folder / "adapter_config.json").write_text('{"peft_type": "IA3"}')
 
 
 def damage_pickle(folder: Path) -> None:
@@ -261,7 +261,7 @@ def damage_empty(folder: Path) -> None:
         (damage_nan, "NaN or infinity in"),
         (damage_missing, "lacks 1 of"),
         (damage_json, "not valid"),
-        (damage_type, "folds its own adapters only"),
+        (damage_type, "peft_type=IA3 cannot be folded"),
         (damage_pickle, "never opened"),
         (damage_base, "--base FOLDER"),
         (damage_empty, "no adapter_config.json"),

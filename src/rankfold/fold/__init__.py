@@ -1,4 +1,4 @@
-"""Any adapter of ours, folded into a plain LoRA that engines load, with its proof beside it.
+"""Any adapter of ours or of PEFT's, folded into a plain LoRA that engines load, with its proof beside it.
 
 from rankfold.fold import fold_adapter
 print(fold_adapter("runs/movie/adapter", "runs/movie/folded").summary())
@@ -6,24 +6,39 @@ print(fold_adapter("runs/movie/adapter", "runs/movie/folded").summary())
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import nn
+from peft import PeftModel
+from torch import Tensor, nn
 
 from rankfold.config import LowRankConfig
 from rankfold.factors import Factors
-from rankfold.fold import ours, uniform
+from rankfold.fold import compact, gguf, merged, mlx, ours, peft_adapters, uniform
+from rankfold.fold.calibration import read_texts, second_moments, tokenise
+from rankfold.fold.compression import Budget, compress
 from rankfold.fold.probe import probe as run_probe
+from rankfold.fold.probe import trained_model
 from rankfold.fold.profile import Folded, Profile
-from rankfold.fold.proof import FoldReport, prove, sha256
+from rankfold.fold.progress import watched
+from rankfold.fold.proof import FoldReport, LayerProof, prove, prove_sum, sha256
 from rankfold.fold.source import Source, Update, read_config
 from rankfold.folders import whole_folder
 
 __all__ = ["PROFILES", "FoldReport", "fold_adapter", "fold_model"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-PROFILES: dict[str, Profile] = {"uniform": uniform.write}
+PROFILES: dict[str, Profile] = {
+    "uniform": uniform.PROFILE,
+    "compact": compact.PROFILE,
+    "gguf": gguf.PROFILE,
+    "mlx": mlx.PROFILE,
+    "merged": merged.PROFILE,
+}
+#: The largest relative error on disk that `strict` lets pass: rounding to bfloat16 is about 0.003.
+STRICT = 1e-2
 
 
 def fold_adapter(
@@ -34,31 +49,46 @@ def fold_adapter(
     profile: str = "uniform",
     dtype: str | None = None,
     pad: str = "serve",
+    rank: int | None = None,
+    error: float | None = None,
+    calibration: str | Path | None = None,
+    strict: float | None = None,
     probe: bool = True,
     force: bool = False,
+    progress: bool = False,
 ) -> FoldReport:
-    """Folds an adapter folder into a plain LoRA.
+    """Folds an adapter folder, of rankfold's methods or of PEFT's, into a plain LoRA.
 
     Args:
         adapter: what `save_pretrained` or `rankfold train` wrote.
         out: the folder to make; it appears whole or not at all.
         base: the base model, if not the one the adapter names. Its config is needed; its weights only for the probe.
-        profile: one of `PROFILES`.
+        profile: one of `PROFILES`: the format, see docs/folding.md.
         dtype: "float32", "bfloat16" or "float16"; by default the base's.
-        pad: "serve" pads the rank up to one that engines name in their flags, "none" does not.
+        pad: of profile uniform: "serve" pads the rank up to one that engines name in their flags, "none" does not.
+        rank: compress every module to at most this rank; the best approximation, and its error is stated.
+        error: compress every module to the smallest rank whose relative error (Frobenius) is within this.
+        calibration: texts (a .jsonl with "text", or plain paragraphs) to run through the base with the adapter, so that
+            compression keeps the outputs rather than the weights; `error` is then that of the outputs.
+        strict: fail where a module's relative error on disk exceeds this, all in all; `STRICT` is a good value.
         probe: compare logits with stock PEFT, where the base's weights can be loaded.
         force: replace an existing `out`.
+        progress: show a bar on a terminal, beyond a second.
 
     Raises:
         FileExistsError: `out` exists and `force` is not given.
-        ValueError, TypeError: the adapter is damaged, foreign, or has no fold; nothing is written.
+        ValueError, TypeError: the adapter is damaged, foreign, or has no fold, or `strict` is exceeded; nothing is written.
     """
     adapter, out = Path(adapter), Path(out)
     with whole_folder(out, force) as folder:
+        budget, texts = Budget(rank, error), None if calibration is None else read_texts(calibration)
         source = _source(adapter, base)
-        report = _write(source, folder, out, str(adapter), profile, dtype, pad, base)
+        if texts is not None:
+            name = base or source.config.base_model_name_or_path
+            budget = _weighed(budget, trained_model(adapter, source.config, base), source, texts, name)
+        report = _write(source, folder, out, str(adapter), profile, dtype, pad, base, budget, strict, progress)
         if probe:
-            report.probe = run_probe(adapter, folder, source.config, base)
+            report.probe = run_probe(adapter, folder, source.config, base, PROFILES[profile])
         _write_report(report, folder)
     return report
 
@@ -71,13 +101,26 @@ def fold_model(
     profile: str = "uniform",
     dtype: str | None = None,
     pad: str = "serve",
+    rank: int | None = None,
+    error: float | None = None,
+    calibration: str | Path | None = None,
+    strict: float | None = None,
     force: bool = False,
+    progress: bool = False,
 ) -> FoldReport:
-    """Folds an adapter of a live model; arguments, result and errors as `fold_adapter`. The model is not changed."""
+    """Folds an adapter of a live model; arguments, result and errors as `fold_adapter`. The model is not changed.
+
+    `calibration` runs through the model as it is: with this adapter active, please.
+    """
     out = Path(out)
+    origin = f"adapter {adapter_name!r} of a live model"
     with whole_folder(out, force) as folder:
-        source = ours.from_model(model, adapter_name)
-        report = _write(source, folder, out, f"adapter {adapter_name!r} of a live model", profile, dtype, pad, None)
+        budget, texts = Budget(rank, error), None if calibration is None else read_texts(calibration)
+        foreign = not isinstance(getattr(model, "peft_config", {}).get(adapter_name), LowRankConfig | None)
+        source = (peft_adapters if foreign else ours).from_model(model, adapter_name)
+        if texts is not None:
+            budget = _weighed(budget, model, source, texts, source.config.base_model_name_or_path)
+        report = _write(source, folder, out, origin, profile, dtype, pad, None, budget, strict, progress)
         _write_report(report, folder)
     return report
 
@@ -86,17 +129,36 @@ def _source(adapter: Path, base: str | None) -> Source:
     config = read_config(adapter)
     if isinstance(config, LowRankConfig):
         return ours.from_folder(adapter, config, base)
-    kind = getattr(config.peft_type, "value", config.peft_type)
-    raise TypeError(f"peft_type={kind} is not one of rankfold's methods; this version folds its own adapters only")
+    return peft_adapters.from_folder(adapter, config, base)
+
+
+def _weighed(budget: Budget, model: nn.Module, source: Source, texts: list[str], base: str | None) -> Budget:
+    if not budget:
+        raise ValueError("calibration weighs what compression cuts off; give rank or error with it")
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    return replace(budget, moments=second_moments(inner, source.adapted, tokenise(texts, base)))
 
 
 def _write(
-    source: Source, folder: Path, out: Path, origin: str, profile: str, dtype: str | None, pad: str, base: str | None
+    source: Source,
+    folder: Path,
+    out: Path,
+    origin: str,
+    profile: str,
+    dtype: str | None,
+    pad: str,
+    base: str | None,
+    budget: Budget,
+    strict: float | None,
+    progress: bool,
 ) -> FoldReport:
     if profile not in PROFILES:
         raise ValueError(f"profile={profile!r} must be one of {', '.join(PROFILES)}")
+    chosen = PROFILES[profile]
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r} must be one of {', '.join(DTYPES)}")
+    if strict is not None and not strict > 0:
+        raise ValueError(f"strict={strict} must be a positive relative error, for instance {STRICT}")
     to = source.dtype if dtype is None else DTYPES[dtype]
     if to not in DTYPES.values():
         to = torch.float32  # a quantised base: its integers are no dtype for factors
@@ -104,21 +166,25 @@ def _write(
     adapted = set(source.adapted)
     rounded: dict[str, Factors] = {}
     layers = []
-    for site in source.sites:
+    for site in watched(source.sites, progress, "folding"):
         if site.name in adapted:
-            trained = source.update(site.name)
-            exact = _factors(trained)
-            rounded[site.name] = exact.to(to)
-            layers.append(prove(site.name, trained, exact, rounded[site.name].to(dtype=torch.float64)))
+            rounded[site.name], proof = _fold(site.name, source, lambda f: chosen.rounded(f, to), budget)
+            layers.append(proof)
         else:
             zero = Factors(torch.zeros(0, site.in_features), torch.zeros(site.out_features, 0))
-            rounded[site.name] = zero.to(to)
-
+            rounded[site.name] = chosen.rounded(zero, to)
     base = base or source.config.base_model_name_or_path
     folded = Folded(source, rounded, to, base, out, pad)
-    written = PROFILES[profile](folded, folder)
-    for name, factors in rounded.items():
-        _check_disk(name, factors, written.read(name))  # the proof is about what is on the disk
+    written = chosen.write(folded, folder)
+    layers = [_on_disk(proof, source, rounded[proof.module], written.read(proof.module)) for proof in layers]
+    worst = max(layers, key=lambda p: p.frobenius)
+    if strict is not None and not worst.frobenius <= strict:
+        raise ValueError(
+            f"strict={strict}: the relative error of {worst.module} is {worst.frobenius:.1e} on disk, of which compression "
+            f"{worst.truncation:.1e} and rounding to {to} {worst.rounding:.1e}; nothing was written. Give more rank, less "
+            "error or dtype float32"
+        )
+    files = sorted(f for f in folder.rglob("*") if f.is_file())
     return FoldReport(
         adapter=origin,
         method=source.method,
@@ -128,34 +194,66 @@ def _write(
         needed_rank=folded.rank,
         dtype=str(to).removeprefix("torch."),
         parameters=written.parameters,
-        bytes=sum(f.stat().st_size for f in folder.iterdir()),
+        bytes=sum(f.stat().st_size for f in files),
         layers=layers,
         probe={"skipped": "not asked for"},
         serve=written.serve,
         notes=[*source.notes, *written.notes],
-        sha256={f.name: sha256(f) for f in sorted(folder.iterdir())},
+        sha256={str(f.relative_to(folder)): sha256(f) for f in files},
+        noun=chosen.noun,
     )
 
 
-def _factors(update: Update) -> Factors:
-    """Balanced, and without the components that add nothing."""
-    assert isinstance(update, Factors)
+def _fold(
+    name: str, source: Source, rounded: Callable[[Factors], Factors], budget: Budget
+) -> tuple[Factors, LayerProof]:
+    """One module's factors as they will be in the file, and their proof."""
+    trained = source.update(name)
+    values = trained if isinstance(trained, Tensor) else trained.baked().up
+    if not torch.isfinite(values).all():
+        raise ValueError(f"{name}: its update is not finite; that training diverged, use an earlier checkpoint")
+    if isinstance(trained, Tensor) and not budget:
+        raise ValueError(
+            f"{source.method}: its update is no product of small matrices, so a LoRA can only come near it; say how near "
+            "with --error 0.01, or how large with --rank N"
+        )
+    exact = Factors(trained[:0], trained[:, :0]) if isinstance(trained, Tensor) else lowered(trained)
+    moment = budget.moment(name)
+    cut = compress(trained, budget, moment) if budget else None
+    factors = rounded(_live(exact if cut is None else cut))
+    return factors, prove(name, trained, exact, factors.to(torch.float64), cut=cut, moment=moment)
+
+
+def lowered(update: Factors) -> Factors:
+    """Balanced, without the components that add nothing, and of no higher rank than a matrix of its shape can have."""
+    live = _live(update)
+    return live.compress(rank=min(live.shape)) if live.rank > min(live.shape) else live
+
+
+def _live(update: Factors) -> Factors:
     balanced = update.balanced()
     return balanced.select(balanced.up.norm(dim=0) > 0)
 
 
-def _check_disk(name: str, rounded: Factors, read: Factors) -> None:
+def _on_disk(proof: LayerProof, source: Source, rounded: Factors, read: Update) -> LayerProof:
+    """The proof, about what is on the disk; raises OSError where that is not what was written."""
+    if isinstance(read, Tensor):  # no factors, but what was added to a weight
+        return prove_sum(proof, source.update(proof.module), rounded.to(torch.float64), read)
     rank = rounded.rank
-    same = torch.equal(read.down[:rank], rounded.down) and torch.equal(read.baked().up[:, :rank], rounded.up)
-    if not same or read.down[rank:].any() or read.up[:, rank:].any():
+    same = torch.equal(read.down[:rank], rounded.down) and torch.equal(read.up[:, :rank], rounded.up)
+    if not same or read.scale != rounded.scale or read.down[rank:].any() or read.up[:, rank:].any():
         raise OSError(
-            f"{name}: what was read back from the disk is not what was written; the disk may be full or broken"
+            f"{proof.module}: what was read back from the disk is not what was written; the disk may be full or broken"
         )
+    return proof
 
 
 def _write_report(report: FoldReport, folder: Path) -> None:
     (folder / "fold_report.json").write_text(report.to_json(), encoding="utf-8")
-    card = f"---\nlibrary_name: peft\nbase_model: {report.base}\ntags: [lora, rankfold]\n---\n\n"
-    card += f"# A plain LoRA, folded from {report.method}\n\n```\n{report.summary()}\n```\n\n"
+    library = PROFILES[report.profile].library
+    card = f"---\nlibrary_name: {library}\nbase_model: {report.base}\ntags: [lora, rankfold]\n---\n\n"
+    card += (
+        f"# {report.noun[0].upper()}{report.noun[1:]}, folded from {report.method}\n\n```\n{report.summary()}\n```\n\n"
+    )
     card += "Made by `rankfold fold`; the errors per layer are in `fold_report.json`.\n"
     (folder / "README.md").write_text(card, encoding="utf-8")

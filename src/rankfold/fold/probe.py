@@ -1,68 +1,65 @@
-"""The fold in action: logits of the trained adapter against those of the folded LoRA in stock PEFT, same base."""
+"""The fold in action: logits of the trained adapter against those of the fold, loaded without rankfold, on one base."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
-from transformers.utils import logging
 
+from rankfold.fold.base import load_base, quiet
+from rankfold.fold.profile import Profile
 from rankfold.fold.proof import logit_error
-from rankfold.fold.source import AUTO, read_tensors
+from rankfold.fold.source import base_class, read_tensors
 
 
-def probe(adapter: Path, folded: Path, config: PeftConfig, base: str | None) -> dict[str, object]:
+def probe(adapter: Path, folded: Path, config: PeftConfig, base: str | None, profile: Profile) -> dict[str, object]:
     """Runs both on one batch of token ids (fixed seed, float32).
 
     Returns:
-        The largest logit error, or {"skipped": why} where the base's weights cannot be had or the task has no logits.
+        The largest logit error, or {"skipped": why} where the base's weights cannot be had, the task has no logits or
+        the format is not for Python.
     """
-    task = str(getattr(config.task_type, "value", config.task_type))
+    if profile.loads_as == "nothing":
+        return {"skipped": f"{profile.noun} is not for Python; docs/serving.md says what was compared"}
+    if not getattr(base_class(config), "__name__", "").endswith(
+        ("ForCausalLM", "ForSequenceClassification", "LMHeadModel")
+    ):
+        return {"skipped": f"task_type={config.task_type} has no probe; CAUSAL_LM and SEQ_CLS have"}
     name = base or config.base_model_name_or_path
-    if task not in AUTO:
-        return {"skipped": f"task_type={task} has no probe; CAUSAL_LM and SEQ_CLS have"}
     if not name:
         return {"skipped": "the base model is not known"}
-    labels = _labels(read_tensors(adapter)) if task == "SEQ_CLS" else None
-    extra = {} if labels is None else {"num_labels": labels, "ignore_mismatched_sizes": True}
-
-    def load() -> nn.Module:
-        with _quiet():  # a head that is loaded a line later needs no warning
-            return AUTO[task].from_pretrained(name, dtype=torch.float32, **extra)
-
     try:
-        model = PeftModel.from_pretrained(load(), str(adapter))
+        model = trained_model(adapter, config, base)
     except (OSError, MemoryError) as error:
         return {"skipped": f"base {name!r} could not be loaded: {str(error).splitlines()[0]}"}
     batch = torch.randint(5, model.config.vocab_size, (2, 16), generator=torch.Generator().manual_seed(0))
     trained = _logits(model, batch)
     del model
-    return {"base": name, **logit_error(trained, _logits(PeftModel.from_pretrained(load(), str(folded)), batch))}
+    if profile.loads_as == "model":
+        with quiet():
+            found, loader = base_class(config).from_pretrained(folded, dtype=torch.float32), "transformers"
+    else:
+        found, loader = _load(folded, config, name, read_tensors(adapter)), "stock PEFT"
+    return {"base": name, "loaded_by": loader, **logit_error(trained, _logits(found, batch))}
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
+def trained_model(adapter: Path, config: PeftConfig, base: str | None) -> PeftModel:
+    """The adapter on its base in float32, as PEFT loads it.
+
+    Raises:
+        OSError, ValueError: the base's weights cannot be had.
+    """
+    return _load(adapter, config, base or config.base_model_name_or_path, read_tensors(adapter))
+
+
+def _load(adapter: Path, config: PeftConfig, base: str | None, tensors: dict[str, Tensor]) -> PeftModel:
+    model = load_base(config, base, torch.float32, tensors)
+    with quiet():
+        return PeftModel.from_pretrained(model, str(adapter))  # pyright: ignore[reportArgumentType]
 
 
 def _logits(model: nn.Module, batch: Tensor) -> Tensor:
     with torch.no_grad():
         return model.eval()(input_ids=batch, attention_mask=torch.ones_like(batch)).logits
-
-
-def _labels(tensors: dict[str, Tensor]) -> int | None:
-    """Number of labels, from the saved head: the smallest output of its matrices."""
-    outs = [v.shape[0] for k, v in tensors.items() if k.endswith("weight") and v.ndim == 2 and "lowrank" not in k]
-    return min(outs, default=None)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -14,7 +16,13 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PretrainedConfig,
+)
 
 import rankfold.methods  # noqa: F401  (registers the methods with PEFT)
 from rankfold.adapter import Site, module_type
@@ -33,7 +41,7 @@ class Source:
     Args:
         method: what it is, for people: "rasa", "peft:dora".
         config: its config, of which a fold keeps base, revision, task type and modules_to_save.
-        update: the trained update of a module by name, with gate and scale; called once a module, in any order.
+        update: the trained update of a module by name, with gate and scale; in any order.
         adapted: names of the modules that have the adapter, as the base model knows them.
         sites: every linear module of a type that has the adapter, adapted or not, in the model's order.
         modules: every module name of the base model.
@@ -77,7 +85,9 @@ def read_config(folder: Path) -> PeftConfig:
         raise ValueError(f"{path} is not valid: {error}") from None
     if kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
         raise ValueError(f"{path}: peft_type={kind!r} is not known to PEFT or rankfold")
-    return PeftConfig.from_pretrained(str(folder))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT's advice about training
+        return PeftConfig.from_pretrained(str(folder))
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
@@ -93,21 +103,26 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} cannot be read; it is truncated or not a safetensors file: {error}") from None
 
 
-def base_skeleton(config: PeftConfig, base: str | None) -> nn.Module:
-    """The base model on the meta device, from its config alone; raises ValueError where that cannot be had."""
-    name = base or config.base_model_name_or_path
+def base_config(name: str | None) -> PretrainedConfig:
+    """The base model's config; raises ValueError where it cannot be had."""
     if not name:
         raise ValueError("the adapter's config does not name its base model; give it with --base FOLDER")
     try:
-        base_config = AutoConfig.from_pretrained(name)
+        return AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"base={name!r}: its config.json cannot be read ({reason}); give --base FOLDER") from None
-    auto = AUTO.get(str(getattr(config.task_type, "value", config.task_type)))
-    if auto is None and config.auto_mapping:
-        model_cls = getattr(transformers, config.auto_mapping["base_model_class"], None)
-        if model_cls is not None:
-            with torch.device("meta"):
-                return model_cls(base_config)
+
+
+def base_skeleton(config: PeftConfig, base: str | None) -> nn.Module:
+    """The base model on the meta device, from its config alone; raises ValueError where that cannot be had."""
+    found, made = base_config(base or config.base_model_name_or_path), base_class(config)
     with torch.device("meta"):
-        return (auto or AutoModel).from_config(base_config)
+        return made.from_config(found) if hasattr(made, "from_config") else made(found)
+
+
+def base_class(config: PeftConfig) -> Any:
+    """The class to load the base model with: of the adapter's task, else what it was trained on, else the bare model."""
+    auto = AUTO.get(str(getattr(config.task_type, "value", config.task_type)))
+    named = (config.auto_mapping or {}).get("base_model_class")
+    return auto or getattr(transformers, named or "", None) or AutoModel

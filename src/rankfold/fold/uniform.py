@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rankfold.factors import Factors
-from rankfold.fold.profile import Folded, Written
+from rankfold.fold.profile import Folded, Profile, Written
 from rankfold.fold.source import Source
 
 #: vLLM's legal values of max_lora_rank from 8 on: padding to one of them costs nothing at serving time.
@@ -66,7 +66,7 @@ def reader(folder: Path, scales: dict[str, float]) -> Callable[[str], Factors]:
 def _notes(source: Source, rank: int) -> list[str]:
     notes = []
     if rank > SERVE_RANKS[-1]:
-        notes.append(f"rank {rank} exceeds 512, the largest that vLLM takes; train with a smaller r or shared_rank")
+        notes.append(f"rank {rank} exceeds 512, the largest that vLLM takes; compress it with --rank 512 or less")
     zeros = len(source.sites) - len(source.adapted)
     if zeros:
         notes.append(f"{zeros} modules of adapted types have no adapter and were written as zeros (TGI wants them)")
@@ -130,3 +130,6 @@ def target_suffixes(targets: list[str], modules: list[str]) -> list[str]:
                 found.add(suffix)
                 break
     return sorted(found)
+
+
+PROFILE = Profile(write, loads_as="adapter")

@@ -1,0 +1,96 @@
+"""What the adapted modules see: second moments E[x xᵀ] of their inputs on texts of the user's."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoTokenizer
+
+#: How much of a file is read; second moments settle long before.
+TEXTS, TOKENS = 256, 512
+
+
+def read_texts(path: str | Path) -> list[str]:
+    """The texts of a calibration file: of a .jsonl the field "text" of each line, else the paragraphs.
+
+    Raises:
+        ValueError: no file, no texts, or a line without the field.
+    """
+    path = Path(path)
+    try:
+        content = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"calibration={str(path)!r} cannot be read: {error}") from None
+    if path.suffix != ".jsonl":
+        texts = [part.strip() for part in content.split("\n\n")]
+    else:
+        texts = [_text(line, f"calibration={str(path)!r}, line {i}") for i, line in enumerate(content.splitlines(), 1)]
+    texts = [t for t in texts if t][:TEXTS]
+    if not texts:
+        raise ValueError(f"calibration={str(path)!r} holds no text")
+    return texts
+
+
+def _text(line: str, where: str) -> str:
+    if not line.strip():
+        return ""
+    try:
+        text = json.loads(line)["text"]
+    except (json.JSONDecodeError, KeyError, TypeError):
+        text = None
+    if not isinstance(text, str):
+        raise ValueError(f'{where}: every line must be like {{"text": "…"}}')
+    return text
+
+
+def tokenise(texts: list[str], base: str | None) -> list[Tensor]:
+    """Token ids (1 × length) of each text, by the base's tokenizer; raises ValueError where it has none."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(base)
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"base={base!r} has no tokenizer, which calibration needs ({reason}); give --base") from None
+    batches = [tokenizer(t, truncation=True, max_length=TOKENS, return_tensors="pt")["input_ids"] for t in texts]
+    return [b for b in batches if b.numel()]
+
+
+def second_moments(model: nn.Module, modules: list[str], batches: list[Tensor]) -> dict[str, Tensor]:
+    """E[x xᵀ] (in × in, float32 on the CPU) of every module's input over all tokens of the batches.
+
+    Args:
+        model: the base with its adapter, so that later layers see what they will see.
+        modules: names within it.
+        batches: token ids, one text each: padding would count as input.
+    """
+    sums: dict[str, Tensor] = {}
+    seen: dict[str, int] = dict.fromkeys(modules, 0)
+    found = dict(model.named_modules())
+
+    def watch(name: str):
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            x = inputs[0].detach().flatten(0, -2).float()
+            seen[name] += len(x)
+            product = (x.T @ x).cpu()
+            sums[name] = sums[name].add_(product) if name in sums else product
+
+        return hook
+
+    hooks = [found[name].register_forward_pre_hook(watch(name)) for name in modules]
+    training = model.training
+    device = next(model.parameters()).device
+    try:
+        model.eval()
+        with torch.no_grad():
+            for batch in batches:
+                model(input_ids=batch.to(device))
+    finally:
+        model.train(training)
+        for hook in hooks:
+            hook.remove()
+    unseen = [name for name in modules if name not in sums]
+    if unseen:
+        raise ValueError(f"calibration: no input reached {unseen[0]}; use texts that run through it")
+    return {name: total / seen[name] for name, total in sums.items()}

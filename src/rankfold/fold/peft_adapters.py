@@ -1,0 +1,264 @@
+"""One of PEFT's own adapters as the source of a fold: a live model, or a folder put on a base without weights."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from copy import copy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from rankfold.adapter import Site
+from rankfold.fold.peft_updates import REFUSED, STARTS, UPDATES, kind, update_of
+from rankfold.fold.source import Source, Update, base_skeleton, of_adapted_types, read_tensors
+from rankfold.fold.weights import weight_reader
+
+_CONVERT = "fold what save_pretrained(path_initial_model_for_weight_conversion=…) writes, which is relative to the base"
+#: Fields of any config that make it more than an update of linear weights, and what to do.
+FIELDS = {
+    "lora_bias": "it trains a bias, which engines do not load; merge it or train with lora_bias=False",
+    "target_parameters": "it adapts parameters that are no linear modules; merge it",
+    "layer_replication": "it makes new layers, which engines do not load; merge it",
+    "trainable_token_indices": "it trains embeddings; merge it or train without",
+    "alora_invocation_tokens": "activated LoRA depends on where in the text it is; serve it with an engine that has aLoRA",
+    "arrow_config": "its routing depends on the input",
+    "use_qalora": "QALoRA pools its input; merge it with its quantised base",
+    "use_bdlora": "its block-diagonal layout is not read by this version; merge it",
+    "kasa_config": "KaSA changes the base's weights; merge it",
+    "monteclora_config": "its update is drawn from a distribution; merge it",
+    "velora_config": "VeLoRA is not covered by this version; merge it",
+}
+#: Starts that change the base in a way that the folder does not tell.
+UNKNOWN_STARTS = {
+    "corda": "its start depends on data",
+    "lora_ga": "its start depends on gradients",
+    "pissa_niter": "its randomised start differs at every load",
+    "loftq": "its base is a quantised one that only PEFT's start knows; merge it, or fold on that base",
+}
+
+
+def check_foldable(config: PeftConfig) -> None:
+    """Raises ValueError, with the field and the fix, for what is not a fixed additive update of linear weights."""
+    name = kind(config)
+    if name not in UPDATES:
+        reason = REFUSED.get(name, "this version has no fold for it; merge it with PEFT if it can")
+        raise ValueError(f"peft_type={name} cannot be folded into a LoRA: {reason}")
+    bias = getattr(config, "bias", "none")
+    if isinstance(bias, str) and bias != "none":
+        raise ValueError(f"bias={bias!r}: trained biases have no place in a served LoRA; merge it or train bias='none'")
+    for field, reason in FIELDS.items():
+        value = getattr(config, field, None)
+        if value:
+            raise ValueError(f"{field}={value!r} cannot be folded into a LoRA: {reason}")
+    start = str(getattr(config, "init_lora_weights", ""))
+    for begin, reason in UNKNOWN_STARTS.items():
+        if start.startswith(begin):
+            raise ValueError(
+                f"init_lora_weights={start!r}: {reason}, so its update of the base is not known; {_CONVERT}"
+            )
+
+
+def from_model(model: nn.Module, adapter_name: str = "default") -> Source:
+    """Reads a live model, PeftModel or injected.
+
+    Raises:
+        ValueError: no adapter of that name, one that is merged, or one that has no fold.
+    """
+    configs: dict[str, PeftConfig] = getattr(model, "peft_config", {})
+    config = configs.get(adapter_name)
+    if config is None:
+        raise ValueError(f"adapter_name={adapter_name!r}: the model has {sorted(configs)}")
+    check_foldable(config)
+    others = [n for n, c in configs.items() if n != adapter_name and _start(c).startswith((*STARTS, *UNKNOWN_STARTS))]
+    if others:
+        raise ValueError(
+            f"adapter {others[0]!r} took its start out of this model's base, so {adapter_name!r} is not relative to the base "
+            "itself; save it and fold its folder"
+        )
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    layers = _layers(base, adapter_name)
+
+    def live(name: str) -> Tensor:
+        weight: Tensor = layers[name].get_base_layer().weight  # pyright: ignore[reportAssignmentType]
+        if not weight.is_floating_point():
+            raise ValueError(
+                f"{name}: this adapter's update depends on the base's weights, which are quantised here; "
+                "save the adapter and fold its folder with --base of the unquantised model"
+            )
+        return weight.detach().cpu()
+
+    read = live
+    if _start(config) in STARTS:  # the live weights are no longer the base's
+        read = weight_reader(config.base_model_name_or_path, config.revision, getattr(base, "base_model_prefix", ""))
+    saved = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
+    kept = _kept(config)
+    heads = {key: tensor for key, tensor in saved.items() if kept & set(key.split("."))}
+    return _source(base, config, adapter_name, layers, read, heads)
+
+
+def from_folder(folder: Path, config: PeftConfig, base: str | None = None) -> Source:
+    """Reads an adapter folder on its base, of which config.json is needed, and single weights by some types.
+
+    Raises:
+        ValueError: tensors that are truncated, foreign, missing, not finite, of another base; a type that has no fold.
+    """
+    check_foldable(config)
+    tensors = read_tensors(folder)
+    broken = [key for key, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+    if broken:
+        raise ValueError(f"{folder}: NaN or infinity in {broken[0]}; that training diverged, use an earlier checkpoint")
+    bare = copy(config)
+    bare.task_type, bare.inference_mode, bare.base_model_name_or_path = None, True, None
+    for field, plain in (("modules_to_save", None), ("init_lora_weights", True)):
+        if hasattr(bare, field):
+            setattr(bare, field, plain)
+    skeleton = base_skeleton(config, base)
+    dtype = getattr(skeleton.config, "dtype", None) or torch.float32  # pyright: ignore[reportAttributeAccessIssue]
+    _hollow(skeleton, dtype)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT's advice about training
+        model = get_peft_model(skeleton, bare).eval()  # pyright: ignore[reportArgumentType]
+        layers = _layers(skeleton, "default")
+        heads = _load(model, config, tensors, folder)
+    prefix = getattr(skeleton, "base_model_prefix", "")
+    stored = weight_reader(base or config.base_model_name_or_path, config.revision, prefix)
+    source = _source(skeleton, config, "default", layers, stored, heads)
+    return replace(source, dtype=dtype)
+
+
+def _hollow(skeleton: nn.Module, dtype: torch.dtype) -> None:
+    """Every parameter becomes one zero seen out × in times: on the CPU, where PEFT makes its adapters, without memory."""
+    for module in skeleton.modules():
+        for name, old in module.named_parameters(recurse=False):
+            hollow = torch.zeros((), dtype=dtype).expand(old.shape)
+            setattr(module, name, nn.Parameter(hollow, requires_grad=False))
+
+
+def _load(model: nn.Module, config: PeftConfig, tensors: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
+    """Puts an adapter's tensors into the model and returns those of its heads."""
+    expected = get_peft_model_state_dict(model, adapter_name="default", save_embedding_layers=False)
+    missing = sorted(expected.keys() - tensors.keys())
+    if missing:
+        raise ValueError(
+            f"{folder} lacks {len(missing)} of the {len(expected)} tensors that its config asks for on this base, such as "
+            f"{missing[0]}; it is damaged, or of another base model (--base)"
+        )
+    kept = _kept(config)
+    heads = {key: tensor for key, tensor in tensors.items() if key not in expected}
+    foreign = [key for key in heads if not kept & set(key.split("."))]
+    if foreign:
+        raise ValueError(
+            f"{folder} holds {len(foreign)} tensors that do not belong to its config on this base, such as {foreign[0]}; "
+            "it is of another base model (--base), or has trained embeddings or biases, which no LoRA can hold"
+        )
+    tuner = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type]  # pyright: ignore[reportArgumentType]
+    own = {key: tensor for key, tensor in tensors.items() if key in expected}
+    loaded = tuner._remap_adapter_state_dict_for_load(
+        model=model, config=config, adapter_name="default", state_dict=own
+    )
+    shapes = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+    for key, tensor in loaded.items():
+        if key in shapes and shapes[key] != tuple(tensor.shape):
+            raise ValueError(
+                f"{folder}: {key} is {tuple(tensor.shape)}, and on this base it would be {shapes[key]}; "
+                "give the base it was trained on with --base FOLDER"
+            )
+    model.load_state_dict(loaded, strict=False)
+    return heads
+
+
+def _layers(base: nn.Module, adapter_name: str) -> dict[str, BaseTunerLayer]:
+    """The layers that have the adapter, by module name; raises ValueError for those that a LoRA on a linear cannot be."""
+    found = {}
+    head = getattr(base, "get_output_embeddings", lambda: None)()
+    for name, module in base.named_modules():
+        if not isinstance(module, BaseTunerLayer) or adapter_name not in module._get_available_adapters():
+            continue
+        linear = module.get_base_layer()
+        if type(linear).__name__.endswith(("Embedding", "Conv1d", "Conv2d", "Conv3d", "MultiheadAttention")):
+            raise ValueError(f"target_modules: {name} is a {type(linear).__name__}; only adapted linear layers fold")
+        if module is head or linear is head or name.endswith("lm_head"):
+            raise ValueError(f"target_modules: {name} is the output head, whose LoRA engines do not load; merge it")
+        if module.merged:
+            raise ValueError(f"{name}: adapter {adapter_name!r} is merged; call unmerge_adapter() first")
+        found[name] = module
+    if not found:
+        raise ValueError(f"adapter_name={adapter_name!r}: no layer of the model has it")
+    return found
+
+
+def _source(
+    base: nn.Module,
+    config: PeftConfig,
+    adapter_name: str,
+    layers: dict[str, BaseTunerLayer],
+    stored: Callable[[str], Tensor],
+    heads: dict[str, Tensor],
+) -> Source:
+    inside = tuple(f"{name}." for name in layers)
+    sites, modules = [], []
+    for name, module in base.named_modules():
+        if name.startswith(inside):
+            continue
+        modules.append(name)
+        linear = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+        if name in layers or isinstance(linear, nn.Linear | Conv1D):
+            sites.append(_site(name, linear))
+    shapes = {s.name: (s.out_features, s.in_features) for s in sites}
+
+    def update(name: str) -> Update:
+        linear = layers[name].get_base_layer()
+
+        def weight() -> Tensor:
+            found = stored(name).double()
+            found = found.T if isinstance(linear, Conv1D) else found
+            if tuple(found.shape) != shapes[name]:
+                raise ValueError(
+                    f"{name}: the base's weight is {tuple(found.shape)}, not {shapes[name]} as its config says"
+                )
+            return found
+
+        return update_of(layers[name], adapter_name, config, weight)
+
+    first = next(iter(layers.values())).get_base_layer()
+    dtype: torch.dtype = getattr(base, "dtype", None) or first.weight.dtype  # pyright: ignore[reportAssignmentType]
+    half = _start(config) in STARTS and dtype in (torch.bfloat16, torch.float16)
+    return Source(
+        method=f"peft:{_start(config) if _start(config) in STARTS else _title(config)}",
+        config=config,
+        update=update,
+        adapted=list(layers),
+        sites=of_adapted_types(sites, list(layers)),
+        modules=modules,
+        heads=heads,
+        dtype=dtype,
+        transposed=any(isinstance(layer.get_base_layer(), Conv1D) for layer in layers.values()),
+        notes=[f"training also rounded the rest of the base to {dtype}; the fold is relative to the base itself"]
+        if half
+        else [],
+    )
+
+
+def _site(name: str, linear: nn.Module) -> Site:
+    into, out = _get_in_out_features(linear)
+    return Site(name, int(into), int(out))  # pyright: ignore[reportArgumentType]
+
+
+def _kept(config: PeftConfig) -> set[str]:
+    return set(getattr(config, "modules_to_save", None) or [])
+
+
+def _start(config: PeftConfig) -> str:
+    return str(getattr(config, "init_lora_weights", "")).lower()
+
+
+def _title(config: PeftConfig) -> str:
+    return "dora" if getattr(config, "use_dora", False) else kind(config).lower()

@@ -1,0 +1,86 @@
+"""Single weights of a base model, read from its safetensors one at a time; the model is never built."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers.utils.hub import cached_file
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+def weight_reader(base: str | None, revision: str | None, prefix: str) -> Callable[[str], Tensor]:
+    """Reads module weights of a base by module name, as stored, without widening them.
+
+    Args:
+        base: folder, or hub id in the local cache.
+        prefix: the model's `base_model_prefix`, which checkpoints may have or lack.
+
+    Returns:
+        The reader, which looks for the files when it is first called: most adapters need no weight. It raises ValueError
+        where the base has no safetensors, or no such weight in floating point.
+    """
+
+    @cache
+    def files() -> dict[str, Path]:
+        if not base:
+            raise ValueError("this adapter's update depends on the base's weights; give the base with --base FOLDER")
+        return _files(base, revision)
+
+    def read(module: str) -> Tensor:
+        names = (f"{module}.weight", f"{prefix}.{module}.weight", f"{module}.weight".removeprefix(f"{prefix}."))
+        name = next((n for n in names if n in files()), None)
+        if name is None:
+            raise ValueError(f"base={base!r} has no tensor {names[0]!r}; give the base it was trained on with --base")
+        try:
+            with safe_open(files()[name], "pt") as f:
+                tensor = f.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{files()[name]} cannot be read: {error}") from None
+        if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
+            raise ValueError(f"base={base!r}: {name} is {tensor.dtype}; give the unquantised base with --base FOLDER")
+        return tensor
+
+    return read
+
+
+def _files(base: str, revision: str | None) -> dict[str, Path]:
+    """Tensor name → the file it is in."""
+    index = _find(base, INDEX, revision)
+    if index is not None:
+        shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        found = {shard: _find(base, shard, revision) for shard in set(shards.values())}
+        lost = sorted(shard for shard, path in found.items() if path is None)
+        if lost:
+            raise ValueError(f"base={base!r} lacks {lost[0]}; its weights are needed by this adapter's type")
+        return {tensor: path for tensor, shard in shards.items() if (path := found[shard])}
+    single = _find(base, SINGLE, revision)
+    if single is None:
+        raise ValueError(
+            f"base={base!r} has no {SINGLE} here, and this adapter's update depends on the base's weights; "
+            "give --base FOLDER with safetensors"
+        )
+    try:
+        with safe_open(single, "pt") as f:
+            return dict.fromkeys(f.keys(), single)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{single} cannot be read: {error}") from None
+
+
+def _find(base: str, name: str, revision: str | None) -> Path | None:
+    if Path(base).is_dir():
+        path = Path(base) / name
+        return path if path.is_file() else None
+    try:
+        found = cached_file(
+            base, name, revision=revision, local_files_only=True, _raise_exceptions_for_missing_entries=False
+        )
+    except (OSError, ValueError):
+        return None
+    return None if found is None else Path(found)
