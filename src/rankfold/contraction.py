@@ -208,7 +208,8 @@ class _LowRankLinears(torch.autograd.Function):
             hidden.append(h)
         ctx.layout = layout
         ctx.set_materialize_grads(False)  # one of the members may be left unused
-        ctx.save_for_backward(x, *hidden, *rest)
+        n = len(outputs)
+        ctx.save_for_backward(x, *hidden, *rest[:n], *([None] * n), *rest[2 * n :])  # all but the biases
         return tuple(outputs)
 
     @staticmethod
