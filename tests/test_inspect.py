@@ -83,7 +83,7 @@ def _config(row, base: Path):
     try:
         more = {"target_r": 2} if hasattr(row.config, "target_r") else {}
         return row.config(r=4, target_modules=TARGETS, **more)
-    except (TypeError, ValueError) as needs:
+    except ValueError as needs:
         pytest.skip(f"needs more than a rank: {needs}")
 
 
@@ -264,7 +264,7 @@ def test_spoilt_ranks_are_refused(tmp_path: Path, lines: list[str], message: str
 
 
 def test_what_cannot_be_looked_at(base: Path, tmp_path: Path) -> None:
-    with pytest.raises(TypeError, match="DoRA"):
+    with pytest.raises(ValueError, match="DoRA"):
         inspect_adapter(adapted(base, LoraConfig(r=2, target_modules=TARGETS, use_dora=True)))
     with pytest.raises(ValueError, match="adapter_name='x': the model has default"):
         inspect_adapter(adapted(base, LoraConfig(r=2, target_modules=TARGETS)), adapter_name="x")
@@ -273,7 +273,7 @@ def test_what_cannot_be_looked_at(base: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no adapter_config\.json"):
         inspect_adapter(tmp_path)
     adapted(base, IA3Config(target_modules=["v_proj"], feedforward_modules=[])).save_pretrained(tmp_path / "ia3")
-    with pytest.raises(TypeError, match="IA3"):
+    with pytest.raises(ValueError, match="IA3"):
         inspect_adapter(tmp_path / "ia3")
     nan = adapted(base, PlainLoraConfig(r=2, target_modules=TARGETS))
     with torch.no_grad():

@@ -169,7 +169,7 @@ ADALORA = Facts(
     count=_gated_count,
     rank=lambda config, r, layers: r,
     delta=_adalora_delta,
-    variants={"default": {"r": 4, "target_r": 2, "allow_unscheduled": True}},
+    variants={"default": {"r": 4, "target_r": 4, "allow_unscheduled": True}},
     bad=(
         ({"r": 4, "target_r": 5}, "target_r=5"),
         ({"deltaT": 0}, "deltaT=0"),
@@ -182,7 +182,7 @@ DYNAMIC_DORA = Facts(
     rank=lambda config, r, layers: r,
     delta=_gated_delta,
     variants={
-        "default": {"r": 4, "target_r": 2, "lora_dropout": 0.0, "interval": 1, "start": 0, "end": 0}
+        "default": {"r": 4, "target_r": 4, "lora_dropout": 0.0, "interval": 1, "start": 0, "end": 0}
         | {"allow_unscheduled": True}
     },
     bad=(({"r": 4, "target_r": 0}, "target_r=0"), ({"start": 0.6, "end": 0.5}, "start=0.6")),

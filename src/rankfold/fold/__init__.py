@@ -7,7 +7,7 @@ print(fold_adapter("runs/movie/adapter", "runs/movie/folded").summary())
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -77,7 +77,7 @@ def fold_adapter(
 
     Raises:
         FileExistsError: `out` exists and `force` is not given.
-        ValueError, TypeError: the adapter is damaged, foreign, or has no fold, or `strict` is exceeded; nothing is written.
+        ValueError: the adapter is damaged, foreign, or has no fold, or `strict` is exceeded; nothing is written.
     """
     adapter, out = Path(adapter), Path(out)
     with whole_folder(out, force) as folder:
@@ -86,7 +86,9 @@ def fold_adapter(
         if texts is not None:
             name = base or source.config.base_model_name_or_path
             budget = _weighed(budget, trained_model(adapter, source.config, base), source, texts, name)
-        report = _write(source, folder, out, str(adapter), profile, dtype, pad, base, budget, strict, progress)
+        report = _write(
+            source, folder, out, str(adapter), base, _Options(profile, dtype, pad, budget, strict, progress)
+        )
         if probe:
             report.probe = run_probe(adapter, folder, source.config, base, PROFILES[profile])
         _write_report(report, folder)
@@ -120,7 +122,7 @@ def fold_model(
         source = (peft_adapters if foreign else ours).from_model(model, adapter_name)
         if texts is not None:
             budget = _weighed(budget, model, source, texts, source.config.base_model_name_or_path)
-        report = _write(source, folder, out, origin, profile, dtype, pad, None, budget, strict, progress)
+        report = _write(source, folder, out, origin, None, _Options(profile, dtype, pad, budget, strict, progress))
         _write_report(report, folder)
     return report
 
@@ -139,34 +141,36 @@ def _weighed(budget: Budget, model: nn.Module, source: Source, texts: list[str],
     return replace(budget, moments=second_moments(inner, source.adapted, tokenise(texts, base)))
 
 
-def _write(
-    source: Source,
-    folder: Path,
-    out: Path,
-    origin: str,
-    profile: str,
-    dtype: str | None,
-    pad: str,
-    base: str | None,
-    budget: Budget,
-    strict: float | None,
-    progress: bool,
-) -> FoldReport:
-    if profile not in PROFILES:
-        raise ValueError(f"profile={profile!r} must be one of {', '.join(PROFILES)}")
-    chosen = PROFILES[profile]
-    if dtype is not None and dtype not in DTYPES:
-        raise ValueError(f"dtype={dtype!r} must be one of {', '.join(DTYPES)}")
-    if strict is not None and not strict > 0:
-        raise ValueError(f"strict={strict} must be a positive relative error, for instance {STRICT}")
-    to = source.dtype if dtype is None else DTYPES[dtype]
+@dataclass(frozen=True)
+class _Options:
+    """What the user asked of a fold, checked."""
+
+    profile: str
+    dtype: str | None
+    pad: str
+    budget: Budget
+    strict: float | None
+    progress: bool
+
+    def __post_init__(self) -> None:
+        if self.profile not in PROFILES:
+            raise ValueError(f"profile={self.profile!r} must be one of {', '.join(PROFILES)}")
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise ValueError(f"dtype={self.dtype!r} must be one of {', '.join(DTYPES)}")
+        if self.strict is not None and not self.strict > 0:
+            raise ValueError(f"strict={self.strict} must be a positive relative error, for instance {STRICT}")
+
+
+def _write(source: Source, folder: Path, out: Path, origin: str, base: str | None, options: _Options) -> FoldReport:
+    chosen, budget, strict = PROFILES[options.profile], options.budget, options.strict
+    to = source.dtype if options.dtype is None else DTYPES[options.dtype]
     if to not in DTYPES.values():
         to = torch.float32  # a quantised base: its integers are no dtype for factors
 
     adapted = set(source.adapted)
     rounded: dict[str, Factors] = {}
     layers = []
-    for site in watched(source.sites, progress, "folding"):
+    for site in watched(source.sites, options.progress, "folding"):
         if site.name in adapted:
             rounded[site.name], proof = _fold(site.name, source, lambda f: chosen.rounded(f, to), budget)
             layers.append(proof)
@@ -174,7 +178,7 @@ def _write(
             zero = Factors(torch.zeros(0, site.in_features), torch.zeros(site.out_features, 0))
             rounded[site.name] = chosen.rounded(zero, to)
     base = base or source.config.base_model_name_or_path
-    folded = Folded(source, rounded, to, base, out, pad)
+    folded = Folded(source, rounded, to, base, out, options.pad)
     written = chosen.write(folded, folder)
     layers = [_on_disk(proof, source, rounded[proof.module], written.read(proof.module)) for proof in layers]
     worst = max(layers, key=lambda p: p.frobenius)
@@ -188,7 +192,7 @@ def _write(
     return FoldReport(
         adapter=origin,
         method=source.method,
-        profile=profile,
+        profile=options.profile,
         base=base,
         rank=written.rank,
         needed_rank=folded.rank,

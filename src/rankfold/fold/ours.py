@@ -24,8 +24,8 @@ def from_model(model: nn.Module, adapter_name: str = "default", heads: dict[str,
     """Reads a live model, PeftModel or injected.
 
     Raises:
-        ValueError: no adapter of that name, or a schedule that never ran.
-        TypeError: an adapter that is not rankfold's, or whose update is not a fixed matrix.
+        ValueError: no adapter of that name, one that is not rankfold's, a schedule that never ran, or an update that is
+            not a fixed matrix.
     """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     config = getattr(model, "peft_config", {}).get(adapter_name)
@@ -82,8 +82,7 @@ def weightless(folder: Path, config: PeftConfig, base: str | None = None) -> Pef
         base: folder or hub id of the base model, if not the one in the config.
 
     Raises:
-        ValueError: tensors that are truncated, foreign or not finite; a base that cannot be read.
-        TypeError: an adapter whose update is not a fixed matrix.
+        ValueError: tensors that are truncated, foreign or not finite; a base that cannot be read; as `from_model`.
     """
     config = check_foldable(config)
     ours = {k: v for k, v in read_tensors(folder).items() if _is_ours(k)}
@@ -105,14 +104,14 @@ def _is_ours(key: str) -> bool:
 
 
 def check_foldable(config: PeftConfig) -> LowRankConfig:
-    """The config, if its adapter has a fold; raises TypeError or ValueError that says why not."""
+    """The config, if its adapter has a fold; raises ValueError that says why not."""
     if not isinstance(config, LowRankConfig):
-        raise TypeError(
+        raise ValueError(
             f"peft_type={getattr(config.peft_type, 'value', config.peft_type)} is not one of rankfold's methods"
         )
     method = registry.get(config.method)
     if not method.foldable:
-        raise TypeError(
+        raise ValueError(
             f"{method.title}: its update depends on the input, so no LoRA equals it; merge or serve it live"
         )
     if method.controller is not None and not config.schedule and not config.allow_unscheduled:

@@ -146,8 +146,8 @@ def inspect_adapter(
         base: for a folder of a rankfold method whose base model has moved; only its config.json is read.
 
     Raises:
-        ValueError: no adapter, or tensors that are truncated, foreign or not finite.
-        TypeError: a method whose updates are not fixed matrices, or one of PEFT's other than plain LoRA.
+        ValueError: no adapter, tensors that are truncated, foreign or not finite, updates that are not fixed matrices, or
+            an adapter of PEFT's other than plain LoRA.
     """
     if isinstance(adapter, nn.Module):
         configs = getattr(adapter, "peft_config", {})
@@ -202,7 +202,7 @@ def _of_peft_folder(tensors: dict[str, Tensor], config: LoraConfig) -> dict[str,
 
 def _pair(name: str, down: Tensor, up: Tensor, scale: float) -> Factors:
     if down.ndim != 2:
-        raise TypeError(f"{name}: a LoRA of a convolution; only those of linear layers are looked at")
+        raise ValueError(f"{name}: a LoRA of a convolution; only those of linear layers are looked at")
     return Factors(down, up, scale=scale)
 
 
@@ -216,8 +216,8 @@ def _check_plain(config: LoraConfig) -> None:
     kind = getattr(config.peft_type, "value", config.peft_type)
     if kind != "LORA" or config.use_dora:
         what = "DoRA" if config.use_dora else kind
-        raise TypeError(
-            f"peft_type={what}: its update is not a pair of factors; rankfold's methods and PEFT's LoRA are"
+        raise ValueError(
+            f"peft_type={what}: its update is not a pair of factors; fold it with --rank or --error and look at the fold"
         )
 
 

@@ -29,7 +29,7 @@ def run_inspect(
         force: replace pictures that exist.
 
     Raises:
-        ValueError, TypeError: what cannot be looked at, and why.
+        ValueError: what cannot be looked at, and why.
         FileExistsError: without `force`.
     """
     if not Path(path).exists():
