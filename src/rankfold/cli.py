@@ -268,7 +268,7 @@ def _parser() -> argparse.ArgumentParser:
         nargs="?",
         const=1e-2,
         metavar="E",
-        help="fail, and write nothing, where a module's relative error exceeds this (default: 0.01)",
+        help="fail, and write nothing, where a module's relative error exceeds this (--strict=E; 0.01 if none is given)",
     )
     fold.add_argument(
         "--profile",

@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -24,21 +24,33 @@ def whole_folder(path: Path, force: bool = False) -> Iterator[Path]:
     path = Path(path)
     if path.exists() and not force and (not path.is_dir() or any(path.iterdir())):
         raise FileExistsError(f"{path} exists; choose another folder or replace it with --force")
+    old = None
+    made = [parent for parent in path.parents if not parent.exists()]  # the nearest first
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     try:
         os.chmod(temporary, 0o777 & ~_umask())
         yield temporary
         _sync(temporary)
-        old = None
         if path.exists():
             old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old."))
             os.replace(path, old / path.name)
-        os.replace(temporary, path)
+        try:
+            os.replace(temporary, path)
+        except OSError:
+            if old is not None:
+                os.replace(old / path.name, path)
+            raise
         if old is not None:
             shutil.rmtree(old)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        with suppress(OSError):  # they are not empty where the folder appeared
+            for parent in made:
+                parent.rmdir()
+        with suppress(OSError):  # nor is this where something was kept
+            if old is not None:
+                old.rmdir()
 
 
 def _umask() -> int:

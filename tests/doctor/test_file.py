@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 from edits import edit_config, edit_tensors
-from peft import get_peft_model
-from transformers import LlamaForCausalLM
+from peft import LoraConfig, TaskType, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 from rankfold import RasaConfig
 from rankfold.doctor import Diagnosis, diagnose
@@ -109,6 +109,26 @@ def test_a_head_that_is_absent(adapter):
     folder = adapter()
     edit_config(folder, modules_to_save=["score"])
     assert "modules_to_save names score" in problems(diagnose(folder))
+
+
+def test_a_classifier_of_stock_peft(tmp_path: Path):
+    config = LlamaConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=64
+    )
+    LlamaForSequenceClassification(config).save_pretrained(tmp_path / "base")
+    base = LlamaForSequenceClassification.from_pretrained(tmp_path / "base")
+    lora = LoraConfig(r=8, target_modules=["q_proj"], task_type=TaskType.SEQ_CLS, init_lora_weights=False)
+    get_peft_model(base, lora).save_pretrained(tmp_path / "adapter")
+    assert problems(diagnose(tmp_path / "adapter")) == ""  # PEFT lists both "classifier" and "score", and one exists
+
+
+def test_the_bias_of_a_head_belongs_to_the_head(adapter):
+    folder = adapter()
+    edit_config(folder, modules_to_save=["classifier", "score"])
+    head = {"classifier.weight": torch.ones(3, 32), "classifier.bias": torch.ones(3)}
+    edit_tensors(folder, lambda t: t | {f"base_model.model.{k}": v for k, v in head.items()})
+    found = diagnose(folder, engines=["vllm"])
+    assert found.verdicts[0].status == "loads"
 
 
 def test_keys_of_the_future(adapter):

@@ -180,7 +180,7 @@ def test_calibration_keeps_the_outputs(base: Path, tmp_path: Path) -> None:
 
     trained = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder)
     names = [p.module for p in plain.layers]
-    moments = second_moments(trained.get_base_model(), names, tokenise(TEXTS, str(base)))
+    moments = second_moments(trained.get_base_model(), names, tokenise(TEXTS, str(base), trained.config))
     errors = {}
     for name in ("plain", "weighted"):
         tensors = PeftModel.from_pretrained(
@@ -209,7 +209,7 @@ def test_second_moments_are_means_of_outer_products(base: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(base)
     seen: list[Tensor] = []
     hook = model.model.layers[0].mlp.down_proj.register_forward_pre_hook(lambda m, x: seen.append(x[0].flatten(0, 1)))
-    found = second_moments(model, ["model.layers.0.mlp.down_proj"], tokenise(TEXTS, str(base)))
+    found = second_moments(model, ["model.layers.0.mlp.down_proj"], tokenise(TEXTS, str(base), model.config))
     hook.remove()
     x = torch.cat(seen)
     torch.testing.assert_close(found["model.layers.0.mlp.down_proj"], x.T @ x / len(x))
@@ -233,6 +233,16 @@ def test_bad_calibration_files(content: str | None, message: str, base: Path, tm
     with pytest.raises(ValueError, match=message):
         fold_adapter(folder, tmp_path / "out", rank=4, calibration=tmp_path / "c.jsonl")
     assert not (tmp_path / "out").exists()
+
+
+def test_calibration_fits_the_model(base: Path) -> None:
+    """Long texts are cut to the model's positions; ids beyond its vocabulary and texts without tokens are one clear error."""
+    short = LlamaConfig(max_position_embeddings=7)
+    assert tokenise(["w1 " * 30], str(base), short)[0].shape == (1, 7)
+    with pytest.raises(ValueError, match="its tokenizer gives id"):
+        tokenise(TEXTS, str(base), LlamaConfig(vocab_size=1))
+    with pytest.raises(ValueError, match="makes no tokens"):
+        tokenise([" "], str(base), short)
 
 
 def test_calibration_without_a_budget_or_a_tokenizer(base: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from copy import deepcopy
@@ -29,6 +30,7 @@ from rankfold.fold.ours import from_folder
 from rankfold.fold.proof import prove
 from rankfold.fold.source import read_config
 from rankfold.fold.uniform import serve_rank, target_suffixes
+from rankfold.folders import whole_folder
 
 TOKENS = torch.arange(5, 21)[None]
 
@@ -314,3 +316,34 @@ def test_an_unscheduled_adapter_is_refused(llama: Path, tmp_path: Path) -> None:
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(llama), SoraConfig(target_modules="all-linear"))
     with pytest.raises(ValueError, match="schedule"):
         fold_model(model, tmp_path / "out")
+
+
+@pytest.mark.parametrize("out", [".", "adapter", "../base"])
+def test_force_never_deletes_what_a_fold_is_made_from(out: str, llama: Path, tmp_path: Path) -> None:
+    run, base = tmp_path / "run", tmp_path / "base"
+    shutil.copytree(llama, base)
+    run.mkdir()
+    adapter, _ = trained(base, CONFIGS["rasa"], run)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ValueError, match="itself, which the fold would replace"):
+        fold_adapter(adapter, run / out, probe=False, force=True)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_what_is_no_adapter_folder(llama: Path, tmp_path: Path) -> None:
+    adapter, _ = trained(llama, CONFIGS["rasa"], tmp_path)
+    with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
+        fold_adapter(tmp_path / "nowhere", tmp_path / "out")
+    with pytest.raises(ValueError, match="is a file; give the folder"):
+        fold_adapter(adapter / "adapter_model.safetensors", tmp_path / "out")
+    with pytest.raises(ValueError, match=r"that of a run is in .*adapter"):
+        fold_adapter(tmp_path, tmp_path / "out")
+
+
+def test_a_folder_that_cannot_be_renamed_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious").write_text("x")
+    monkeypatch.chdir(tmp_path / "out")
+    with pytest.raises(OSError, match="busy"), whole_folder(Path(), force=True) as folder:
+        (folder / "new").write_text("y")
+    assert [p.name for p in tmp_path.rglob("*")] == ["out", "precious"]

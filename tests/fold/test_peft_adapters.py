@@ -99,16 +99,20 @@ ROWS = {
     "hra, GS": Row("HRAConfig", {"r": 4, "apply_GS": True, "init_weights": False}, 4),
     "delora": Row("DeloraConfig", {"r": 4}, 4),
     "randlora": Row("RandLoraConfig", {"r": 4}),
+    "randlora, gpt2": Row("RandLoraConfig", {"r": 4, "randlora_alpha": 64, **CONV}, None, "gpt2"),
     "fourierft": Row("FourierFTConfig", {"n_frequency": 40, "scaling": 20}),
     "fourierft, gpt2": Row("FourierFTConfig", {"n_frequency": 40, "scaling": 20, **CONV}, None, "gpt2"),
     "waveft": Row("WaveFTConfig", {"n_frequency": 40}),
+    "waveft, gpt2": Row("WaveFTConfig", {"n_frequency": 40, **CONV}, None, "gpt2"),
     "oft": Row("OFTConfig", {"oft_block_size": 8}),
     "oft, cayley": Row("OFTConfig", {"oft_block_size": 8, "use_cayley_neumann": False}),
     "boft": Row("BOFTConfig", {"boft_block_size": 4}),
     "c3a": Row("C3AConfig", {"block_size": 8}),
     "shira": Row("ShiraConfig", {"r": 2}),
     "hira": Row("HiraConfig", {"r": 4}),
+    "hira, gpt2": Row("HiraConfig", {"r": 4, **CONV}, None, "gpt2"),
     "gralora": Row("GraloraConfig", {"r": 4, "gralora_k": 2}),
+    "gralora, gpt2": Row("GraloraConfig", {"r": 4, "gralora_k": 2, **CONV}, None, "gpt2"),
     "road": Row("RoadConfig", {"group_size": 8}),
 }
 
@@ -458,3 +462,28 @@ def test_a_base_without_the_weights(weights, message: str, bases: dict[str, Path
     with pytest.raises(ValueError, match=message):
         fold_adapter(tmp_path / "hra", tmp_path / "out", base=str(base), probe=False)
     fold_adapter(tmp_path / "loha", tmp_path / "out", base=str(base), probe=False)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("r", "x"), ("lora_alpha", None), ("rank_pattern", [1]), ("target_modules", 5), ("modules_to_save", 3)],
+)
+def test_a_config_with_a_value_of_the_wrong_type(field: str, value, bases: dict[str, Path], tmp_path: Path) -> None:
+    shaken(ROWS["lora"].config(), bases["llama"]).save_pretrained(tmp_path / "adapter")
+    edit(tmp_path / "adapter", **{field: value})
+    with pytest.raises(ValueError, match="PEFT cannot use a value in it"):
+        fold_adapter(tmp_path / "adapter", tmp_path / "deep" / "er" / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_a_base_without_its_modules(bases: dict[str, Path], tmp_path: Path) -> None:
+    shaken(ROWS["lora"].config(), bases["llama"]).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match=r"gpt2.* has no module of its target_modules, such as 'down_proj'"):
+        fold_adapter(tmp_path / "adapter", tmp_path / "out", base=str(bases["gpt2"]))
+
+
+def test_a_base_that_moved(bases: dict[str, Path], tmp_path: Path) -> None:
+    shaken(ROWS["lora"].config(), bases["llama"]).save_pretrained(tmp_path / "adapter")
+    edit(tmp_path / "adapter", base_model_name_or_path="/gone/base")
+    with pytest.raises(ValueError, match="base='/gone/base' does not exist"):
+        fold_adapter(tmp_path / "adapter", tmp_path / "out")

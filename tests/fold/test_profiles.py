@@ -209,10 +209,42 @@ def test_merging_into_tied_embeddings_is_refused(tmp_path: Path) -> None:
         model = live(tmp_path / "base", rasa(target_modules=["q_proj", "lm_head"]))
     with pytest.raises(ValueError, match="shares its weight"):
         fold_model(model, tmp_path / "out", profile="merged")
-    with pytest.raises(ValueError, match="lm_head is not a layer of the blocks"):
+    with pytest.raises(ValueError, match="lm_head is the output head"):
         fold_model(model, tmp_path / "out", profile="gguf")
-    with pytest.raises(ValueError, match="lm_head lies outside"):
+    with pytest.raises(ValueError, match="lm_head is the output head"):
         fold_model(model, tmp_path / "out", profile="mlx")
+    assert [p.name for p in tmp_path.iterdir()] == ["base"]
+
+
+def test_an_adapted_output_head_is_merged_and_never_served(llama: Path, tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="save_embedding_layers"):
+        live(llama, rasa(target_modules=["q_proj", "lm_head"])).save_pretrained(str(tmp_path / "adapter"))
+    for profile in ("uniform", "compact", "gguf", "mlx"):
+        with pytest.raises(ValueError, match="lm_head is the output head"):
+            fold_adapter(tmp_path / "adapter", tmp_path / "out", profile=profile)
+    report = fold_adapter(tmp_path / "adapter", tmp_path / "out", profile="merged")
+    assert report.probe["max_logit_error"] < 1e-4  # type: ignore[operator]
+
+
+def test_an_untrained_adapter_says_so(llama: Path, tmp_path: Path) -> None:
+    report = fold_model(
+        live(llama, RasaConfig(r=4, shared_rank=1, target_modules="all-linear", task_type="CAUSAL_LM")),
+        tmp_path / "out",
+    )
+    assert any("changes nothing" in note for note in report.notes)
+
+
+@pytest.mark.parametrize("kept", ["lm_head", "embed_tokens"])
+def test_merging_a_trained_head_into_tied_embeddings_is_refused(kept: str, tmp_path: Path) -> None:
+    LlamaForCausalLM(LlamaConfig(**{**LLAMA.to_dict(), "tie_word_embeddings": True})).save_pretrained(tmp_path / "base")
+    with pytest.warns(UserWarning, match="tie_word_embeddings"):
+        model = live(tmp_path / "base", rasa(target_modules=["q_proj"], modules_to_save=[kept]))
+    with torch.no_grad():
+        next(p for n, p in model.named_parameters() if "modules_to_save" in n).add_(1)
+    with pytest.raises(
+        ValueError, match=f"{kept}.weight, which the adapter saved in modules_to_save, shares its weight"
+    ):
+        fold_model(model, tmp_path / "out", profile="merged")
     assert [p.name for p in tmp_path.iterdir()] == ["base"]
 
 

@@ -129,10 +129,10 @@ def _role(name: str, settings: Settings) -> str:
         return "embedding"
     if "magnitude" in name or name.endswith(".dora_scale"):
         return "magnitude"
-    if name.endswith(".bias"):
-        return "bias"
     if any(s and f".{s}." in f".{name}." for s in settings.modules_to_save):
         return "saved"
+    if name.endswith(".bias"):
+        return "bias"
     if "base_layer" in parts:
         return "base_layer"
     if any("trainable_tokens" in part for part in parts):

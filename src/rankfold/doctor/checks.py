@@ -12,6 +12,8 @@ import rankfold.methods  # noqa: F401  (registers the methods with PEFT)
 from rankfold.doctor.case import Case
 from rankfold.doctor.findings import Finding, Status, examples
 
+#: PEFT adds both names to the modules_to_save of every classifier; a model has one of them.
+CLASSIFIERS = {"classifier", "score"}
 FLOATS = {"F64", "F32", "F16", "BF16"}
 
 
@@ -157,6 +159,8 @@ def belonging(case: Case) -> Iterator[Finding]:
         yield Finding(Status.PROBLEM, what, foreign[0], fix)
     saved = case.others.get("saved", [])
     absent = [m for m in case.settings.modules_to_save if not any(f".{m}." in f".{n}." for n in saved)]
+    if (set(case.settings.modules_to_save) - set(absent)) & CLASSIFIERS:
+        absent = [m for m in absent if m not in CLASSIFIERS]
     if absent and case.file.tensors:
         what = f"modules_to_save names {examples(absent)}, of which there is no tensor"
         yield Finding(Status.PROBLEM, what, case.file.where("modules_to_save"), "save the adapter again")

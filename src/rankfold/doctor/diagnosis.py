@@ -17,9 +17,7 @@ from rankfold.doctor.settings import read_settings
 from rankfold.doctor.weights import check_numbers
 
 #: What the verdicts are, and are not; printed with them.
-BASIS = (
-    "rules read from the engines' sources at these versions (shared/field.md §3.1, November 2026); nothing was started"
-)
+BASIS = "rules read from the engines' sources at these versions, in November 2026; nothing was started"
 
 
 @dataclass(frozen=True)

@@ -49,6 +49,7 @@ def _engines(found: Diagnosis) -> Table:
         rows[v.status, "\n".join(_sentence(f) for f in shown)].append(f"{v.engine.name} {v.engine.version}")
     table = Table("engine, as read", "verdict", "why", box=None, pad_edge=False, header_style="bold")
     table.columns[0].no_wrap = True
+    table.columns[2].overflow = "fold"  # the end of a tensor's name says which it is
     for (status, why), engines in rows.items():
         table.add_row("\n".join(engines), Text(status, COLOURS.get(status, "")), Text(why))
     return table

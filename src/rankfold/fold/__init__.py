@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 
 from rankfold.config import LowRankConfig
@@ -77,12 +77,16 @@ def fold_adapter(
 
     Raises:
         FileExistsError: `out` exists and `force` is not given.
-        ValueError: the adapter is damaged, foreign, or has no fold, or `strict` is exceeded; nothing is written.
+        FileNotFoundError: there is no `adapter`.
+        ValueError: the adapter is damaged, foreign, or has no fold, or lies in `out`, or `strict` is exceeded;
+            nothing is written.
     """
     adapter, out = Path(adapter), Path(out)
+    config = read_config(adapter)
+    _keep_inputs(out, adapter, base or config.base_model_name_or_path)
     with whole_folder(out, force) as folder:
         budget, texts = Budget(rank, error), None if calibration is None else read_texts(calibration)
-        source = _source(adapter, base)
+        source = _source(adapter, config, base)
         if texts is not None:
             name = base or source.config.base_model_name_or_path
             budget = _weighed(budget, trained_model(adapter, source.config, base), source, texts, name)
@@ -120,6 +124,7 @@ def fold_model(
         budget, texts = Budget(rank, error), None if calibration is None else read_texts(calibration)
         foreign = not isinstance(getattr(model, "peft_config", {}).get(adapter_name), LowRankConfig | None)
         source = (peft_adapters if foreign else ours).from_model(model, adapter_name)
+        _keep_inputs(out, None, source.config.base_model_name_or_path)
         if texts is not None:
             budget = _weighed(budget, model, source, texts, source.config.base_model_name_or_path)
         report = _write(source, folder, out, origin, None, _Options(profile, dtype, pad, budget, strict, progress))
@@ -127,8 +132,16 @@ def fold_model(
     return report
 
 
-def _source(adapter: Path, base: str | None) -> Source:
-    config = read_config(adapter)
+def _keep_inputs(out: Path, adapter: Path | None, base: str | None) -> None:
+    """Raises ValueError where `out` is or holds what the fold is made from: `force` would delete it."""
+    for what, path in (("the adapter", adapter), ("the base model", Path(base) if base else None)):
+        if path is not None and path.exists() and path.resolve().is_relative_to(out.resolve()):
+            raise ValueError(
+                f"out={str(out)!r} holds {what} itself, which the fold would replace; choose another folder"
+            )
+
+
+def _source(adapter: Path, config: PeftConfig, base: str | None) -> Source:
     if isinstance(config, LowRankConfig):
         return ours.from_folder(adapter, config, base)
     return peft_adapters.from_folder(adapter, config, base)
@@ -138,7 +151,8 @@ def _weighed(budget: Budget, model: nn.Module, source: Source, texts: list[str],
     if not budget:
         raise ValueError("calibration weighs what compression cuts off; give rank or error with it")
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
-    return replace(budget, moments=second_moments(inner, source.adapted, tokenise(texts, base)))
+    batches = tokenise(texts, base, inner.config)  # pyright: ignore[reportArgumentType]
+    return replace(budget, moments=second_moments(inner, source.adapted, batches))
 
 
 @dataclass(frozen=True)
@@ -167,6 +181,11 @@ def _write(source: Source, folder: Path, out: Path, origin: str, base: str | Non
     if to not in DTYPES.values():
         to = torch.float32  # a quantised base: its integers are no dtype for factors
 
+    heads = [name for name in source.adapted if name.rpartition(".")[2] in ("lm_head", "embed_out")]
+    if heads and options.profile != "merged":
+        raise ValueError(
+            f"target_modules: {heads[0]} is the output head, whose LoRA engines do not load; fold with profile merged"
+        )
     adapted = set(source.adapted)
     rounded: dict[str, Factors] = {}
     layers = []
@@ -188,6 +207,7 @@ def _write(source: Source, folder: Path, out: Path, origin: str, base: str | Non
             f"{worst.truncation:.1e} and rounding to {to} {worst.rounding:.1e}; nothing was written. Give more rank, less "
             "error or dtype float32"
         )
+    empty = not any(proof.norm for proof in layers)
     files = sorted(f for f in folder.rglob("*") if f.is_file())
     return FoldReport(
         adapter=origin,
@@ -202,7 +222,7 @@ def _write(source: Source, folder: Path, out: Path, origin: str, base: str | Non
         layers=layers,
         probe={"skipped": "not asked for"},
         serve=written.serve,
-        notes=[*source.notes, *written.notes],
+        notes=[*source.notes, *written.notes, *(["every update is zero: this fold changes nothing"] if empty else [])],
         sha256={str(f.relative_to(folder)): sha256(f) for f in files},
         noun=chosen.noun,
     )

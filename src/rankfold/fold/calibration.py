@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PretrainedConfig
 
 #: How much of a file is read; second moments settle long before.
 TEXTS, TOKENS = 256, 512
@@ -46,15 +46,28 @@ def _text(line: str, where: str) -> str:
     return text
 
 
-def tokenise(texts: list[str], base: str | None) -> list[Tensor]:
-    """Token ids (1 × length) of each text, by the base's tokenizer; raises ValueError where it has none."""
+def tokenise(texts: list[str], base: str | None, model: PretrainedConfig) -> list[Tensor]:
+    """Token ids (1 × length) of each text, by the base's tokenizer, no more of them than the model has positions for.
+
+    Raises:
+        ValueError: there is no tokenizer, it makes nothing of the texts, or is another model's.
+    """
     try:
         tokenizer = AutoTokenizer.from_pretrained(base)
     except (OSError, ValueError, TypeError, AttributeError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"base={base!r} has no tokenizer, which calibration needs ({reason}); give --base") from None
-    batches = [tokenizer(t, truncation=True, max_length=TOKENS, return_tensors="pt")["input_ids"] for t in texts]
-    return [b for b in batches if b.numel()]
+    longest = min(TOKENS, getattr(model, "max_position_embeddings", None) or TOKENS)
+    batches = [tokenizer(t, truncation=True, max_length=longest, return_tensors="pt")["input_ids"] for t in texts]
+    batches = [b for b in batches if b.numel()]
+    if not batches:
+        raise ValueError(
+            f"base={base!r}: its tokenizer makes no tokens of the calibration's texts; are its files whole?"
+        )
+    largest, words = max(int(b.max()) for b in batches), getattr(model, "vocab_size", None)
+    if words is not None and largest >= words:
+        raise ValueError(f"base={base!r}: its tokenizer gives id {largest}, and the model has {words}; it is another's")
+    return batches
 
 
 def second_moments(model: nn.Module, modules: list[str], batches: list[Tensor]) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from rankfold.factors import Factors
 from rankfold.fold.profile import Folded, Profile, Written
-from rankfold.fold.uniform import config, reader, serve_flags, serve_rank
+from rankfold.fold.uniform import config, loaders, reader, serve_flags, serve_rank
 
 #: The one lora_alpha. Any number would do: B makes up for it. It does not depend on the ranks, so that a module can be
 #: rounded before those of the others are known.
@@ -55,9 +55,9 @@ def write(folded: Folded, folder: Path) -> Written:
         rank=largest,
         parameters=parameters,
         read=reader(folder, {name: ALPHA / rank for name, rank in ranks.items()}),
-        serve={"vLLM ≥ 0.33": flags["vLLM"], "PEFT": flags["PEFT"]},
+        serve=loaders(source, {"vLLM ≥ 0.33": flags["vLLM"], "PEFT": flags["PEFT"]}),
         notes=[
-            "ranks differ by module: SGLang 0.5.23, TGI, LoRAX and vLLM before 0.33 scale such an adapter wrongly or "
+            "where ranks differ by module, SGLang 0.5.23, TGI, LoRAX and vLLM before 0.33 scale an adapter wrongly or "
             "refuse it; fold with --profile uniform for them"
         ],
     )

@@ -7,7 +7,7 @@ small update itself; the proof is about what was saved: ‖W′ − W − ΔW‖
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -51,10 +51,7 @@ def write(folded: Folded, folder: Path) -> Written:
             delta = folded.factors[name].to(torch.float64).delta()  # out × in
             added = module.weight.double() + (delta.T if isinstance(module, Conv1D) else delta)
             module.weight = nn.Parameter(added.to(folded.dtype), requires_grad=False)
-        heads = {k.removeprefix("base_model.model."): v for k, v in folded.source.heads.items()}
-        unknown = model.load_state_dict(heads, strict=False).unexpected_keys
-    if unknown:
-        raise ValueError(f"profile merged: the base has no {unknown[0]}, which the adapter saved in modules_to_save")
+        _load_heads(model, {k.removeprefix("base_model.model."): v for k, v in folded.source.heads.items()})
     model.to(folded.dtype)
     with quiet():
         model.save_pretrained(folder, max_shard_size=MAX_SHARD)  # pyright: ignore[reportCallIssue]
@@ -101,6 +98,22 @@ def _linear(model: nn.Module, name: str) -> nn.Linear:
     if module.weight is getattr(embeddings, "weight", None):
         raise ValueError(f"profile merged: {name} shares its weight with the embeddings, which would change too")
     return module  # pyright: ignore[reportReturnType]
+
+
+def _load_heads(model: nn.Module, heads: Mapping[str, Tensor]) -> None:
+    """Puts the trained heads in; raises ValueError for one that the base lacks, or has in common with another layer."""
+    own = dict(model.named_parameters(remove_duplicate=False))
+    for key, head in heads.items():
+        shared = [k for k, p in own.items() if k != key and p is own.get(key)]
+        other = next((k for k in shared if k not in heads or not torch.equal(heads[k], head)), None)
+        if other is not None:
+            raise ValueError(
+                f"profile merged: {key}, which the adapter saved in modules_to_save, shares its weight with {other}, which "
+                "would change too; use --profile uniform, which PEFT loads"
+            )
+    unknown = model.load_state_dict(heads, strict=False).unexpected_keys
+    if unknown:
+        raise ValueError(f"profile merged: the base has no {unknown[0]}, which the adapter saved in modules_to_save")
 
 
 def _copy_tokenizer(base: str, folder: Path) -> list[str]:

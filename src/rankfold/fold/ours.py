@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from rankfold import registry
 from rankfold.config import LowRankConfig
 from rankfold.factors import Factors
-from rankfold.fold.source import Source, base_skeleton, of_adapted_types, read_tensors
+from rankfold.fold.source import Source, base_skeleton, fitting, of_adapted_types, read_tensors
 from rankfold.layer import AdaptedLinear
 from rankfold.tuner import LAYERS, SHARED, site_of
 
@@ -67,7 +67,8 @@ def from_model(model: nn.Module, adapter_name: str = "default", heads: dict[str,
 def from_folder(folder: Path, config: PeftConfig, base: str | None = None) -> Source:
     """Reads an adapter folder; arguments and errors as `weightless`."""
     model = weightless(folder, config, base)
-    heads = {k: v for k, v in read_tensors(folder).items() if not _is_ours(k)}
+    # PEFT saves the base's own weight with an adapted output head; it is no trained one
+    heads = {k: v for k, v in read_tensors(folder).items() if not _is_ours(k) and ".base_layer." not in k}
     # of the skeleton, the config knows the dtype of the weights it was saved with; its tensors do not
     dtype = getattr(model.get_base_model().config, "dtype", None) or torch.float32
     return replace(from_model(model, heads=heads), config=config, dtype=dtype)
@@ -91,7 +92,8 @@ def weightless(folder: Path, config: PeftConfig, base: str | None = None) -> Pef
     bare.modules_to_save, bare.task_type, bare.inference_mode = None, None, True
     bare.base_model_name_or_path = None  # PEFT warns when a base moves
     skeleton = base_skeleton(config, base)
-    model = get_peft_model(skeleton, bare, low_cpu_mem_usage=True, autocast_adapter_dtype=False)  # pyright: ignore
+    with fitting(folder, config, base or config.base_model_name_or_path):
+        model = get_peft_model(skeleton, bare, low_cpu_mem_usage=True, autocast_adapter_dtype=False)  # pyright: ignore
     # PEFT's own loader would move the tensors to the base's device, which is meta
     tuner = PEFT_TYPE_TO_TUNER_MAPPING[bare.peft_type]  # pyright: ignore[reportArgumentType]
     renamed = tuner._remap_adapter_state_dict_for_load(model, bare, "default", ours)

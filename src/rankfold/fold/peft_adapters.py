@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from rankfold.adapter import Site
 from rankfold.fold.peft_updates import REFUSED, STARTS, UPDATES, kind, update_of
-from rankfold.fold.source import Source, Update, base_skeleton, of_adapted_types, read_tensors
+from rankfold.fold.source import Source, Update, base_skeleton, fitting, of_adapted_types, read_tensors
 from rankfold.fold.weights import weight_reader
 
 _CONVERT = "fold what save_pretrained(path_initial_model_for_weight_conversion=…) writes, which is relative to the base"
@@ -123,13 +123,14 @@ def from_folder(folder: Path, config: PeftConfig, base: str | None = None) -> So
     skeleton = base_skeleton(config, base)
     dtype = getattr(skeleton.config, "dtype", None) or torch.float32  # pyright: ignore[reportAttributeAccessIssue]
     _hollow(skeleton, dtype)
-    with warnings.catch_warnings():
+    named = base or config.base_model_name_or_path
+    with fitting(folder, config, named), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT's advice about training
         model = get_peft_model(skeleton, bare).eval()  # pyright: ignore[reportArgumentType]
         layers = _layers(skeleton, "default")
         heads = _load(model, config, tensors, folder)
     prefix = getattr(skeleton, "base_model_prefix", "")
-    stored = weight_reader(base or config.base_model_name_or_path, config.revision, prefix)
+    stored = weight_reader(named, config.revision, prefix)
     source = _source(skeleton, config, "default", layers, stored, heads)
     return replace(source, dtype=dtype)
 

@@ -149,7 +149,8 @@ def merged(layer: Any, name: str, config: Any, weight: Weight) -> Tensor:
     before = weight()
     alone = copy.deepcopy(layer)
     base = alone.get_base_layer()
-    stored = before.T.contiguous() if isinstance(base, Conv1D) else before.clone()
+    # A copy even of a view that is contiguous already: some of PEFT's layers merge in place
+    stored = (before.T if isinstance(base, Conv1D) else before).clone(memory_format=torch.contiguous_format)
     base.weight = nn.Parameter(stored, requires_grad=False)
     alone.double().eval()
     bias = None if base.bias is None else base.bias.clone()

@@ -95,7 +95,7 @@ class FoldReport:
         if "max_logit_error" in self.probe:
             lines.append(
                 f"probe: largest logit difference {self.probe['max_logit_error']:.1e} "
-                f"where logits reach {self.probe['max_logit']:.1f} ({self.probe['loaded_by']}, same base, float32)"
+                f"where logits reach {self.probe['max_logit']:.3g} ({self.probe['loaded_by']}, same base, float32)"
             )
         else:
             lines.append(f"probe: not run ({self.probe['skipped']})")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -75,10 +76,22 @@ def _type(site: Site) -> tuple[str, int, int]:
 
 
 def read_config(folder: Path) -> PeftConfig:
-    """The config of an adapter folder; raises ValueError that says what is wrong with it."""
-    path = Path(folder) / "adapter_config.json"
+    """The config of an adapter folder.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+        ValueError: it is no adapter's, and where the adapter may be, or what is wrong with it.
+    """
+    folder = Path(folder)
+    path = folder / "adapter_config.json"
+    if not folder.exists():
+        raise FileNotFoundError(f"{folder} does not exist; give the folder of an adapter")
+    if folder.is_file():
+        raise ValueError(f"{folder} is a file; give the folder that has it and its adapter_config.json")
     if not path.is_file():
-        raise ValueError(f"{folder} is not an adapter folder: it has no adapter_config.json")
+        run = (folder / "adapter" / path.name).is_file()
+        hint = f"; that of a run is in {folder / 'adapter'}" if run else ""
+        raise ValueError(f"{folder} is not an adapter folder: it has no adapter_config.json{hint}")
     try:
         kind = json.loads(path.read_text(encoding="utf-8")).get("peft_type")
     except (json.JSONDecodeError, AttributeError, UnicodeDecodeError) as error:
@@ -103,10 +116,30 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} cannot be read; it is truncated or not a safetensors file: {error}") from None
 
 
+@contextmanager
+def fitting(folder: Path, config: PeftConfig, base: str | None) -> Iterator[None]:
+    """What PEFT makes of a config that is damaged or of another base, as a ValueError that says so."""
+    try:
+        yield
+    except (TypeError, AttributeError, KeyError) as error:
+        raise ValueError(f"{folder}/adapter_config.json: PEFT cannot use a value in it ({error})") from error
+    except ValueError as error:
+        if "not found in the base model" not in str(error):
+            raise
+        targets = getattr(config, "target_modules", None)
+        first = repr(targets if isinstance(targets, str) else min(targets or [""]))
+        raise ValueError(
+            f"{folder}: base={base!r} has no module of its target_modules, such as {first}; give the base it was trained "
+            "on with --base FOLDER"
+        ) from None
+
+
 def base_config(name: str | None) -> PretrainedConfig:
     """The base model's config; raises ValueError where it cannot be had."""
     if not name:
         raise ValueError("the adapter's config does not name its base model; give it with --base FOLDER")
+    if (Path(name).is_absolute() or name.startswith(".")) and not Path(name).exists():
+        raise ValueError(f"base={name!r} does not exist, it may have been moved; give its new place with --base FOLDER")
     try:
         return AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:

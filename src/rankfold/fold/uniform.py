@@ -47,9 +47,17 @@ def write(folded: Folded, folder: Path) -> Written:
         rank=rank,
         parameters=parameters,
         read=reader(folder, {}),
-        serve=serve_flags(rank, serve_rank(rank), folded.out),
+        serve=loaders(source, serve_flags(rank, serve_rank(rank), folded.out)),
         notes=_notes(source, rank),
     )
+
+
+def loaders(source: Source, flags: dict[str, str]) -> dict[str, str]:
+    """Those that load the fold: a trained head is for PEFT, and for vLLM where it is a classifier's."""
+    if not source.heads:
+        return flags
+    classifier = set(getattr(source.config, "modules_to_save", None) or []) <= {"classifier", "score"}
+    return {engine: f for engine, f in flags.items() if engine == "PEFT" or (classifier and engine.startswith("vLLM"))}
 
 
 def reader(folder: Path, scales: dict[str, float]) -> Callable[[str], Factors]:
@@ -71,7 +79,7 @@ def _notes(source: Source, rank: int) -> list[str]:
     if zeros:
         notes.append(f"{zeros} modules of adapted types have no adapter and were written as zeros (TGI wants them)")
     if source.heads:
-        notes.append("the trained head is kept in modules_to_save; only PEFT and vLLM's classifiers read it")
+        notes.append("the trained head is kept in modules_to_save; only PEFT reads it, and vLLM a classifier or score")
     return notes
 
 

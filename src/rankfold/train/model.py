@@ -143,7 +143,7 @@ def start_from(model: PeftModel, folder: Path) -> None:
     where = f"training.start_from: '{folder}'"
     try:
         config, tensors = read_config(folder), read_tensors(folder)
-    except ValueError as e:
+    except (ValueError, FileNotFoundError) as e:
         raise ModelError(f"training.start_from: {e}") from e
     theirs, ours = (str(getattr(c.peft_type, "value", c.peft_type)) for c in (config, model.peft_config["default"]))
     if theirs != ours:
