@@ -101,7 +101,7 @@ class Adapter(nn.Module):
         self.lora_alpha = config.alpha_at(site.name)
         # α/r of the *initial* rank: it must survive pruning, so it is never recomputed
         self.scaling = self.lora_alpha / (math.sqrt(self.r) if config.use_rslora else self.r)
-        self.dropout = float(config.lora_dropout)
+        self.dropout, self.own_mask = float(config.lora_dropout), not config.share_dropout
         # In a tuple, out of the module registry: the model owns shared state once (tuner.py), each adapter only reads it
         self._shared = (shared,)
         if self.has_schedule:
@@ -155,7 +155,7 @@ class Adapter(nn.Module):
         return sum(block.rank for block in self.blocks())
 
     def term(self) -> Term:
-        return Term(self.blocks(), self.dropout if self.training else 0.0)
+        return Term(self.blocks(), self.dropout if self.training else 0.0, self.own_mask)
 
     def forward(self, y: Tensor, x: Tensor) -> Tensor:
         """y + update(x), for layers that cannot take the fused path.

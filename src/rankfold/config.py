@@ -61,6 +61,9 @@ class LowRankConfig(PeftConfig):
     )
     bias: str = field(default="none", metadata={"help": 'Only "none": a trained bias cannot be folded into a LoRA.'})
 
+    share_dropout: bool = field(
+        default=True, metadata={"help": "Layers that read one input (q, k, v; gate, up) drop the same elements of it."}
+    )
     allow_unscheduled: bool = field(
         default=False, metadata={"help": "Save or fold a scheduled method although its schedule did not run."}
     )

@@ -15,8 +15,9 @@ Factors are cast to the dtype of x (or autocast's), never x to theirs; their gra
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,10 +29,15 @@ from rankfold.factors import Factors
 
 @dataclass(frozen=True)
 class Term:
-    """What one adapter adds: the sum of its blocks' updates, all reading the same (dropped) input."""
+    """What one adapter adds: the sum of its blocks' updates, all reading the same (dropped) input.
+
+    Args:
+        own_mask: the mask is for this layer alone, not for its siblings.
+    """
 
     blocks: Sequence[Factors]
     dropout: float = 0.0
+    own_mask: bool = False
 
 
 _order = "fused"
@@ -49,6 +55,21 @@ def separate_order() -> Iterator[None]:
         _order = before
 
 
+@dataclass(frozen=True)
+class Member:
+    """One of the linear layers that read one input.
+
+    Args:
+        weight: out × in; None for a base that computes its own output.
+        bias: out, or None.
+        terms: one per active adapter.
+    """
+
+    weight: Tensor | None
+    bias: Tensor | None
+    terms: Sequence[Term]
+
+
 def low_rank_linear(x: Tensor, weight: Tensor, bias: Tensor | None, terms: Sequence[Term]) -> Tensor:
     """The adapted linear layer, base product included.
 
@@ -61,11 +82,28 @@ def low_rank_linear(x: Tensor, weight: Tensor, bias: Tensor | None, terms: Seque
     Returns:
         … × out, in the dtype that `F.linear(x, weight, bias)` has.
     """
+    return low_rank_linears(x, [Member(weight, bias, terms)])[0]
+
+
+def low_rank_linears(x: Tensor, members: Sequence[Member]) -> tuple[Tensor, ...]:
+    """Several adapted linear layers that read one input, as q, k and v do: one down-projection for all of them, one dropout
+    mask for each adapter, one pass over the input's gradient.
+
+    Args:
+        x: … × in.
+        members: alike in the number of their terms and in each one's dropout; terms at the same place share a mask.
+
+    Returns:
+        For each member … × out, as `low_rank_linear`.
+    """
     if _order == "separate":
-        return _separate(F.linear(x, weight, bias), x, terms)
+        return tuple(_separate(F.linear(x, m.weight, m.bias), x, m.terms) for m in members)  # pyright: ignore
     dtype = _compute_dtype(x)
-    bias = None if bias is None else bias.to(dtype)
-    return _apply(x.to(dtype), weight.to(dtype), bias, terms)
+    cast = [
+        Member(None if m.weight is None else m.weight.to(dtype), None if m.bias is None else m.bias.to(dtype), m.terms)
+        for m in members
+    ]
+    return _apply(x.to(dtype), cast)
 
 
 def low_rank_update(y: Tensor, x: Tensor, terms: Sequence[Term]) -> Tensor:
@@ -80,7 +118,8 @@ def low_rank_update(y: Tensor, x: Tensor, terms: Sequence[Term]) -> Tensor:
         return _separate(y, x, terms)
     if not any(term.blocks for term in terms):
         return y
-    return y + _apply(x.to(_compute_dtype(x)), None, None, terms).to(y.dtype)
+    (update,) = _apply(x.to(_compute_dtype(x)), [Member(None, None, terms)])
+    return y + update.to(y.dtype)
 
 
 def _autocasts(x: Tensor) -> bool:
@@ -106,108 +145,183 @@ def _separate(y: Tensor, x: Tensor, terms: Sequence[Term]) -> Tensor:
     return y
 
 
-def _apply(x: Tensor, weight: Tensor | None, bias: Tensor | None, terms: Sequence[Term]) -> Tensor:
+def _apply(x: Tensor, members: Sequence[Member]) -> tuple[Tensor, ...]:
+    terms = [[t for t in m.terms if t.blocks] for m in members]
     masks: list[Tensor | None] = []
-    layout: list[tuple[float, tuple[float, ...]]] = []  # one a term: 1/(1−p), and its blocks' scales
-    tensors: list[Tensor | None] = []
-    for term in terms:
-        if not term.blocks:
-            continue
-        keep = 1.0 - term.dropout
-        mask = None
-        if term.dropout > 0.0:
-            mask = torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(keep)
+    keeps: list[float] = []
+    for term in terms[0]:
+        mask, keep = drop_mask(x, term.dropout)
         masks.append(mask)
-        layout.append((1.0 / keep if keep else 0.0, tuple(f.scale for f in term.blocks)))
-        for f in term.blocks:  # a rank-0 block too: DDP waits for its (empty) gradients
-            tensors += [f.down, f.up, f.gate]
-    y: Tensor = _LowRankLinear.apply(x, weight, bias, tuple(layout), *masks, *tensors)  # pyright: ignore[reportAssignmentType]
+        keeps.append(1.0 / keep if keep else 0.0)
+    scales = tuple(tuple(tuple(f.scale for f in t.blocks) for t in own) for own in terms)
+    # a rank-0 block too: DDP waits for its (empty) gradients
+    tensors = [t for own in terms for term in own for f in term.blocks for t in (f.down, f.up, f.gate)]
+    outputs = _LowRankLinears.apply(
+        x, (tuple(keeps), scales), *(m.weight for m in members), *(m.bias for m in members), *masks, *tensors
+    )
     # out here, since autograd forbids writing in place to a view that a Function returns
-    return y.view(*x.shape[:-1], y.shape[-1])
+    return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in outputs)  # pyright: ignore[reportGeneralTypeIssues, reportOptionalIterable]
 
 
-class _LowRankLinear(torch.autograd.Function):
-    """See the module's docstring. Shapes inside: x N×in, y and g N×out, h and gh N×r, r the rank of a whole term.
+def drop_mask(x: Tensor, p: float) -> tuple[Tensor | None, float]:
+    """What dropout keeps of x (bool, of its shape; None where it keeps all), and the probability of keeping.
 
-    The blocks of a term are joined for the products and split afterwards: six products a layer, however many blocks. The
-    joined copies are of factors, not of activations, and are made again in the backward rather than kept.
+    One byte of random bits an element, so p is rounded to k/256 (0.05 to 0.0508): a fifth of the cost of `F.dropout`, whose
+    random numbers cost more than the layer they drop. Below 1/256, and where there are no 64-bit draws, p is exact.
+    """
+    if p <= 0.0:
+        return None, 1.0
+    k = round(256 * p)
+    if k == 0 or x.device.type not in ("cpu", "cuda") or torch.compiler.is_compiling():
+        return torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(1.0 - p), 1.0 - p
+    draws = torch.empty((x.numel() + 7) // 8, dtype=torch.int64, device=x.device).random_(-(2**63), None)
+    return (draws.view(torch.uint8)[: x.numel()] >= k).view(x.shape), 1.0 - k / 256
+
+
+class _LowRankLinears(torch.autograd.Function):
+    """See the module's docstring. Shapes inside: x N×in, y and g N×out; h and gh N×R, R the ranks of one term of all
+    members side by side.
+
+    The blocks of a term are joined for the products and split afterwards, however many blocks and members: one product
+    makes h, one the gradient of every `down`, one what goes back to x. The joined copies are of factors, not of
+    activations, and are made again in the backward rather than kept.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, layout, *rest):  # pyright: ignore[reportIncompatibleMethodOverride]
-        masks, blocks = _sorted(layout, rest)
+    def forward(ctx, x, layout, *rest):  # pyright: ignore[reportIncompatibleMethodOverride]
+        call = _Call(layout, rest)
         flat = x.reshape(-1, x.shape[-1])
-        y = F.linear(flat, weight, bias) if weight is not None else flat.new_zeros(len(flat), blocks[0][0][1].shape[0])
+        outputs = []
+        for i, (weight, bias) in enumerate(zip(call.weights, call.biases, strict=True)):
+            if weight is not None:
+                outputs.append(F.linear(flat, weight, bias))
+            else:
+                outputs.append(flat.new_zeros(len(flat), call.blocks[i][0][0][1].shape[0]))
         hidden = []
-        for (inv_keep, scales), mask, term in zip(layout, masks, blocks, strict=True):
-            down, up, scale = _joined(term, scales, x.dtype)
-            h = _dropped(flat, mask) @ down.T
-            y.addmm_(h, up.T, alpha=scale * inv_keep)  # folds the scale in; a gate is in `up` already
+        for t, (mask, inv_keep) in enumerate(zip(call.masks, call.inv_keeps, strict=True)):
+            joined = [call.joined(i, t, x.dtype) for i in range(len(outputs))]
+            h = _dropped(flat, mask) @ _stacked([down for down, _, _ in joined]).T
+            for y, part, (_, up, scale) in zip(
+                outputs, h.split([len(d) for d, _, _ in joined], 1), joined, strict=True
+            ):
+                y.addmm_(part, up.T, alpha=scale * inv_keep)  # folds the scale in; a gate is in `up` already
             hidden.append(h)
         ctx.layout = layout
-        ctx.save_for_backward(x, weight, *hidden, *rest)
-        return y
+        ctx.set_materialize_grads(False)  # one of the members may be left unused
+        n = len(outputs)
+        ctx.save_for_backward(x, *hidden, *rest[:n], *([None] * n), *rest[2 * n :])  # all but the biases
+        return tuple(outputs)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, g):  # pyright: ignore[reportIncompatibleMethodOverride]
-        if not _autocasts(g):
-            return _backward(ctx, g)
-        with torch.autocast(g.device.type, enabled=False):  # the forward has settled the dtypes
-            return _backward(ctx, g)
+    def backward(ctx, *grads):  # pyright: ignore[reportIncompatibleMethodOverride]
+        device = next((g.device.type for g in grads if g is not None), "cpu")
+        with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
+            return _backward(ctx, grads)  # the forward has settled the dtypes
 
 
 Block = tuple[Tensor, Tensor, Tensor | None]  # down, up, gate
 
 
-def _backward(ctx, g: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, *saved = ctx.saved_tensors
-    terms = len(ctx.layout)
-    hidden, rest = saved[:terms], saved[terms:]
-    masks, blocks = _sorted(ctx.layout, rest)
-    need_x, need_weight, need_bias, _, *need = ctx.needs_input_grad
-    needed = iter(need[terms:])
-    flat, g = x.reshape(-1, x.shape[-1]), g.to(x.dtype)
+class _Call:
+    """The flat arguments that autograd wants, sorted: weights, biases, masks, and blocks[member][term]."""
+
+    def __init__(self, layout: tuple, rest: Sequence) -> None:
+        self.inv_keeps, self.scales = layout
+        n, terms = len(self.scales), len(self.inv_keeps)
+        self.weights, self.biases, self.masks = rest[:n], rest[n : 2 * n], rest[2 * n : 2 * n + terms]
+        self.blocks: list[list[list[Block]]] = self.threes(rest[2 * n + terms :])
+
+    def threes(self, flat: Sequence) -> list[list[list[Any]]]:
+        """`flat` in threes, as blocks[member][term] has them."""
+        it = iter(flat)
+        return [[[(next(it), next(it), next(it)) for _ in s] for s in own] for own in self.scales]
+
+    def joined(self, member: int, term: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, float]:
+        return _joined(self.blocks[member][term], self.scales[member][term], dtype)
+
+
+def _backward(ctx, outputs: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    terms, n = len(ctx.layout[0]), len(outputs)
+    x, *saved = ctx.saved_tensors
+    hidden, call = saved[:terms], _Call(ctx.layout, saved[terms:])
+    need_x, _, *need = ctx.needs_input_grad
+    need_weights, need_biases, needed = need[:n], need[n : 2 * n], call.threes(need[2 * n + terms :])
+    flat = x.reshape(-1, x.shape[-1])
+    live = [(i, g.to(x.dtype)) for i, g in enumerate(outputs) if g is not None]
 
     dx = None
     if need_x:
-        dx = g @ weight if weight is not None else torch.zeros_like(flat)
-    grads: list[Tensor | None] = []
-    for (inv_keep, scales), mask, term, h in zip(ctx.layout, masks, blocks, hidden, strict=True):
-        wants = [(next(needed), next(needed), next(needed)) for _ in term]  # down, up, gate of each block
-        down, up, scale = _joined(term, scales, x.dtype)
-        # as (hᵀg)ᵀ, the faster order in the prototype that preceded this file (shared/performance.md §3)
-        cross = (h.T @ g).T if any(w[1] or w[2] for w in wants) else None  # out×r
-        d_down = None
-        if need_x or any(w[0] for w in wants):
-            gh = g @ up
-            if any(w[0] for w in wants):
-                d_down = (gh.T @ _dropped(flat, mask)).mul_(scale * inv_keep)
-            if dx is not None and mask is None:
-                dx.addmm_(gh, down, alpha=scale)
-            elif dx is not None and mask is not None:
-                dx.addcmul_(gh @ down, mask.view_as(flat).to(x.dtype), value=scale * inv_keep)
-        at = 0
-        for (a, b, gate), (want_down, want_up, want_gate), s in zip(term, wants, scales, strict=True):
-            part, at, c = slice(at, at + len(a)), at + len(a), s * inv_keep
-            grads.append(d_down[part].to(a.dtype) if want_down and d_down is not None else None)
-            mine = None if cross is None else cross[:, part]
-            # laid out as `up` is: DDP's buckets mind the strides, and at rank 1 autograd does not mend them
-            grads.append(None if mine is None or not want_up else torch.empty_like(b).copy_(_scaled(mine, gate, c)))
-            if want_gate and mine is not None and gate is not None:
-                grads.append((mine * b.to(mine.dtype)).sum(0, dtype=gate.dtype) * c)
-            else:
-                grads.append(None)
-    d_weight = g.T @ flat if need_weight else None
-    d_bias = g.sum(0) if need_bias else None
+        dx = (
+            torch.zeros_like(flat, memory_format=torch.contiguous_format)
+            if not live or call.weights[live[0][0]] is None
+            else None
+        )
+        for i, g in live:
+            weight = call.weights[i]
+            if weight is not None:
+                dx = g @ weight if dx is None else dx.addmm_(g, weight)
+
+    grads: list[list[list[list[Tensor | None]]]] = [
+        [[[None, None, None] for _ in s] for s in own] for own in call.scales
+    ]
+    for t, (mask, inv_keep, h) in enumerate(zip(call.masks, call.inv_keeps, hidden, strict=True)):
+        all_joined = [call.joined(i, t, x.dtype) for i in range(n)]
+        h_parts = h.split([len(down) for down, _, _ in all_joined], 1)
+        want_down = any(w[0] for i, _ in live for w in needed[i][t])
+        downs, ghs = [], []
+        for i, g in live:
+            down, up, scale = all_joined[i]
+            if need_x or want_down:
+                ghs.append((g @ up).mul_(scale * inv_keep))  # on N×r numbers, not on N×in
+                downs.append(down)
+            if any(w[1] or w[2] for w in needed[i][t]):
+                cross = (h_parts[i].T @ g).T  # out×r; as (hᵀg)ᵀ, the faster order (shared/performance.md §3)
+                _up_gradients(cross, call.blocks[i][t], needed[i][t], call.scales[i][t], inv_keep, grads[i][t])
+        if not ghs:
+            continue
+        gh = _stacked(ghs, 1)
+        if want_down:
+            parts = (gh.T @ _dropped(flat, mask)).split([len(d) for d in downs])
+            for (i, _), d_down in zip(live, parts, strict=True):
+                for (a, _, _), want, d, out in zip(
+                    call.blocks[i][t],
+                    needed[i][t],
+                    d_down.split([len(b[0]) for b in call.blocks[i][t]]),
+                    grads[i][t],
+                    strict=True,
+                ):
+                    out[0] = d.to(a.dtype) if want[0] else None
+        if dx is not None and mask is None:
+            dx.addmm_(gh, _stacked(downs))
+        elif dx is not None and mask is not None:
+            dx.addcmul_(gh @ _stacked(downs), mask.view_as(flat).to(x.dtype))
+
+    by_member = dict(live)
+    d_weights = [by_member[i].T @ flat if w and i in by_member else None for i, w in enumerate(need_weights)]
+    d_biases = [by_member[i].sum(0) if b and i in by_member else None for i, b in enumerate(need_biases)]
     dx = None if dx is None else dx.view_as(x)
-    return dx, d_weight, d_bias, None, *([None] * terms), *grads
+    flat_grads = [d for own in grads for term in own for block in term for d in block]
+    return dx, None, *d_weights, *d_biases, *([None] * terms), *flat_grads
 
 
-def _sorted(layout: Sequence, rest: Sequence) -> tuple[Sequence[Tensor | None], list[list[Block]]]:
-    """One mask and the blocks of each term, out of the flat arguments that autograd wants."""
-    tensors = iter(rest[len(layout) :])
-    return rest[: len(layout)], [[(next(tensors), next(tensors), next(tensors)) for _ in s] for _, s in layout]
+def _up_gradients(
+    cross: Tensor, blocks: Sequence[Block], needed: Sequence, scales: Sequence[float], inv_keep: float, out: list
+) -> None:
+    """The gradients of every `up` and gate of one term, out of gᵀh (out × r of all its blocks), into `out`."""
+    for (_, b, gate), (_, want_up, want_gate), s, mine, into in zip(
+        blocks, needed, scales, cross.split([len(block[0]) for block in blocks], 1), out, strict=True
+    ):
+        c = s * inv_keep
+        if want_up:
+            # laid out as `up` is: DDP's buckets mind the strides, and at rank 1 autograd does not mend them
+            into[1] = torch.empty_like(b).copy_(_scaled(mine, gate, c))
+        if want_gate and gate is not None:
+            into[2] = (mine * b.to(mine.dtype)).sum(0, dtype=gate.dtype) * c
+
+
+def _stacked(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)
 
 
 def _joined(term: Sequence[Block], scales: Sequence[float], dtype: torch.dtype) -> tuple[Tensor, Tensor, float]:

@@ -7,13 +7,14 @@ from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
 from peft.utils import resolve_quantization_backend
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from rankfold.adapter import Adapter
-from rankfold.contraction import low_rank_linear
+from rankfold.contraction import Member, low_rank_linear
+from rankfold.siblings import Siblings, sharing_allowed
 
 
 class AdaptedLinear(nn.Module, BaseTunerLayer):
@@ -41,7 +42,20 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
         self._weight_before_merge: Tensor | None = None
         # The model's shared state (tuner.py), in a tuple to stay out of the module registry
         self.shared_state: tuple[nn.ModuleDict | None] = (None,)
+        self.siblings: Siblings | None = None
+        self.place = 0  # among them
+        self.in_features, self.out_features = _get_in_out_features(base)
         self.train(base_layer.training)
+
+    def sit_with(self, siblings: Siblings | None, place: int) -> None:
+        """From now on this layer is computed together with those that read its input (siblings.py)."""
+        self.siblings, self.place = siblings, place
+        if siblings is not None:
+            siblings.join(self, place)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.sit_with(self.siblings, self.place)
 
     def add_adapter(self, name: str, adapter: Adapter, inference_mode: bool = False) -> None:
         """Hosts one more adapter, in the base's mode, device and dtype; it becomes trainable if it is active."""
@@ -77,14 +91,24 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
         adapters = [] if self.merged else self.adapters(self.active_adapters)
         if not adapters:
             return self.base_layer(x, *args, **kwargs)
+        member = self.member() if not args and not kwargs else None
+        if member is None:
+            y = self.base_layer(x, *args, **kwargs)
+            for adapter in adapters:
+                y = adapter(y, x)
+            return y
+        together = self.siblings is not None and sharing_allowed(x)
+        y = self.siblings.output(self, self.place, x) if together else None  # pyright: ignore[reportOptionalMemberAccess]
+        return low_rank_linear(x, member.weight, member.bias, member.terms) if y is None else y  # pyright: ignore[reportArgumentType]
+
+    def member(self) -> Member | None:
+        """This layer for the fused computation; None where it has nothing to add or its base must compute its own output."""
         base = self.base_layer
-        if _is_plain(base) and not args and not kwargs and all(a.fixed for a in adapters):
-            weight = base.weight.T if self.transposed else base.weight
-            return low_rank_linear(x, weight, base.bias, [a.term() for a in adapters])  # pyright: ignore[reportArgumentType]
-        y = base(x, *args, **kwargs)
-        for adapter in adapters:
-            y = adapter(y, x)
-        return y
+        adapters = [] if self.merged or self.disable_adapters else self.adapters(self.active_adapters)
+        if not adapters or not _is_plain(base) or not all(a.fixed for a in adapters):
+            return None
+        weight = base.weight.T if self.transposed else base.weight
+        return Member(weight, base.bias, [a.term() for a in adapters])  # pyright: ignore[reportArgumentType]
 
     def _forward_mixed_batch(self, x: Tensor, *args: Any, adapter_names: list[str], **kwargs: Any) -> Tensor:
         """Row i of the batch through adapter `adapter_names[i]`; "__base__" is no adapter."""

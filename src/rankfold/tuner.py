@@ -25,6 +25,7 @@ from transformers.pytorch_utils import Conv1D
 from rankfold.adapter import Group, SharedState, Site
 from rankfold.config import LowRankConfig
 from rankfold.layer import AdaptedLinear
+from rankfold.siblings import link_siblings
 
 if TYPE_CHECKING:
     from rankfold.registry import Method
@@ -108,6 +109,7 @@ class LowRankTuner(BaseTuner):
         if adapter_name in stale:
             del stale[adapter_name]
         super().inject_adapter(model, adapter_name, *args, state_dict=state_dict, **kwargs)
+        link_siblings(model, AdaptedLinear)
 
     def _create_and_replace(
         self, peft_config: Any, adapter_name, target, target_name, parent, current_key, parameter_name=None

@@ -1,0 +1,115 @@
+"""Layers that read one input – q, k and v; gate and up – computed together when the first of them is called.
+
+    link_siblings(model, AdaptedLinear)      # once, after injection
+    siblings.output(q, 0, x)                 # makes q's, k's and v's; the last two wait for their call with this x
+
+Which layers those are is a closed list of names (`TOGETHER`), not something observed: what a step computes must not depend on what
+an earlier one saw, or recomputing it in activation checkpointing would give other numbers. A layer that is called with another
+input than its siblings computes its own output; only time is lost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+from weakref import ref
+
+import torch
+from torch import Tensor, nn
+
+from rankfold.contraction import Member, low_rank_linears
+
+if TYPE_CHECKING:
+    from rankfold.layer import AdaptedLinear
+
+#: End of the parent's name → its children that read one tensor. Cross-attention, whose k and v read another, is not here.
+TOGETHER = (
+    ("self_attn", ("q_proj", "k_proj", "v_proj")),  # Llama and its kin, BART's kind
+    ("mlp", ("gate_proj", "up_proj")),
+    ("attention.self", ("query", "key", "value")),  # BERT
+    ("attention.attention", ("query", "key", "value")),  # ViT
+    ("SelfAttention", ("q", "k", "v")),  # T5
+    ("DenseReluDense", ("wi_0", "wi_1")),
+)
+
+
+class Siblings:
+    """What adapted layers of one parent share while a batch passes: nothing, in between.
+
+    It holds its layers weakly, so that a model is freed when it is let go; a copy of a layer joins again (`__setstate__`).
+
+    Args:
+        count: how many layers there are.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._layers: list[Callable[[], AdaptedLinear | None]] = [_nobody] * count
+        self._waiting: dict[int, tuple[Tensor, int, Tensor]] = {}  # place → input, its version, output
+
+    def __getstate__(self) -> int:
+        return len(self._layers)
+
+    def __setstate__(self, count: int) -> None:
+        Siblings.__init__(self, count)
+
+    def join(self, layer: AdaptedLinear, place: int) -> None:
+        self._layers[place] = ref(layer)
+
+    def output(self, layer: AdaptedLinear, place: int, x: Tensor) -> Tensor | None:
+        """The layer's output, or None where the siblings cannot be computed together now."""
+        if self._layers[place]() is not layer:  # a replica of nn.DataParallel
+            return None
+        waiting = self._waiting.pop(place, None)
+        if waiting is not None and waiting[0] is x and waiting[1] == x._version:
+            return waiting[2]
+        self._waiting.clear()
+        members = self._members()
+        if members is None:
+            return None
+        outputs = low_rank_linears(x, members)
+        self._waiting = {i: (x, x._version, y) for i, y in enumerate(outputs) if i != place}
+        return outputs[place]
+
+    def _members(self) -> list[Member] | None:
+        members, names = [], []
+        for found in self._layers:
+            layer = found()
+            member = None if layer is None else layer.member()
+            if layer is None or member is None:
+                return None
+            members.append(member)
+            names.append([n for n in layer.active_adapters if n in layer.lowrank_adapters])
+        alike = {tuple(t.dropout for t in m.terms if t.blocks) for m in members}
+        if (
+            len(alike) > 1
+            or any(n != names[0] for n in names)
+            or any(t.own_mask and t.dropout for t in members[0].terms)
+        ):
+            return None
+        return members
+
+
+def _nobody() -> None:
+    return None
+
+
+def link_siblings(model: nn.Module, layer_cls: type[AdaptedLinear]) -> None:
+    """Tells every adapted layer of a model which siblings it has; called after each injection."""
+    for found in _groups(model, layer_cls):
+        together = Siblings(len(found)) if len(found) > 1 else None
+        for place, layer in enumerate(found):
+            layer.sit_with(together, place)
+
+
+def _groups(model: nn.Module, layer_cls: type[AdaptedLinear]) -> Iterator[list[AdaptedLinear]]:
+    for name, parent in model.named_modules():
+        for ending, children in TOGETHER:
+            if name == ending or name.endswith("." + ending):
+                layers = [c for child in children if isinstance(c := getattr(parent, child, None), layer_cls)]
+                for width in {layer.in_features for layer in layers}:
+                    yield [layer for layer in layers if layer.in_features == width]
+
+
+def sharing_allowed(x: Tensor) -> bool:
+    """Whether outputs may wait: not where a compiler traces, nor for inference tensors, which have no version."""
+    return not (torch.compiler.is_compiling() or x.is_inference())
