@@ -4,7 +4,7 @@
     python benchmarks/evidence.py --page     # the page alone, from the lines that are there
 
 all-MiniLM-L6-v2 learns the sentiment of film reviews (3,200 of its training rows, 200 steps of 16). One
-of two learning rates for each of them, chosen on the validation rows with seed 0; seeds 0 to 2 on the test rows.
+learning rate for all (with several in RATES the validation rows choose, with seed 0); seeds 0 to 2 on the test rows.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from rankfold.train.runfile import parse
 HERE = Path(__file__).parent
 LINES, PAGE = HERE / "results" / "evidence.jsonl", HERE.parent / "docs" / "evidence.md"
 WORK = Path(os.environ.get("RANKFOLD_EVIDENCE", "runs/evidence"))
-RATES: tuple[float, ...] = (2e-3, 5e-3)
+RATES: tuple[float, ...] = (2e-3,)
 SEEDS = (0, 1, 2)
 ALL = {"target_modules": "all-linear"}
 #: name on the page, what it is, and the method's fields. α/r is 2 everywhere.
@@ -74,7 +74,10 @@ def find(name: str, rate: float, seed: int) -> dict[str, Any] | None:
 
 def chosen_rate(name: str) -> float:
     """By validation accuracy with seed 0; the test rows have no say."""
-    return max((t for t in lines() if t["name"] == name and t["seed"] == 0), key=lambda t: t["validation"])["rate"]
+    return max(
+        (t for t in lines() if t["name"] == name and t["seed"] == 0 and t["rate"] in RATES),
+        key=lambda t: t["validation"],
+    )["rate"]
 
 
 def trial(name: str, rate: float, seed: int) -> None:
