@@ -2,8 +2,9 @@
 
 What it does that a chain of modules does not (numbers in docs/performance.md):
 
-* x is saved once, as the tensor its producer and its sibling layers already hold (where autocast must cast it, each layer
-  holds the copy that its own base product needs anyway);
+* x is saved once, as the tensor its producer and its sibling layers already hold (where autocast must cast it, as the one
+  copy that all siblings share);
+* siblings – q, k and v – are one node: one down-projection, one mask, one pass over the input's gradient (siblings.py);
 * gate and scale go onto the small factor; no pass over an N×out tensor is spent on them;
 * the r-wide product h is kept (N·r numbers), so the backward needs no second look at x·downᵀ;
 * both sums run in place in the GEMM that makes them (`addmm_`), into the base's output and into its input gradient;
