@@ -8,6 +8,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
+from torch import Tensor
 
 
 def _devices() -> list[str]:
@@ -27,3 +28,14 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def masks_of_peft(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every layer draws its own masks, as F.dropout does, so that they can be compared."""
+
+    def bernoulli(x: Tensor, p: float) -> tuple[Tensor | None, float]:
+        return (torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(1 - p) if p else None), 1 - p
+
+    monkeypatch.setattr("rankfold.contraction.drop_mask", bernoulli)
+    monkeypatch.setattr("rankfold.siblings.Siblings.output", lambda *_: None)

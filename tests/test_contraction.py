@@ -84,17 +84,6 @@ def gradcheck(run: Callable[[], Tensor], inputs: Sequence[Tensor]) -> bool:
     return torch.autograd.gradcheck(seeded, tuple(t for t in inputs if t.requires_grad))
 
 
-@pytest.fixture
-def masks_of_peft(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every layer draws its own masks, as F.dropout does, so that they can be compared."""
-
-    def bernoulli(x: Tensor, p: float) -> tuple[Tensor | None, float]:
-        return (torch.empty(x.shape, dtype=torch.bool).bernoulli_(1 - p) if p else None), 1 - p
-
-    monkeypatch.setattr("rankfold.contraction.drop_mask", bernoulli)
-    monkeypatch.setattr("rankfold.siblings.Siblings.output", lambda *_: None)
-
-
 TERMS: dict[str, Callable[[float], list[Term]]] = {
     "one block": lambda p: [Term([block(gate=False)], p)],
     "gated": lambda p: [Term([block()], p)],

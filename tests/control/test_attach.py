@@ -313,7 +313,7 @@ class Wrapper(nn.Module):
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # dynamo's own
 @pytest.mark.parametrize("how", ["wrapped", "injected", "compiled"])
 @scheduled
-def test_wherever_the_layers_are(method: str, how: str) -> None:
+def test_wherever_the_layers_are(method: str, how: str, masks_of_peft: None) -> None:
     reference = adapted(method)
     if how == "injected":
         with torch.random.fork_rng():

@@ -381,7 +381,7 @@ def test_traced_model_equals_eager(row: Row, device: torch.device) -> None:
 
 @rows
 @pytest.mark.parametrize("arch", [LLAMA, GPT2], ids=lambda a: a.name)
-def test_compiled_layer_has_one_graph(arch: Arch, row: Row, device: torch.device) -> None:
+def test_compiled_layer_has_one_graph(arch: Arch, row: Row, device: torch.device, masks_of_peft: None) -> None:
     """Forward and backward of an adapted layer without a graph break, dropout included; eager inside (fast to test)."""
     torch.compiler.reset()
     layer = next(iter(layers(adapt(arch, row, device)).values())).train()
