@@ -28,10 +28,11 @@ def test_add_a_method_in_one_file(tmp_path: Path) -> None:
 
 def test_the_readme_runs(tmp_path: Path) -> None:
     from rankfold.train import bundled
+    from rankfold.train.cache import MissingAssetError
 
     try:
         bundled.model_path("smollm2-135m-instruct")
-    except bundled.MissingAssetError as missing:
+    except MissingAssetError as missing:
         pytest.skip(str(missing))
     script = tmp_path / "readme.py"
     script.write_text("\n".join(code("README.md")), encoding="utf-8")

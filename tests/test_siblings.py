@@ -1,4 +1,5 @@
-"""Layers that read one input are computed together: the same numbers, one mask, and nothing left over."""
+"""Layers that read one input are computed together: one mask, and nothing left over. That every method gives the same numbers
+is in the table, methods/test_table_siblings.py."""
 
 from __future__ import annotations
 
@@ -13,15 +14,13 @@ from peft import get_peft_model
 from torch import Tensor, nn
 from torch.testing import assert_close
 from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
     LlamaConfig,
     LlamaForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
 )
 
-from rankfold import Factors, PlainLoraConfig, RasaConfig, SoraConfig
+from rankfold import Factors, PlainLoraConfig
 from rankfold.contraction import Member, Term, drop_mask, low_rank_linear, low_rank_linears
 from rankfold.layer import AdaptedLinear
 from rankfold.siblings import Siblings
@@ -36,20 +35,10 @@ def llama() -> nn.Module:
     return LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=1))
 
 
-def bert() -> nn.Module:
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "vocab_size": 32}
-    none = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    return BertForSequenceClassification(BertConfig(**sizes, **none, num_attention_heads=2))
-
-
 def t5() -> nn.Module:
     sizes = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2, "vocab_size": 32}
     config = T5Config(**sizes, feed_forward_proj="gated-gelu", dropout_rate=0.0, decoder_start_token_id=0)
     return T5ForConditionalGeneration(config)
-
-
-#: model → layers that have siblings there
-MODELS = {llama: 2 * 5, bert: 2 * 3, t5: 2 * (3 + 2) + 2 * (3 + 2)}
 
 
 def adapted(make: Any = llama, config: type = PlainLoraConfig, **fields: Any) -> nn.Module:
@@ -82,22 +71,6 @@ def same(one: tuple[Tensor, Grads], two: tuple[Tensor, Grads], rtol: float = 1e-
     assert one[1].keys() == two[1].keys()
     for name, grad in one[1].items():
         assert (grad - two[1][name]).norm() <= rtol * two[1][name].norm() + 1e-7, name
-
-
-@pytest.mark.parametrize("make", MODELS, ids=lambda m: m.__name__)
-def test_together_as_alone(make):
-    model = adapted(make)
-    assert sum(layer.siblings is not None for layer in layers(model)) == MODELS[make]
-    together = step(model)
-    same(together, step(alone(model)))
-
-
-@pytest.mark.parametrize("config", [RasaConfig, SoraConfig])
-def test_other_methods(config, recwarn):
-    fields = {"shared_rank": 2} if config is RasaConfig else {"allow_unscheduled": True}
-    model = adapted(config=config, **fields)
-    together = step(model)
-    same(together, step(alone(model)))
 
 
 def test_nothing_waits_after_a_pass():
@@ -206,19 +179,6 @@ def test_siblings_drop_the_same_elements_unless_told_not_to():
     q, k, v = masks(adapted(r=16, lora_dropout=0.3, share_dropout=False))
     assert not torch.equal(q, k)
     assert not torch.equal(q, v)
-
-
-@pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("config", [PlainLoraConfig, RasaConfig])
-def test_checkpointing_draws_the_same_masks_again(config, reentrant):
-    fields = {"shared_rank": 2} if config is RasaConfig else {}
-    model = adapted(config=config, lora_dropout=0.3, **fields)
-    plain = step(model)
-    base = model.get_base_model()
-    base.enable_input_require_grads()
-    base.activation_checkpointing_enable({"use_reentrant": reentrant})
-    for _ in range(2):
-        same(step(model), plain)
 
 
 def block(out: int, rank: int = 2, gate: bool = True) -> Factors:

@@ -27,7 +27,7 @@ TOGETHER = (
     ("self_attn", ("q_proj", "k_proj", "v_proj")),  # Llama and its kin, BART's kind
     ("mlp", ("gate_proj", "up_proj")),
     ("attention.self", ("query", "key", "value")),  # BERT
-    ("attention.attention", ("query", "key", "value")),  # ViT
+    ("attention", ("q_proj", "k_proj", "v_proj")),  # ViT
     ("SelfAttention", ("q", "k", "v")),  # T5
     ("DenseReluDense", ("wi_0", "wi_1")),
 )

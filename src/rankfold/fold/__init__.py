@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from rankfold.config import LowRankConfig
 from rankfold.factors import Factors
@@ -22,7 +23,6 @@ from rankfold.fold.compression import Budget, compress
 from rankfold.fold.probe import probe as run_probe
 from rankfold.fold.probe import trained_model
 from rankfold.fold.profile import Folded, Profile
-from rankfold.fold.progress import watched
 from rankfold.fold.proof import FoldReport, LayerProof, prove, prove_sum, sha256
 from rankfold.fold.source import Source, Update, read_config
 from rankfold.folders import whole_folder
@@ -181,15 +181,15 @@ def _write(source: Source, folder: Path, out: Path, origin: str, base: str | Non
     if to not in DTYPES.values():
         to = torch.float32  # a quantised base: its integers are no dtype for factors
 
-    heads = [name for name in source.adapted if name.rpartition(".")[2] in ("lm_head", "embed_out")]
-    if heads and options.profile != "merged":
+    if source.output_head and options.profile != "merged":
         raise ValueError(
-            f"target_modules: {heads[0]} is the output head, whose LoRA engines do not load; fold with profile merged"
+            f"target_modules: {source.output_head} is the output head, whose LoRA engines do not load; fold with profile "
+            "merged"
         )
     adapted = set(source.adapted)
     rounded: dict[str, Factors] = {}
     layers = []
-    for site in watched(source.sites, options.progress, "folding"):
+    for site in tqdm(source.sites, "folding", delay=1.0, leave=False, disable=None if options.progress else True):
         if site.name in adapted:
             rounded[site.name], proof = _fold(site.name, source, lambda f: chosen.rounded(f, to), budget)
             layers.append(proof)

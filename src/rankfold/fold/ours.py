@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from rankfold import registry
 from rankfold.config import LowRankConfig
 from rankfold.factors import Factors
-from rankfold.fold.source import Source, base_skeleton, fitting, of_adapted_types, read_tensors
+from rankfold.fold.source import Source, base_skeleton, fitting, of_adapted_types, output_head, read_tensors
 from rankfold.layer import AdaptedLinear
 from rankfold.tuner import LAYERS, SHARED, site_of
 
@@ -58,6 +58,7 @@ def from_model(model: nn.Module, adapter_name: str = "default", heads: dict[str,
         heads=_heads(model, adapter_name) if heads is None else heads,
         dtype=getattr(base, "dtype", first.weight.dtype),
         transposed=any(layer.transposed for layer in layers.values()),
+        output_head=output_head(base, layers),
         notes=[f"the schedule had not finished: step {schedule['step']} of {schedule['total_steps']}"]
         if unfinished
         else [],

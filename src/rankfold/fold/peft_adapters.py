@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from rankfold.adapter import Site
 from rankfold.fold.peft_updates import REFUSED, STARTS, UPDATES, kind, update_of
-from rankfold.fold.source import Source, Update, base_skeleton, fitting, of_adapted_types, read_tensors
+from rankfold.fold.source import Source, Update, base_skeleton, fitting, of_adapted_types, output_head, read_tensors
 from rankfold.fold.weights import weight_reader
 
 _CONVERT = "fold what save_pretrained(path_initial_model_for_weight_conversion=…) writes, which is relative to the base"
@@ -179,20 +179,19 @@ def _load(model: nn.Module, config: PeftConfig, tensors: dict[str, Tensor], fold
 def _layers(base: nn.Module, adapter_name: str) -> dict[str, BaseTunerLayer]:
     """The layers that have the adapter, by module name; raises ValueError for those that a LoRA on a linear cannot be."""
     found = {}
-    head = getattr(base, "get_output_embeddings", lambda: None)()
     for name, module in base.named_modules():
         if not isinstance(module, BaseTunerLayer) or adapter_name not in module._get_available_adapters():
             continue
         linear = module.get_base_layer()
         if type(linear).__name__.endswith(("Embedding", "Conv1d", "Conv2d", "Conv3d", "MultiheadAttention")):
             raise ValueError(f"target_modules: {name} is a {type(linear).__name__}; only adapted linear layers fold")
-        if module is head or linear is head or name.endswith("lm_head"):
-            raise ValueError(f"target_modules: {name} is the output head, whose LoRA engines do not load; merge it")
         if module.merged:
             raise ValueError(f"{name}: adapter {adapter_name!r} is merged; call unmerge_adapter() first")
         found[name] = module
     if not found:
         raise ValueError(f"adapter_name={adapter_name!r}: no layer of the model has it")
+    if head := output_head(base, found):
+        raise ValueError(f"target_modules: {head} is the output head, whose LoRA engines do not load; merge it")
     return found
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -49,6 +49,7 @@ class Source:
         heads: tensors of modules_to_save, by their name in the checkpoint.
         dtype: the base's.
         transposed: the base's weights are in × out (Conv1D).
+        output_head: the adapted module that makes the logits, if there is one; no engine loads its LoRA.
         notes: what the user of the fold should know.
     """
 
@@ -61,7 +62,14 @@ class Source:
     heads: dict[str, Tensor]
     dtype: torch.dtype
     transposed: bool
+    output_head: str | None = None
     notes: list[str] = field(default_factory=list)
+
+
+def output_head(base: nn.Module, adapted: Mapping[str, nn.Module]) -> str | None:
+    """Which of the adapted modules makes the logits of a language model."""
+    head = getattr(base, "get_output_embeddings", lambda: None)()
+    return next((name for name, module in adapted.items() if module is head or name.endswith("lm_head")), None)
 
 
 def of_adapted_types(sites: list[Site], adapted: list[str]) -> list[Site]:

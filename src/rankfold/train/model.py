@@ -20,6 +20,7 @@ from transformers import (
 from rankfold.fold.source import read_config, read_tensors
 from rankfold.train import bundled
 from rankfold.train.checks import peft_config
+from rankfold.train.gguf_folder import load_gguf_folder
 from rankfold.train.problems import nearest
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ def locate(name: str) -> str:
         return str(bundled.model_path(name))
     path = Path(name).expanduser()
     if path.suffix == ".gguf":
-        return str(bundled.load_gguf_folder(path))
+        return str(load_gguf_folder(path))
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ModelError(f"model.name: the folder '{name}' has no config.json, so it is not a saved model")
