@@ -16,6 +16,7 @@ from torch import Tensor
 
 from rankfold import subspace as room
 from rankfold.adapter import Site
+from rankfold.model_folder import ModelFolder
 from rankfold.subspace import Subspace, build_subspace, content_hash, load_subspace
 
 D, IN, LAYERS = 12, 20, 2
@@ -215,16 +216,16 @@ def test_never_a_whole_model_in_memory(
 ) -> None:
     seen: list[weakref.ref] = []
     most = 0
-    read = room._Model.weight
+    read = ModelFolder.weight
 
-    def watched(self: room._Model, module: str) -> Tensor:
+    def watched(self: ModelFolder, module: str) -> Tensor:
         nonlocal most
         w = read(self, module)
         seen.append(weakref.ref(w))
         most = max(most, sum(ref() is not None for ref in seen))
         return w
 
-    monkeypatch.setattr(room._Model, "weight", watched)
+    monkeypatch.setattr(ModelFolder, "weight", watched)
     build_subspace(models[:2], tmp_path / "b.safetensors", base=models[2], source="delta", rank=3, scope=scope)
     assert len(seen) == 3 * len(NAMES)
     assert most <= 3  # the base's, a model's, and the one that is being replaced

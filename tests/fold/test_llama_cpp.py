@@ -201,7 +201,7 @@ def test_smollm2_says_the_same(smollm2: dict) -> None:
 
 @pytest.mark.slow
 def test_smollm2_quantised_deviates_as_its_base_does(smollm2: dict) -> None:
-    """With 4-bit weights llama.cpp rounds activations: the bare base is off by 0.41 (root mean square), adapted 0.41."""
+    """With 4-bit weights llama.cpp rounds activations: the bare base is off by 0.44 (root mean square), adapted 0.41."""
     base = logits(smollm2["quantised"], smollm2["tokens"])
     found = logits(smollm2["quantised"], smollm2["tokens"], smollm2["lora"])
     off, off_adapted = (base - smollm2["bare"]), (found - smollm2["adapted"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -11,6 +10,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers.utils.hub import cached_file
+
+from rankfold.model_folder import weight_files
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -52,25 +53,13 @@ def weight_reader(base: str | None, revision: str | None, prefix: str) -> Callab
 
 def _files(base: str, revision: str | None) -> dict[str, Path]:
     """Tensor name → the file it is in."""
-    index = _find(base, INDEX, revision)
-    if index is not None:
-        shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        found = {shard: _find(base, shard, revision) for shard in set(shards.values())}
-        lost = sorted(shard for shard, path in found.items() if path is None)
-        if lost:
-            raise ValueError(f"base={base!r} lacks {lost[0]}; its weights are needed by this adapter's type")
-        return {tensor: path for tensor, shard in shards.items() if (path := found[shard])}
-    single = _find(base, SINGLE, revision)
-    if single is None:
+    first = _find(base, INDEX, revision) or _find(base, SINGLE, revision)
+    if first is None:
         raise ValueError(
             f"base={base!r} has no {SINGLE} here, and this adapter's update depends on the base's weights; "
             "give --base FOLDER with safetensors"
         )
-    try:
-        with safe_open(single, "pt") as f:
-            return dict.fromkeys(f.keys(), single)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{single} cannot be read: {error}") from None
+    return weight_files(first.parent)
 
 
 def _find(base: str, name: str, revision: str | None) -> Path | None:

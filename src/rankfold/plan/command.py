@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rankfold.inspect.pictures import check_picture
-from rankfold.plan.gelora import GeloraPlan, Rounding, Sample, gelora_plan
+from rankfold.plan.gelora import GeloraPlan, Rounding, gelora_plan
+from rankfold.plan.samples import Sample
 
 if TYPE_CHECKING:
     from rankfold.train.runfile import RunFile
