@@ -359,3 +359,15 @@ def test_a_model_of_any_size_on_the_meta_device():
 def test_examples_in_docstrings():
     assert doctest.testmod(rankfold.factors).failed == 0
     assert doctest.testmod(rankfold.factors).attempted >= 4
+
+
+@pytest.mark.parametrize("gate", [None, torch.tensor([1.0, 0.0, -2.0], dtype=torch.float64)])
+def test_alive_drops_what_adds_nothing_and_balanced_splits_gate_and_scale(gate):
+    down, up = torch.randn(3, 5, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64)
+    f = Factors(down, up, gate, scale=-0.3)
+    assert torch.allclose(f.alive().delta(), f.delta(), atol=1e-15)
+    assert f.alive().rank == (3 if gate is None else 2)
+    assert Factors(down, up, gate, scale=0.0).alive().rank == 0
+    even = f.alive().balanced()
+    assert torch.allclose(even.delta(), f.delta(), atol=1e-14)
+    assert torch.allclose(even.up.norm(dim=0), even.down.norm(dim=1))

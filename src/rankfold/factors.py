@@ -115,12 +115,19 @@ class Factors:
 
     def balanced(self) -> Factors:
         """Gate and scale baked in and each component's norm split evenly, ‖up_i‖ = ‖down_i‖; a dead component is zero."""
-        f = self.baked()
-        up, down = f.up.norm(dim=0), f.down.norm(dim=1)
+        gain = self.up.new_ones(self.rank) if self.gate is None else self.gate.to(self.up.dtype)
+        gain = gain * self.scale
+        up, down = self.up.norm(dim=0) * gain.abs(), self.down.norm(dim=1)
         alive = (up > 0) & (down > 0)
         ratio = torch.where(alive, (down / up.where(alive, torch.ones_like(up))).sqrt(), torch.zeros_like(up))
         inverse = torch.where(alive, 1 / ratio.where(alive, torch.ones_like(ratio)), torch.zeros_like(ratio))
-        return Factors(f.down * inverse[:, None], f.up * ratio)
+        return Factors(self.down * inverse[:, None], self.up * (gain * ratio))
+
+    def alive(self) -> Factors:
+        """Without the components that add nothing: a zero column of `up`, row of `down`, gate or scale."""
+        gain = self.up.new_tensor(self.scale) if self.gate is None else self.gate * self.scale
+        alive = self.up.any(dim=0) & self.down.any(dim=1) & (gain != 0)
+        return self if alive.all() else self.select(alive)
 
     def svd(self) -> tuple[Tensor, Tensor, Tensor]:
         """U (out × q), σ (q, descending), Vᵀ (q × in) of ΔW with q = min(r, out, in), by QR of both factors and an SVD

@@ -169,6 +169,8 @@ class _Options:
     def __post_init__(self) -> None:
         if self.profile not in PROFILES:
             raise ValueError(f"profile={self.profile!r} must be one of {', '.join(PROFILES)}")
+        if self.pad != "serve" and self.profile != "uniform":
+            raise ValueError(f"pad={self.pad!r} is of profile uniform; profile={self.profile!r} pads nothing")
         if self.dtype is not None and self.dtype not in DTYPES:
             raise ValueError(f"dtype={self.dtype!r} must be one of {', '.join(DTYPES)}")
         if self.strict is not None and not self.strict > 0:
@@ -255,8 +257,7 @@ def lowered(update: Factors) -> Factors:
 
 
 def _live(update: Factors) -> Factors:
-    balanced = update.balanced()
-    return balanced.select(balanced.up.norm(dim=0) > 0)
+    return update.alive().balanced()
 
 
 def _on_disk(proof: LayerProof, source: Source, rounded: Factors, read: Update) -> LayerProof:

@@ -98,9 +98,10 @@ def from_model(model: nn.Module, adapter_name: str = "default") -> Source:
     read = live
     if _start(config) in STARTS:  # the live weights are no longer the base's
         read = weight_reader(config.base_model_name_or_path, config.revision, getattr(base, "base_model_prefix", ""))
-    saved = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
-    kept = _kept(config)
-    heads = {key: tensor for key, tensor in saved.items() if kept & set(key.split("."))}
+    heads = {}
+    if kept := _kept(config):
+        saved = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
+        heads = {key: tensor for key, tensor in saved.items() if kept & set(key.split("."))}
     return _source(base, config, adapter_name, layers, read, heads)
 
 
@@ -203,11 +204,11 @@ def _source(
     stored: Callable[[str], Tensor],
     heads: dict[str, Tensor],
 ) -> Source:
-    inside = tuple(f"{name}." for name in layers)
-    sites, modules = [], []
+    sites, modules, inside = [], [], None
     for name, module in base.named_modules():
-        if name.startswith(inside):
+        if inside and name.startswith(inside):  # a layer's own parts follow it
             continue
+        inside = f"{name}." if name in layers else None
         modules.append(name)
         linear = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
         if name in layers or isinstance(linear, nn.Linear | Conv1D):
