@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from rankfold import Factors, PlainLoraConfig
-from rankfold.contraction import Member, Term, drop_mask, low_rank_linear, low_rank_linears
+from rankfold.contraction import Member, Term, low_rank_linear, low_rank_linears
 from rankfold.layer import AdaptedLinear
 from rankfold.siblings import Siblings
 
@@ -138,24 +138,6 @@ def test_copies_sit_with_copies_and_a_model_is_freed():
 
 
 # Dropout ----------------------------------------------------------------------------------------------------------------
-
-
-def test_a_mask_costs_a_byte_and_keeps_its_share():
-    x = torch.empty(300, 1001)
-    for p, k in ((0.05, 13), (0.5, 128), (0.1, 26)):
-        mask, keep = drop_mask(x, p)
-        assert mask is not None
-        assert mask.dtype == torch.bool
-        assert mask.shape == x.shape
-        assert keep == 1 - k / 256
-        assert abs(mask.float().mean() - keep) < 5 * (keep * (1 - keep) / x.numel()) ** 0.5
-    columns = drop_mask(x, 0.5)[0].float()  # type: ignore[union-attr]
-    assert (columns.mean(0) - 0.5).abs().max() < 5 * (0.25 / 300) ** 0.5 + 0.02
-    neighbours = (columns[:, 1:] - 0.5) * (columns[:, :-1] - 0.5)
-    assert abs(neighbours.mean()) < 5 * 0.25 / x.numel() ** 0.5
-    mask, keep = drop_mask(x, 1e-3)  # too small for a byte: exact
-    assert keep == 1 - 1e-3
-    assert drop_mask(x, 0.0) == (None, 1.0)
 
 
 def masks(model: nn.Module) -> list[Tensor]:

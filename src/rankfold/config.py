@@ -64,6 +64,10 @@ class LowRankConfig(PeftConfig):
     share_dropout: bool = field(
         default=True, metadata={"help": "Layers that read one input (q, k, v; gate, up) drop the same elements of it."}
     )
+    fuse_mlp: bool = field(
+        default=True,
+        metadata={"help": "Compute a gated MLP (SwiGLU, GeGLU) as one, which keeps less for the backward."},
+    )
     allow_unscheduled: bool = field(
         default=False, metadata={"help": "Save or fold a scheduled method although its schedule did not run."}
     )

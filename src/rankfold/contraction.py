@@ -8,7 +8,7 @@ What it does that a chain of modules does not (numbers in docs/performance.md):
 * gate and scale go onto the small factor; no pass over an N×out tensor is spent on them;
 * the r-wide product h is kept (N·r numbers), so the backward needs no second look at x·downᵀ;
 * both sums run in place in the GEMM that makes them (`addmm_`), into the base's output and into its input gradient;
-* a dropout mask is one byte an element.
+* dropout costs what it drops (dropout.py).
 
 Factors are cast to the dtype of x (or autocast's), never x to theirs; their gradients are cast back.
 """
@@ -16,7 +16,7 @@ Factors are cast to the dtype of x (or autocast's), never x to theirs; their gra
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from rankfold.dropout import add_dropped_product_, drop_mask, dropped
 from rankfold.factors import Factors
 
 
@@ -99,12 +100,7 @@ def low_rank_linears(x: Tensor, members: Sequence[Member]) -> tuple[Tensor, ...]
     """
     if _order == "separate":
         return tuple(_separate(F.linear(x, m.weight, m.bias), x, m.terms) for m in members)  # pyright: ignore
-    dtype = _compute_dtype(x)
-    cast = [
-        Member(None if m.weight is None else m.weight.to(dtype), None if m.bias is None else m.bias.to(dtype), m.terms)
-        for m in members
-    ]
-    return _apply(x.to(dtype), cast)
+    return _apply(*to_compute_dtype(x, members))
 
 
 def low_rank_update(y: Tensor, x: Tensor, terms: Sequence[Term]) -> Tensor:
@@ -134,6 +130,20 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
+def to_compute_dtype(x: Tensor, members: Sequence[Member]) -> tuple[Tensor, list[Member]]:
+    """Input, weights and biases in the dtype that autocast, or else x, asks for."""
+    dtype = _compute_dtype(x)
+    cast = [
+        Member(None if m.weight is None else m.weight.to(dtype), None if m.bias is None else m.bias.to(dtype), m.terms)
+        for m in members
+    ]
+    return x.to(dtype), cast
+
+
+def in_separate_order() -> bool:
+    return _order == "separate"
+
+
 def _separate(y: Tensor, x: Tensor, terms: Sequence[Term]) -> Tensor:
     for term in terms:
         if not term.blocks:
@@ -147,6 +157,18 @@ def _separate(y: Tensor, x: Tensor, terms: Sequence[Term]) -> Tensor:
 
 
 def _apply(x: Tensor, members: Sequence[Member]) -> tuple[Tensor, ...]:
+    layout, tensors = flat_arguments(x, members)
+    outputs = _LowRankLinears.apply(x, layout, *tensors)
+    # out here, since autograd forbids writing in place to a view that a Function returns
+    return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in outputs)  # pyright: ignore[reportGeneralTypeIssues, reportOptionalIterable]
+
+
+Layout = tuple[tuple[float, ...], tuple[tuple[tuple[float, ...], ...], ...]]
+
+
+def flat_arguments(x: Tensor, members: Sequence[Member]) -> tuple[Layout, list[Tensor | None]]:
+    """What autograd wants flat, of members that read x: numbers (1/keep of each term, scales[member][term][block]), and
+    tensors (weights, biases, masks drawn here, down, up and gate of every block). `Call` sorts them again."""
     terms = [[t for t in m.terms if t.blocks] for m in members]
     masks: list[Tensor | None] = []
     keeps: list[float] = []
@@ -156,27 +178,8 @@ def _apply(x: Tensor, members: Sequence[Member]) -> tuple[Tensor, ...]:
         keeps.append(1.0 / keep if keep else 0.0)
     scales = tuple(tuple(tuple(f.scale for f in t.blocks) for t in own) for own in terms)
     # a rank-0 block too: DDP waits for its (empty) gradients
-    tensors = [t for own in terms for term in own for f in term.blocks for t in (f.down, f.up, f.gate)]
-    outputs = _LowRankLinears.apply(
-        x, (tuple(keeps), scales), *(m.weight for m in members), *(m.bias for m in members), *masks, *tensors
-    )
-    # out here, since autograd forbids writing in place to a view that a Function returns
-    return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in outputs)  # pyright: ignore[reportGeneralTypeIssues, reportOptionalIterable]
-
-
-def drop_mask(x: Tensor, p: float) -> tuple[Tensor | None, float]:
-    """What dropout keeps of x (bool, of its shape; None where it keeps all), and the probability of keeping.
-
-    One byte of random bits an element, so p is rounded to k/256 (0.05 to 0.0508): a fifth of the cost of `F.dropout`, whose
-    random numbers cost more than the layer they drop. Below 1/256, and where there are no 64-bit draws, p is exact.
-    """
-    if p <= 0.0:
-        return None, 1.0
-    k = round(256 * p)
-    if k == 0 or x.device.type not in ("cpu", "cuda") or torch.compiler.is_compiling():
-        return torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(1.0 - p), 1.0 - p
-    draws = torch.empty((x.numel() + 7) // 8, dtype=torch.int64, device=x.device).random_(-(2**63), None)
-    return (draws.view(torch.uint8)[: x.numel()] >= k).view(x.shape), 1.0 - k / 256
+    blocks = [t for own in terms for term in own for f in term.blocks for t in (f.down, f.up, f.gate)]
+    return (tuple(keeps), scales), [*(m.weight for m in members), *(m.bias for m in members), *masks, *blocks]
 
 
 class _LowRankLinears(torch.autograd.Function):
@@ -189,49 +192,45 @@ class _LowRankLinears(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, layout, *rest):  # pyright: ignore[reportIncompatibleMethodOverride]
-        call = _Call(layout, rest)
-        flat = x.reshape(-1, x.shape[-1])
-        outputs = []
-        for i, (weight, bias) in enumerate(zip(call.weights, call.biases, strict=True)):
-            if weight is not None:
-                outputs.append(F.linear(flat, weight, bias))
-            else:
-                outputs.append(flat.new_zeros(len(flat), call.blocks[i][0][0][1].shape[0]))
-        hidden = []
-        for t, (mask, inv_keep) in enumerate(zip(call.masks, call.inv_keeps, strict=True)):
-            joined = [call.joined(i, t, x.dtype) for i in range(len(outputs))]
-            h = _dropped(flat, mask) @ _stacked([down for down, _, _ in joined]).T
-            for y, part, (_, up, scale) in zip(
-                outputs, h.split([len(d) for d, _, _ in joined], 1), joined, strict=True
-            ):
-                y.addmm_(part, up.T, alpha=scale * inv_keep)  # folds the scale in; a gate is in `up` already
-            hidden.append(h)
+    def forward(ctx, x, layout, *tensors):  # pyright: ignore[reportIncompatibleMethodOverride]
+        call = Call(layout, tensors)
+        outputs, hidden = call.forward(x.reshape(-1, x.shape[-1]))
         ctx.layout = layout
         ctx.set_materialize_grads(False)  # one of the members may be left unused
-        n = len(outputs)
-        ctx.save_for_backward(x, *hidden, *rest[:n], *([None] * n), *rest[2 * n :])  # all but the biases
+        ctx.save_for_backward(x, *hidden, *call.kept)
         return tuple(outputs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads):  # pyright: ignore[reportIncompatibleMethodOverride]
-        device = next((g.device.type for g in grads if g is not None), "cpu")
-        with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
-            return _backward(ctx, grads)  # the forward has settled the dtypes
+        with no_autocast(grads):
+            x, *saved = ctx.saved_tensors
+            terms = len(ctx.layout[0])
+            flat = x.reshape(-1, x.shape[-1])
+            need_x, _, *needed = ctx.needs_input_grad
+            dx, others = Call(ctx.layout, saved[terms:]).backward(flat, saved[:terms], grads, need_x, needed)
+            return None if dx is None else dx.view_as(x), None, *others
+
+
+def no_autocast(grads: Sequence[Tensor | None]) -> AbstractContextManager:
+    """For a backward: the forward has settled the dtypes."""
+    device = next((g.device.type for g in grads if g is not None), "cpu")
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
 Block = tuple[Tensor, Tensor, Tensor | None]  # down, up, gate
 
 
-class _Call:
-    """The flat arguments that autograd wants, sorted: weights, biases, masks, and blocks[member][term]."""
+class Call:
+    """One computation of several members: the tensors of `flat_arguments`, sorted, forward and backward."""
 
-    def __init__(self, layout: tuple, rest: Sequence) -> None:
+    def __init__(self, layout: Layout, tensors: Sequence) -> None:
         self.inv_keeps, self.scales = layout
         n, terms = len(self.scales), len(self.inv_keeps)
-        self.weights, self.biases, self.masks = rest[:n], rest[n : 2 * n], rest[2 * n : 2 * n + terms]
-        self.blocks: list[list[list[Block]]] = self.threes(rest[2 * n + terms :])
+        self.weights, self.masks = tensors[:n], tensors[2 * n : 2 * n + terms]
+        self.biases = tensors[n : 2 * n]
+        self.kept = (*self.weights, *([None] * n), *tensors[2 * n :])  # all that the backward needs: not the biases
+        self.blocks: list[list[list[Block]]] = self.threes(tensors[2 * n + terms :])
 
     def threes(self, flat: Sequence) -> list[list[list[Any]]]:
         """`flat` in threes, as blocks[member][term] has them."""
@@ -241,69 +240,83 @@ class _Call:
     def joined(self, member: int, term: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, float]:
         return _joined(self.blocks[member][term], self.scales[member][term], dtype)
 
+    def forward(self, flat: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """Outputs (N × out) of all members, and h (N × R) of every term."""
+        outputs = []
+        for i, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
+            if weight is not None:
+                outputs.append(F.linear(flat, weight, bias))
+            else:
+                outputs.append(flat.new_zeros(len(flat), self.blocks[i][0][0][1].shape[0]))
+        hidden = []
+        for t, (mask, inv_keep) in enumerate(zip(self.masks, self.inv_keeps, strict=True)):
+            joined = [self.joined(i, t, flat.dtype) for i in range(len(outputs))]
+            h = dropped(flat, mask) @ _stacked([down for down, _, _ in joined]).T
+            for y, part, (_, up, scale) in zip(outputs, _parts(h, [d for d, _, _ in joined]), joined, strict=True):
+                y.addmm_(part, up.T, alpha=scale * inv_keep)  # folds the scale in; a gate is in `up` already
+            hidden.append(h)
+        return outputs, hidden
 
-def _backward(ctx, outputs: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
-    terms, n = len(ctx.layout[0]), len(outputs)
-    x, *saved = ctx.saved_tensors
-    hidden, call = saved[:terms], _Call(ctx.layout, saved[terms:])
-    need_x, _, *need = ctx.needs_input_grad
-    need_weights, need_biases, needed = need[:n], need[n : 2 * n], call.threes(need[2 * n + terms :])
-    flat = x.reshape(-1, x.shape[-1])
-    live = [(i, g.to(x.dtype)) for i, g in enumerate(outputs) if g is not None]
+    def backward(
+        self, flat: Tensor, hidden: Sequence[Tensor], grads: Sequence[Tensor | None], need_x: bool, needed: Sequence
+    ) -> tuple[Tensor | None, list[Tensor | None]]:
+        """The gradient of the input (N × in), and those of the tensors of `flat_arguments`, in their order.
 
-    dx = None
-    if need_x:
-        dx = (
-            torch.zeros_like(flat, memory_format=torch.contiguous_format)
-            if not live or call.weights[live[0][0]] is None
-            else None
-        )
-        for i, g in live:
-            weight = call.weights[i]
+        Args:
+            grads: N × out of each member, or None; needed: which of the tensors want theirs.
+        """
+        n, terms = len(self.scales), len(self.inv_keeps)
+        need_weights, need_biases, need = needed[:n], needed[n : 2 * n], self.threes(needed[2 * n + terms :])
+        live = [(i, g.to(flat.dtype)) for i, g in enumerate(grads) if g is not None]
+
+        dx = None
+        for i, g in live if need_x else ():
+            weight = self.weights[i]
             if weight is not None:
                 dx = g @ weight if dx is None else dx.addmm_(g, weight)
+        if need_x and dx is None:
+            dx = torch.zeros_like(flat, memory_format=torch.contiguous_format)
 
-    grads: list[list[list[list[Tensor | None]]]] = [
-        [[[None, None, None] for _ in s] for s in own] for own in call.scales
-    ]
-    for t, (mask, inv_keep, h) in enumerate(zip(call.masks, call.inv_keeps, hidden, strict=True)):
-        all_joined = [call.joined(i, t, x.dtype) for i in range(n)]
-        h_parts = h.split([len(down) for down, _, _ in all_joined], 1)
-        want_down = any(w[0] for i, _ in live for w in needed[i][t])
-        downs, ghs = [], []
-        for i, g in live:
-            down, up, scale = all_joined[i]
-            if need_x or want_down:
-                ghs.append((g @ up).mul_(scale * inv_keep))  # on N×r numbers, not on N×in
-                downs.append(down)
-            if any(w[1] or w[2] for w in needed[i][t]):
-                cross = (h_parts[i].T @ g).T  # out×r; as (hᵀg)ᵀ, the faster order (shared/performance.md §3)
-                _up_gradients(cross, call.blocks[i][t], needed[i][t], call.scales[i][t], inv_keep, grads[i][t])
-        if not ghs:
-            continue
-        gh = _stacked(ghs, 1)
-        if want_down:
-            parts = (gh.T @ _dropped(flat, mask)).split([len(d) for d in downs])
-            for (i, _), d_down in zip(live, parts, strict=True):
-                for (a, _, _), want, d, out in zip(
-                    call.blocks[i][t],
-                    needed[i][t],
-                    d_down.split([len(b[0]) for b in call.blocks[i][t]]),
-                    grads[i][t],
-                    strict=True,
-                ):
-                    out[0] = d.to(a.dtype) if want[0] else None
-        if dx is not None and mask is None:
-            dx.addmm_(gh, _stacked(downs))
-        elif dx is not None and mask is not None:
-            dx.addcmul_(gh @ _stacked(downs), mask.view_as(flat).to(x.dtype))
+        out: list[list[list[list[Tensor | None]]]] = [[[[None] * 3 for _ in s] for s in own] for own in self.scales]
+        for t, (mask, inv_keep, h) in enumerate(zip(self.masks, self.inv_keeps, hidden, strict=True)):
+            joined = [self.joined(i, t, flat.dtype) for i in range(n)]
+            h_parts = _parts(h, [down for down, _, _ in joined])
+            want_down = any(w[0] for i, _ in live for w in need[i][t])
+            downs, ghs = [], []
+            for i, g in live:
+                down, up, scale = joined[i]
+                if need_x or want_down:
+                    ghs.append((g @ up).mul_(scale * inv_keep))  # on N×r numbers, not on N×in
+                    downs.append(down)
+                if any(w[1] or w[2] for w in need[i][t]):
+                    cross = (h_parts[i].T @ g).T  # out×r; as (hᵀg)ᵀ, the faster order (shared/performance.md §3)
+                    _up_gradients(cross, self.blocks[i][t], need[i][t], self.scales[i][t], inv_keep, out[i][t])
+            if not ghs:
+                continue
+            gh = _stacked(ghs, 1)
+            if want_down:
+                for (i, _), d in zip(live, _parts(gh.T @ dropped(flat, mask), downs, 0), strict=True):
+                    _down_gradients(d, self.blocks[i][t], need[i][t], out[i][t])
+            if dx is not None:
+                add_dropped_product_(dx, gh, _stacked(downs), mask)
 
-    by_member = dict(live)
-    d_weights = [by_member[i].T @ flat if w and i in by_member else None for i, w in enumerate(need_weights)]
-    d_biases = [by_member[i].sum(0) if b and i in by_member else None for i, b in enumerate(need_biases)]
-    dx = None if dx is None else dx.view_as(x)
-    flat_grads = [d for own in grads for term in own for block in term for d in block]
-    return dx, None, *d_weights, *d_biases, *([None] * terms), *flat_grads
+        by_member = dict(live)
+        d_weights = [by_member[i].T @ flat if w and i in by_member else None for i, w in enumerate(need_weights)]
+        d_biases = [by_member[i].sum(0) if b and i in by_member else None for i, b in enumerate(need_biases)]
+        flat_out = [d for own in out for term in own for block in term for d in block]
+        return dx, [*d_weights, *d_biases, *([None] * terms), *flat_out]
+
+
+def _parts(joined: Tensor, downs: Sequence[Tensor], dim: int = 1) -> Sequence[Tensor]:
+    """What of `joined` belongs to each of the downs that were stacked."""
+    return (joined,) if len(downs) == 1 else joined.split([len(d) for d in downs], dim)
+
+
+def _down_gradients(d: Tensor, blocks: Sequence[Block], needed: Sequence, out: list) -> None:
+    """The gradients of every `down` of one term, out of theirs side by side (r of all its blocks × in), into `out`."""
+    parts = (d,) if len(blocks) == 1 else d.split([len(block[0]) for block in blocks])
+    for (down, _, _), (want, _, _), part, into in zip(blocks, needed, parts, out, strict=True):
+        into[0] = part.to(down.dtype) if want else None
 
 
 def _up_gradients(
@@ -339,7 +352,3 @@ def _scaled(up: Tensor, gate: Tensor | None, c: float) -> Tensor:
     if gate is not None:
         return up * (gate * c if c != 1.0 else gate)
     return up * c if c != 1.0 else up
-
-
-def _dropped(flat: Tensor, mask: Tensor | None) -> Tensor:
-    return flat if mask is None else flat * mask.view_as(flat)

@@ -88,6 +88,9 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
             if self.merged:
                 self.unmerge()
             return self.base_layer(x, *args, **kwargs)
+        together = self.siblings is not None and sharing_allowed(x) and not args and not kwargs
+        if together and (y := self.siblings.waiting(self.place, x)) is not None:  # pyright: ignore[reportOptionalMemberAccess]
+            return y
         adapters = [] if self.merged else self.adapters(self.active_adapters)
         if not adapters:
             return self.base_layer(x, *args, **kwargs)
@@ -97,7 +100,6 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
             for adapter in adapters:
                 y = adapter(y, x)
             return y
-        together = self.siblings is not None and sharing_allowed(x)
         y = self.siblings.output(self, self.place, x) if together else None  # pyright: ignore[reportOptionalMemberAccess]
         return low_rank_linear(x, member.weight, member.bias, member.terms) if y is None else y  # pyright: ignore[reportArgumentType]
 

@@ -10,7 +10,7 @@ input than its siblings computes its own output; only time is lost.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 from weakref import ref
 
@@ -55,13 +55,17 @@ class Siblings:
     def join(self, layer: AdaptedLinear, place: int) -> None:
         self._layers[place] = ref(layer)
 
+    def waiting(self, place: int, x: Tensor) -> Tensor | None:
+        """The output of the layer at `place` for this input, if it was computed with its siblings'."""
+        found = self._waiting.pop(place, None)
+        return found[2] if found is not None and found[0] is x and found[1] == x._version else None
+
     def output(self, layer: AdaptedLinear, place: int, x: Tensor) -> Tensor | None:
         """The layer's output, or None where the siblings cannot be computed together now."""
         if self._layers[place]() is not layer:  # a replica of nn.DataParallel
             return None
-        waiting = self._waiting.pop(place, None)
-        if waiting is not None and waiting[0] is x and waiting[1] == x._version:
-            return waiting[2]
+        if (y := self.waiting(place, x)) is not None:
+            return y
         self._waiting.clear()
         members = self._members()
         if members is None:
@@ -71,22 +75,20 @@ class Siblings:
         return outputs[place]
 
     def _members(self) -> list[Member] | None:
-        members, names = [], []
-        for found in self._layers:
-            layer = found()
-            member = None if layer is None else layer.member()
-            if layer is None or member is None:
-                return None
-            members.append(member)
-            names.append([n for n in layer.active_adapters if n in layer.lowrank_adapters])
-        alike = {tuple(t.dropout for t in m.terms if t.blocks) for m in members}
-        if (
-            len(alike) > 1
-            or any(n != names[0] for n in names)
-            or any(t.own_mask and t.dropout for t in members[0].terms)
-        ):
-            return None
-        return members
+        layers = [found() for found in self._layers]
+        return None if any(layer is None for layer in layers) else members_together(layers)  # pyright: ignore[reportArgumentType]
+
+
+def members_together(layers: Sequence[AdaptedLinear]) -> list[Member] | None:
+    """Layers that read one input, for one computation; None where they differ in adapters or dropout, each must have its own
+    mask, or one of them computes its own output."""
+    members = [layer.member() for layer in layers]
+    if any(m is None for m in members):
+        return None
+    names = {tuple(n for n in layer.active_adapters if n in layer.lowrank_adapters) for layer in layers}
+    dropouts = {tuple(t.dropout for t in m.terms if t.blocks) for m in members}  # pyright: ignore[reportOptionalMemberAccess]
+    own_masks = any(t.own_mask and t.dropout for t in members[0].terms)  # pyright: ignore[reportOptionalMemberAccess]
+    return None if len(names) > 1 or len(dropouts) > 1 or own_masks else members  # pyright: ignore[reportReturnType]
 
 
 def _nobody() -> None:

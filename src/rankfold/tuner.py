@@ -24,6 +24,7 @@ from transformers.pytorch_utils import Conv1D
 
 from rankfold.adapter import Group, SharedState, Site
 from rankfold.config import LowRankConfig
+from rankfold.fused_mlp import fuse_mlps, unfuse_mlps
 from rankfold.layer import AdaptedLinear
 from rankfold.siblings import link_siblings
 
@@ -110,6 +111,8 @@ class LowRankTuner(BaseTuner):
             del stale[adapter_name]
         super().inject_adapter(model, adapter_name, *args, state_dict=state_dict, **kwargs)
         link_siblings(model, AdaptedLinear)
+        if config.fuse_mlp:
+            fuse_mlps(model, AdaptedLinear)
 
     def _create_and_replace(
         self, peft_config: Any, adapter_name, target, target_name, parent, current_key, parameter_name=None
@@ -173,6 +176,7 @@ class LowRankTuner(BaseTuner):
         if merge and safe_merge:
             self._check_finite(adapter_names)
         model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        unfuse_mlps(self.model)
         if hasattr(model, SHARED):
             delattr(model, SHARED)
         return model

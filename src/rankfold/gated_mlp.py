@@ -1,0 +1,84 @@
+"""down(act(gate(x)) · up(x)), three adapted linear layers and what is between them, as one node of autograd.
+
+It keeps x and the outputs of gate and up, and makes act(gate) and the product again in its backward: two N × intermediate passes
+for two N × intermediate tensors less than autograd keeps for the frozen block. The numbers are those of the separate layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from rankfold.contraction import Call, Member, flat_arguments, no_autocast, to_compute_dtype
+
+
+@dataclass(frozen=True)
+class Activation:
+    """An element-wise function: `forward(e)`, and `backward(grad, e)`, its gradient times `grad`."""
+
+    forward: Callable[[Tensor], Tensor]
+    backward: Callable[[Tensor, Tensor], Tensor]
+
+
+def _gelu(approximate: str) -> Activation:
+    return Activation(
+        lambda e: F.gelu(e, approximate=approximate),
+        lambda grad, e: torch.ops.aten.gelu_backward(grad, e, approximate=approximate),
+    )
+
+
+SILU = Activation(F.silu, torch.ops.aten.silu_backward)
+GELU, GELU_TANH = _gelu("none"), _gelu("tanh")
+
+
+def gated_mlp(x: Tensor, gate: Member, up: Member, down: Member, activation: Activation) -> Tensor:
+    """down(activation(gate(x)) · up(x)).
+
+    Args:
+        x: … × in.
+        gate, up: intermediate × in, alike as `low_rank_linears` asks; down: out × intermediate.
+
+    Returns:
+        … × out.
+    """
+    x, (gate, up, down) = to_compute_dtype(x, [gate, up, down])
+    assert down.weight is not None
+    layout, tensors = flat_arguments(x, [gate, up])
+    inner = x.new_empty(*x.shape[:-1], down.weight.shape[1])  # for its shape: a mask is drawn for it
+    layout_down, tensors_down = flat_arguments(inner, [down])
+    y = _GatedMlp.apply(x, activation, layout, layout_down, len(tensors), *tensors, *tensors_down)
+    return y.view(*x.shape[:-1], y.shape[-1])  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
+
+
+class _GatedMlp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, activation, layout, layout_down, count, *tensors):  # pyright: ignore[reportIncompatibleMethodOverride]
+        first, last = Call(layout, tensors[:count]), Call(layout_down, tensors[count:])
+        (e, u), hidden = first.forward(x.reshape(-1, x.shape[-1]))
+        (y,), hidden_down = last.forward(activation.forward(e).mul_(u))
+        ctx.activation, ctx.layout, ctx.layout_down, ctx.count = activation, layout, layout_down, count
+        ctx.save_for_backward(x, e, u, *hidden, *hidden_down, *first.kept, *last.kept)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):  # pyright: ignore[reportIncompatibleMethodOverride]
+        with no_autocast([g]):
+            x, e, u, *saved = ctx.saved_tensors
+            n, m = len(ctx.layout[0]), len(ctx.layout_down[0])
+            hidden, hidden_down, tensors = saved[:n], saved[n : n + m], saved[n + m :]
+            first, last = Call(ctx.layout, tensors[: ctx.count]), Call(ctx.layout_down, tensors[ctx.count :])
+            need_x, _, _, _, _, *needed = ctx.needs_input_grad
+            s = ctx.activation.forward(e)
+            da, others_down = last.backward(s * u, hidden_down, [g], True, needed[ctx.count :])
+            assert da is not None
+            du = s.mul_(da)
+            de = ctx.activation.backward(da.mul_(u), e)
+            flat = x.reshape(-1, x.shape[-1])
+            dx, others = first.backward(flat, hidden, [de, du], need_x, needed[: ctx.count])
+            return None if dx is None else dx.view_as(x), None, None, None, None, *others, *others_down
