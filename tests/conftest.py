@@ -39,3 +39,4 @@ def masks_of_peft(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("rankfold.contraction.drop_mask", bernoulli)
     monkeypatch.setattr("rankfold.siblings.Siblings.output", lambda *_: None)
+    monkeypatch.setattr("rankfold.fused_mlp._members", lambda _: None)

@@ -240,8 +240,12 @@ class Call:
     def joined(self, member: int, term: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, float]:
         return _joined(self.blocks[member][term], self.scales[member][term], dtype)
 
-    def forward(self, flat: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """Outputs (N × out) of all members, and h (N × R) of every term."""
+    def forward(self, flat: Tensor, scratch: bool = False) -> tuple[list[Tensor], list[Tensor]]:
+        """Outputs (N × out) of all members, and h (N × R) of every term.
+
+        Args:
+            scratch: `flat` is not needed afterwards, here as in `backward`, and may be overwritten.
+        """
         outputs = []
         for i, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
             if weight is not None:
@@ -251,14 +255,20 @@ class Call:
         hidden = []
         for t, (mask, inv_keep) in enumerate(zip(self.masks, self.inv_keeps, strict=True)):
             joined = [self.joined(i, t, flat.dtype) for i in range(len(outputs))]
-            h = dropped(flat, mask) @ _stacked([down for down, _, _ in joined]).T
+            h = dropped(flat, mask, scratch and t == len(self.masks) - 1) @ _stacked([down for down, _, _ in joined]).T
             for y, part, (_, up, scale) in zip(outputs, _parts(h, [d for d, _, _ in joined]), joined, strict=True):
                 y.addmm_(part, up.T, alpha=scale * inv_keep)  # folds the scale in; a gate is in `up` already
             hidden.append(h)
         return outputs, hidden
 
     def backward(
-        self, flat: Tensor, hidden: Sequence[Tensor], grads: Sequence[Tensor | None], need_x: bool, needed: Sequence
+        self,
+        flat: Tensor,
+        hidden: Sequence[Tensor],
+        grads: Sequence[Tensor | None],
+        need_x: bool,
+        needed: Sequence,
+        scratch: bool = False,
     ) -> tuple[Tensor | None, list[Tensor | None]]:
         """The gradient of the input (N × in), and those of the tensors of `flat_arguments`, in their order.
 
@@ -276,6 +286,10 @@ class Call:
                 dx = g @ weight if dx is None else dx.addmm_(g, weight)
         if need_x and dx is None:
             dx = torch.zeros_like(flat, memory_format=torch.contiguous_format)
+
+        by_member = dict(live)
+        d_weights = [by_member[i].T @ flat if w and i in by_member else None for i, w in enumerate(need_weights)]
+        d_biases = [by_member[i].sum(0) if b and i in by_member else None for i, b in enumerate(need_biases)]
 
         out: list[list[list[list[Tensor | None]]]] = [[[[None] * 3 for _ in s] for s in own] for own in self.scales]
         for t, (mask, inv_keep, h) in enumerate(zip(self.masks, self.inv_keeps, hidden, strict=True)):
@@ -295,14 +309,12 @@ class Call:
                 continue
             gh = _stacked(ghs, 1)
             if want_down:
-                for (i, _), d in zip(live, _parts(gh.T @ dropped(flat, mask), downs, 0), strict=True):
+                kept = dropped(flat, mask, scratch and t == terms - 1)
+                for (i, _), d in zip(live, _parts(gh.T @ kept, downs, 0), strict=True):
                     _down_gradients(d, self.blocks[i][t], need[i][t], out[i][t])
             if dx is not None:
                 add_dropped_product_(dx, gh, _stacked(downs), mask)
 
-        by_member = dict(live)
-        d_weights = [by_member[i].T @ flat if w and i in by_member else None for i, w in enumerate(need_weights)]
-        d_biases = [by_member[i].sum(0) if b and i in by_member else None for i, b in enumerate(need_biases)]
         flat_out = [d for own in out for term in own for block in term for d in block]
         return dx, [*d_weights, *d_biases, *([None] * terms), *flat_out]
 

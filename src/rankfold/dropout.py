@@ -44,10 +44,13 @@ def drop_mask(x: Tensor, p: float) -> tuple[Tensor | None, float]:
 def _places(n: int, p: float) -> Tensor:
     """Which of n elements are dropped, each with probability p: the sums of gaps drawn with P(gap > g) = (1 − p)^g."""
     per_log = 1.0 / math.log1p(-p)
+    dtype = (
+        torch.float32 if p > 0.01 else torch.float64
+    )  # a uniform float32 has steps of 6e-8: too coarse for a small p
     found, last = [], -1
     while last < n - 1:
         left = n - 1 - last
-        gaps = torch.rand(int(left * p + 6 * math.sqrt(left * p)) + 16, dtype=torch.float64)
+        gaps = torch.rand(int(left * p + 6 * math.sqrt(left * p)) + 16, dtype=dtype)
         places = gaps.neg_().log1p_().mul_(per_log).to(torch.int64).add_(1).cumsum_(0).add_(last)
         found.append(places)
         last = int(places[-1])
@@ -56,17 +59,18 @@ def _places(n: int, p: float) -> Tensor:
     return places[: int(torch.searchsorted(places, n))].clone()
 
 
-def dropped(x: Tensor, mask: Tensor | None) -> Tensor:
+def dropped(x: Tensor, mask: Tensor | None, in_place: bool = False) -> Tensor:
     """x with zeros where it is dropped; x itself where nothing is.
 
     Args:
         x: N × in, of as many elements as the mask was drawn for.
+        in_place: x, which is contiguous, may be overwritten.
     """
     if mask is None:
         return x
     if mask.dtype == torch.bool:
         return torch.where(mask.view(x.shape), x, x.new_zeros(()))
-    kept = x.clone(memory_format=torch.contiguous_format)
+    kept = x if in_place else x.clone(memory_format=torch.contiguous_format)
     kept.view(-1).index_fill_(0, mask, 0.0)
     return kept
 

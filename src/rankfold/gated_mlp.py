@@ -60,7 +60,7 @@ class _GatedMlp(torch.autograd.Function):
     def forward(ctx, x, activation, layout, layout_down, count, *tensors):  # pyright: ignore[reportIncompatibleMethodOverride]
         first, last = Call(layout, tensors[:count]), Call(layout_down, tensors[count:])
         (e, u), hidden = first.forward(x.reshape(-1, x.shape[-1]))
-        (y,), hidden_down = last.forward(activation.forward(e).mul_(u))
+        (y,), hidden_down = last.forward(activation.forward(e).mul_(u), scratch=True)
         ctx.activation, ctx.layout, ctx.layout_down, ctx.count = activation, layout, layout_down, count
         ctx.save_for_backward(x, e, u, *hidden, *hidden_down, *first.kept, *last.kept)
         return y
@@ -75,7 +75,7 @@ class _GatedMlp(torch.autograd.Function):
             first, last = Call(ctx.layout, tensors[: ctx.count]), Call(ctx.layout_down, tensors[ctx.count :])
             need_x, _, _, _, _, *needed = ctx.needs_input_grad
             s = ctx.activation.forward(e)
-            da, others_down = last.backward(s * u, hidden_down, [g], True, needed[ctx.count :])
+            da, others_down = last.backward(s * u, hidden_down, [g], True, needed[ctx.count :], scratch=True)
             assert da is not None
             du = s.mul_(da)
             de = ctx.activation.backward(da.mul_(u), e)
