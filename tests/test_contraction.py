@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from itertools import product
 
 import peft
@@ -23,7 +24,16 @@ from transformers import (
 )
 
 from rankfold import Factors, PlainLoraConfig, RasaConfig
-from rankfold.contraction import Term, low_rank_linear, low_rank_update, separate_order
+from rankfold.contraction import (
+    Call,
+    Member,
+    Term,
+    flat_arguments,
+    low_rank_linear,
+    low_rank_linears,
+    low_rank_update,
+    separate_order,
+)
 
 # PEFT 0.21 asks transformers 5.23 under the attribute's old name
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -715,3 +725,56 @@ def test_gradients_are_laid_out_as_their_factors(ranks):
     low_rank_linear(torch.randn(7, IN), torch.randn(OUT, IN), None, terms).sum().backward()
     assert all(t.grad.stride() == t.stride() for t in leaves(terms) if t.grad is not None)
     assert sum(t.grad is not None for t in leaves(terms)) >= 2 * len(ranks)
+
+
+# The merged order -------------------------------------------------------------------------------------------------------
+
+
+def merges(x: Tensor, *members: Member) -> list[bool]:
+    call = Call(*flat_arguments(x, members))
+    return [call.merged(i, len(x)) is not None for i in range(len(members))]
+
+
+def wide(out: int, rank: int, dtype: torch.dtype = torch.float32, into: int = 48, dropout: float = 0.0) -> Member:
+    new = lambda *shape: (torch.randn(*shape, dtype=dtype) * 0.1).requires_grad_()  # noqa: E731
+    blocks = [Factors(new(rank, into), new(out, rank), new(rank), 0.5), Factors(new(2, into), new(out, 2), None, 2.0)]
+    return Member(torch.randn(out, into, dtype=dtype), torch.randn(out, dtype=dtype), [Term(blocks, dropout)])
+
+
+def test_many_tokens_of_float32_multiply_by_the_merged_weight():
+    x = torch.randn(2000, 48)
+    assert merges(x, wide(40, 20), wide(8, 20)) == [True, True]
+    assert merges(x[:4], wide(40, 20)) == [False]
+    assert merges(x, wide(40, 20, dropout=0.1)) == [False]
+    assert merges(x.bfloat16(), wide(40, 20, torch.bfloat16)) == [False]  # W + ΔW would lose small updates
+
+
+@pytest.mark.parametrize("tokens", [100, 800, 3000])
+def test_the_merged_order_differs_by_rounding_only(tokens: int):
+    """Bound: every output and gradient within 3e-6 of its own size of the same in float64, as the separate order is."""
+    torch.manual_seed(0)
+    x = torch.randn(tokens, 48, requires_grad=True)
+    members = [wide(40, 20), wide(8, 20)]
+    assert merges(x, *members) == [tokens > 100, True]
+    tensors = [x, *(t for m in members for f in m.terms[0].blocks for t in (f.down, f.up, f.gate) if t is not None)]
+
+    def run(double: bool) -> list[Tensor]:
+        cast = (lambda t: None if t is None else t.detach().double().requires_grad_()) if double else (lambda t: t)
+        inputs = {id(t): cast(t) for t in tensors}
+        own = [
+            Member(
+                m.weight.double() if double else m.weight,
+                m.bias.double() if double else m.bias,
+                [Term([Factors(inputs[id(f.down)], inputs[id(f.up)], f.gate if f.gate is None else inputs[id(f.gate)], f.scale) for f in m.terms[0].blocks])],
+            )
+            for m in members
+        ]  # fmt: skip
+        with separate_order() if double else nullcontext():
+            outputs = low_rank_linears(inputs[id(x)], own)
+        loss = sum(
+            (y.double() * torch.linspace(-1, 1, y.numel(), dtype=torch.float64).view_as(y)).sum() for y in outputs
+        )
+        return [*outputs, *torch.autograd.grad(loss, list(inputs.values()))]
+
+    for found, expected in zip(run(False), run(True), strict=True):
+        assert (found.double() - expected).norm() <= 3e-6 * expected.norm()

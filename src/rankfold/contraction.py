@@ -7,6 +7,7 @@ What it does that a chain of modules does not (numbers in docs/performance.md):
 * siblings – q, k and v – are one node: one down-projection, one mask, one pass over the input's gradient (siblings.py);
 * gate and scale go onto the small factor; no pass over an N×out tensor is spent on them;
 * the r-wide product h is kept (N·r numbers), so the backward needs no second look at x·downᵀ;
+* for many tokens in float32, W + ΔW is made once a pass instead, and multiplied by (`Call.merged`);
 * both sums run in place in the GEMM that makes them (`addmm_`), into the base's output and into its input gradient;
 * dropout costs what it drops (dropout.py).
 
@@ -240,24 +241,49 @@ class Call:
     def joined(self, member: int, term: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, float]:
         return _joined(self.blocks[member][term], self.scales[member][term], dtype)
 
+    def merged(self, member: int, tokens: int) -> Tensor | None:
+        """W + ΔW, out × in, where multiplying by it is faster than by W and the factors, and as exact: in float32 and up, without
+        dropout, for many tokens. It is made again in the backward, not kept (RunLoRA, arXiv 2312.03415, calls it X(W + UV))."""
+        weight, terms = self.weights[member], len(self.masks)
+        if (
+            weight is None
+            or weight.dtype not in (torch.float32, torch.float64)
+            or any(m is not None for m in self.masks)
+        ):
+            return None
+        rank = sum(len(block[0]) for term in self.blocks[member] for block in term)
+        out, into = weight.shape
+        # Numbers multiplied: 2·N·R·(in + out) against 2·(R·in·out), and what two passes over W cost; more where a fresh matrix of
+        # its size is mapped anew by the allocator. Measured: docs/performance.md.
+        passes = 100 if weight.numel() * weight.element_size() <= 32 * 2**20 else 300
+        if tokens * rank * (into + out) <= into * out * (2 * rank + passes):
+            return None
+        for t in range(terms):
+            down, up, scale = self.joined(member, t, weight.dtype)
+            weight = torch.addmm(weight, up, down, alpha=scale)
+        return weight
+
     def forward(self, flat: Tensor, scratch: bool = False) -> tuple[list[Tensor], list[Tensor]]:
         """Outputs (N × out) of all members, and h (N × R) of every term.
 
         Args:
             scratch: `flat` is not needed afterwards, here as in `backward`, and may be overwritten.
         """
-        outputs = []
+        outputs, merged = [], []
         for i, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
+            merged.append(self.merged(i, len(flat)))
             if weight is not None:
-                outputs.append(F.linear(flat, weight, bias))
+                outputs.append(F.linear(flat, weight if merged[i] is None else merged[i], bias))
             else:
                 outputs.append(flat.new_zeros(len(flat), self.blocks[i][0][0][1].shape[0]))
         hidden = []
         for t, (mask, inv_keep) in enumerate(zip(self.masks, self.inv_keeps, strict=True)):
             joined = [self.joined(i, t, flat.dtype) for i in range(len(outputs))]
             h = dropped(flat, mask, scratch and t == len(self.masks) - 1) @ _stacked([down for down, _, _ in joined]).T
-            for y, part, (_, up, scale) in zip(outputs, _parts(h, [d for d, _, _ in joined]), joined, strict=True):
-                y.addmm_(part, up.T, alpha=scale * inv_keep)  # folds the scale in; a gate is in `up` already
+            parts = _parts(h, [d for d, _, _ in joined])
+            for y, part, (_, up, scale), whole in zip(outputs, parts, joined, merged, strict=True):
+                if whole is None:
+                    y.addmm_(part, up.T, alpha=scale * inv_keep)  # folds the scale in; a gate is in `up` already
             hidden.append(h)
         return outputs, hidden
 
@@ -279,9 +305,10 @@ class Call:
         need_weights, need_biases, need = needed[:n], needed[n : 2 * n], self.threes(needed[2 * n + terms :])
         live = [(i, g.to(flat.dtype)) for i, g in enumerate(grads) if g is not None]
 
-        dx = None
+        dx, merged = None, [False] * n
         for i, g in live if need_x else ():
-            weight = self.weights[i]
+            whole = self.merged(i, len(flat))
+            merged[i], weight = whole is not None, self.weights[i] if whole is None else whole
             if weight is not None:
                 dx = g @ weight if dx is None else dx.addmm_(g, weight)
         if need_x and dx is None:
@@ -312,8 +339,12 @@ class Call:
                 kept = dropped(flat, mask, scratch and t == terms - 1)
                 for (i, _), d in zip(live, _parts(gh.T @ kept, downs, 0), strict=True):
                     _down_gradients(d, self.blocks[i][t], need[i][t], out[i][t])
-            if dx is not None:
-                add_dropped_product_(dx, gh, _stacked(downs), mask)
+            rest = [(gh, down) for (i, _), gh, down in zip(live, ghs, downs, strict=True) if not merged[i]]
+            if dx is not None and rest:
+                right = _stacked([down for _, down in rest])
+                add_dropped_product_(
+                    dx, gh if len(rest) == len(ghs) else _stacked([g for g, _ in rest], 1), right, mask
+                )
 
         flat_out = [d for own in out for term in own for block in term for d in block]
         return dx, [*d_weights, *d_biases, *([None] * terms), *flat_out]
