@@ -3,11 +3,15 @@
     python benchmarks/step.py                        # fp32, dropout 0: the table of the README
     python benchmarks/step.py --dtype bf16 --dropout 0.05 --rounds 15
     python benchmarks/step.py --shape large --tokens 4096 --compile
+    python benchmarks/step.py --every-method         # all of rankfold's, at the same r
+    python benchmarks/step.py --picture docs/pictures/step.svg benchmarks/results/step-*.json
 
 The limit is the frozen decoder stack with a gradient into its input: what any adapter must at least pay. All seven linears
 are adapted, the cotangent is fixed, there is no head, loss or optimiser: this isolates the adapter. Variants run in random
 order in every round; a figure is the median over rounds of the ratio to the limit of that round, quartiles in brackets.
-Saved MiB: unique storages kept for the backward, parameters excluded. Run it alone: a second job spoils it.
+Saved MiB: unique storages kept for the backward, parameters excluded. "products alone" is no model: the limit's time and, in the
+same round, that of an adapter's six products for each linear layer, on buffers made beforehand; no eager implementation made of
+matrix products in the usual order can be faster. Run it alone: a second job spoils it.
 """
 
 from __future__ import annotations
@@ -32,6 +36,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaModel
 
 from rankfold import PlainLoraConfig, RasaConfig
+from rankfold.registry import find
 
 SHAPES = {
     # SmolLM2-135M's layers, eight of its thirty
@@ -53,6 +58,46 @@ def variants(rank: int, effective: int, layers: int, dropout: float) -> dict[str
         f"PEFT LoRA r={effective}": LoraConfig(r=effective, **common),
         f"rankfold RaSA R={effective} (r={r}, k={k}, L={layers})": RasaConfig(r=r, shared_rank=k, **common),
     }
+
+
+def every_method(rank: int, dropout: float) -> dict[str, PeftConfig | None]:
+    """rankfold's methods with their defaults, but CoRA, whose r × r core needs a basis file."""
+    own: dict[str, dict[str, Any]] = {
+        "adalora": {"target_r": rank // 2},
+        "dynamic_dora": {"target_r": rank // 2, "lora_dropout": 0.0},
+    }
+    common = {"r": rank, "lora_alpha": 2 * rank, "lora_dropout": dropout, "target_modules": TARGETS}
+    found: dict[str, PeftConfig | None] = {"frozen base": None, f"PEFT LoRA r={rank}": LoraConfig(**common)}
+    for method in find():
+        if method.name != "cora":
+            found[f"rankfold {method.title} r={rank}"] = method.config(**{**common, **own.get(method.name, {})})
+    return found
+
+
+class Products:
+    """An adapter's six products for each linear layer of a decoder, and nothing else."""
+
+    def __init__(self, shape: dict[str, Any], tokens: int, rank: int, dtype: torch.dtype) -> None:
+        head = shape["hidden_size"] // shape["num_attention_heads"]
+        d, i, kv = shape["hidden_size"], shape["intermediate_size"], head * shape["num_key_value_heads"]
+        new = lambda *s: torch.randn(*s, dtype=torch.float32).to(dtype)  # noqa: E731
+        self.layers = shape["num_hidden_layers"]
+        self.buffers = [
+            (new(tokens, into), new(tokens, out), new(tokens, into), new(rank, into), new(out, rank))
+            for into, out in [(d, d), (d, kv), (d, kv), (d, d), (d, i), (d, i), (i, d)]
+        ]
+
+    def __call__(self) -> float:
+        start = time.perf_counter()
+        for _ in range(self.layers):
+            for x, y, dx, down, up in self.buffers:
+                h = x @ down.T
+                y.addmm_(h, up.T)
+                gh = y @ up
+                h.T @ y
+                gh.T @ x
+                dx.addmm_(gh, down)
+        return time.perf_counter() - start
 
 
 def build(shape: dict[str, Any], config: PeftConfig | None, dtype: torch.dtype, compiled: bool) -> nn.Module:
@@ -96,9 +141,15 @@ def run(args: argparse.Namespace) -> dict:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(batch, length, shape["hidden_size"], generator=generator).to(dtype).requires_grad_()
     cotangent = torch.randn(batch, length, shape["hidden_size"], generator=generator).to(dtype)
+    chosen = (
+        every_method(args.rank, args.dropout)
+        if args.every_method
+        else variants(args.rank, args.effective, shape["num_hidden_layers"], args.dropout)
+    )
+    products = Products(shape, batch * length, args.rank, torch.float32 if args.dtype == "fp32" else torch.bfloat16)
     models = {
         name: build(shape, config, dtype, args.compile)
-        for name, config in variants(args.rank, args.effective, shape["num_hidden_layers"], args.dropout).items()
+        for name, config in chosen.items()
         if args.only is None or any(o in name for o in [*args.only, "frozen"])
     }
 
@@ -124,9 +175,11 @@ def run(args: argparse.Namespace) -> dict:
     ratios: dict[str, list[float]] = {name: [] for name in models}
     seconds: dict[str, list[float]] = {name: [] for name in models}
     order = list(models)
+    alone: list[float] = []
     for _ in range(args.rounds):
         random.shuffle(order)
         times = {name: step(models[name]) for name in order}
+        alone.append(1 + products() / times["frozen base"])
         for name, t in times.items():
             seconds[name].append(t)
             ratios[name].append(t / times["frozen base"])
@@ -136,8 +189,62 @@ def run(args: argparse.Namespace) -> dict:
         rows.append(
             {"variant": name, "ratio": median, "low": low, "high": high, "saved_mib": saved[name], "seconds": statistics.median(seconds[name])}
         )  # fmt: skip
+    low, median, high = statistics.quantiles(alone, n=4)
+    name = f"products alone r={args.rank}"
+    rows.insert(1, {"variant": name, "ratio": median, "low": low, "high": high, "saved_mib": None, "seconds": None})
     packages = {p: version(p) for p in ("rankfold", "peft", "torch", "transformers")}
     return {"settings": vars(args) | {"threads": torch.get_num_threads()}, "versions": packages, "rows": rows}
+
+
+def draw(path: Path, results: list[dict]) -> None:
+    """Overhead over the frozen base and saved bytes, a group of bars for each result."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    colours = {"PEFT LoRA": "#999999", "rankfold LoRA": "#0072b2", "rankfold RaSA": "#009e73", "products": "#e69f00"}
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    place, ticks, labels, seen = 0.0, [], [], set()
+    for result in results:
+        settings = result["settings"]
+        bars = [r for r in result["rows"] if r["variant"] != "frozen base"]
+        base = next(r for r in result["rows"] if r["variant"] == "frozen base")
+        begin = place
+        for row in bars:
+            kind = next(k for k in colours if row["variant"].startswith(k))
+            rank = row["variant"].partition("=")[2].split(" ")[0]
+            low, high = (abs(row[k] - row["ratio"]) * 100 for k in ("low", "high"))
+            label = f"{kind} r={rank}" if kind != "products" else f"six products alone, r={rank}"
+            hatch = "//" if rank != str(settings["rank"]) else None
+            known = label in seen
+            seen.add(label)
+            left.bar(place, (row["ratio"] - 1) * 100, 0.8, yerr=[[low], [high]], color=colours[kind], hatch=hatch,
+                     edgecolor="white", label=None if known else label, ecolor="#444444")  # fmt: skip
+            if row["saved_mib"] is not None:
+                right.bar(
+                    place,
+                    row["saved_mib"] / base["saved_mib"],
+                    0.8,
+                    color=colours[kind],
+                    hatch=hatch,
+                    edgecolor="white",
+                )
+            place += 1
+        ticks.append((begin + place - 1) / 2)
+        tokens = f"{settings['tokens']} tokens"
+        labels.append(
+            f"{settings['dtype']}{', compiled' * settings['compile']}\ndropout {settings['dropout']:g}\n{tokens}"
+        )
+        place += 1
+    left.set(title="Time over the frozen base, %", xticks=ticks, xticklabels=labels)
+    right.set(title="Bytes kept for the backward, frozen base = 1", xticks=ticks, xticklabels=labels)
+    right.axhline(1, color="#444444", linewidth=0.8)
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.tick_params(axis="x", labelsize=8)
+    left.legend(frameon=False, fontsize=8)
+    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
 
 
 def main() -> None:
@@ -152,14 +259,24 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--only", nargs="*", help="variants whose name contains one of these")
+    parser.add_argument(
+        "--every-method", action="store_true", help="every method of rankfold's instead of RaSA's ranks"
+    )
+    parser.add_argument(
+        "--picture", nargs="+", type=Path, metavar="FILE", help="draw FILE from these JSON results; time nothing"
+    )
     parser.add_argument("--json", type=Path, help="write the result here")
     args = parser.parse_args()
+    if args.picture:
+        draw(args.picture[0], [json.loads(path.read_text()) for path in args.picture[1:]])
+        return
     result = run(args)
     title = f"{args.shape}, {args.tokens} tokens, {args.dtype}, dropout {args.dropout:g}{', compiled' * args.compile}"
     table = Table("variant", "ratio to frozen base", "quartiles", "saved MiB", "median s", title=title)
     for row in result["rows"]:
         spread = f"{row['low']:.3f}–{row['high']:.3f}"
-        table.add_row(row["variant"], f"{row['ratio']:.3f}", spread, f"{row['saved_mib']:.0f}", f"{row['seconds']:.3f}")
+        saved, seconds = ("", "") if row["seconds"] is None else (f"{row['saved_mib']:.0f}", f"{row['seconds']:.3f}")
+        table.add_row(row["variant"], f"{row['ratio']:.3f}", spread, saved, seconds)
     Console(width=110 if not sys.stdout.isatty() else None).print(table)
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
