@@ -85,7 +85,12 @@ def cost(base: nn.Module, config: PeftConfig) -> Cost:
 
 def trained(base: nn.Module, config: PeftConfig) -> int:
     """Numbers that are trained in the adapter; arguments and errors as `cost`."""
-    return budget.count(adapted(base, config)).adapter
+    return adapter_parameters(adapted(base, config))
+
+
+def adapter_parameters(model: nn.Module) -> int:
+    """Numbers that are trained in the adapter of an adapted model."""
+    return budget.count(model).adapter
 
 
 def adapted(base: nn.Module, config: PeftConfig) -> PeftModel:
@@ -99,7 +104,9 @@ def adapted(base: nn.Module, config: PeftConfig) -> PeftModel:
             warnings.simplefilter("ignore")  # PEFT's advice about training
             model: Any = get_peft_model(meta_copy(base), config, autocast_adapter_dtype=False)  # pyright: ignore[reportArgumentType]
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, AssertionError) as error:
-        raise ValueError(f"{_title(config)}: {(str(error).strip().splitlines() or [type(error).__name__])[0]}") from error
+        raise ValueError(
+            f"{_title(config)}: {(str(error).strip().splitlines() or [type(error).__name__])[0]}"
+        ) from error
     return model
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from peft import PeftConfig
 from torch import nn
 
-from rankfold.plan.cost import Cost, adapted, cost, trained
+from rankfold.plan.cost import Cost, adapted, adapter_parameters, cost, trained
 from rankfold.plan.layers import adapted_layers, in_and_out
 from rankfold.plan.ranks import setting
 
@@ -22,11 +24,13 @@ class Match:
         config: a copy with its rank settings solved.
         cost: what it comes to.
         share: trained / budget, ≤ 1.
+        full: the method cannot be larger on this model, so that this is not the budget's doing.
     """
 
     config: PeftConfig
     cost: Cost
     share: float
+    full: bool = False
 
 
 def match(base: nn.Module, config: PeftConfig, budget: int) -> Match:
@@ -46,52 +50,63 @@ def match(base: nn.Module, config: PeftConfig, budget: int) -> Match:
     """
     found = setting(config)
 
-    def count(n: int) -> int:
-        return trained(base, found.at(n))
+    first = adapted(base, config)
+    counted = {found.value: adapter_parameters(first)}
 
-    most = _full_rank(base, found.at(1)) if found.is_rank else budget
-    n = largest(count, most, budget, guess=found.value)
+    def count(n: int) -> int:
+        if n not in counted:
+            counted[n] = trained(base, found.at(n))
+        return counted[n]
+
+    most = _full_rank(first) if found.is_rank else budget
+    n, full = largest(count, most, budget, guess=found.value)
     if n == 0:
         raise ValueError(
             f"{type(config).__name__}: even {found.field}=1 trains {count(1):,} numbers, and the budget is {budget:,}"
         )
     solved = found.at(n)
     spent = cost(base, solved)
-    return Match(solved, spent, spent.trained / budget)
+    return Match(solved, spent, spent.trained / budget, full)
 
 
-def largest(count: Callable[[int], int], most: int, budget: int, guess: int) -> int:
-    """The largest n in 1..most with count(n) ≤ budget, or 0; `count` must not fall. A straight line takes four counts."""
+def largest(count: Callable[[int], int], most: int, budget: int, guess: int) -> tuple[int, bool]:
+    """The largest n in 1..most with count(n) ≤ budget, or 0, and whether none in 1..most exceeds it.
+
+    `count` must not fall; where it stops rising, the first n that has its last value is taken. A straight line takes four
+    counts.
+    """
     inside, outside = 0, most + 1
-    points = [(0, 0)]
+    points = {0: 0}
     n = min(max(guess, 1), most)
-    for step in range(most.bit_length() + 10_000):
-        spent = count(n)
-        inside, outside = (n, outside) if spent <= budget else (inside, n)
+    for step in itertools.count():
+        points[n] = count(n)
+        inside, outside = (n, outside) if points[n] <= budget else (inside, n)
         if outside - inside <= 1:
             break
-        points.append((n, spent))
-        n = _next(points, budget, inside, outside) if step < 8 else (inside + outside) // 2
-    if inside == most and most > 1 and count(most - 1) == count(most):  # a method that is full before its rank is
-        full, low, high = count(most), 0, most - 1
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (low, middle) if count(middle) == full else (middle, high)
-        return high
-    return inside
+        n = _meets(points, budget) if step < 8 else (inside + outside) // 2
+        n = min(max(n, inside + 1), outside - 1)
+    if inside < most:
+        return inside, False
+    high = min(m for m in points if points[m] == points[inside])
+    low = max(m for m in points if m < high)
+    while high - low > 1:
+        middle = (low + high) // 2
+        points[middle] = count(middle)
+        low, high = (low, middle) if points[middle] == points[inside] else (middle, high)
+    return high, True
 
 
-def _next(points: list[tuple[int, int]], budget: int, inside: int, outside: int) -> int:
-    """Where the line through the last two points meets the budget, between the bounds."""
-    (n0, c0), (n1, c1) = points[-2:]
-    slope = (c1 - c0) / (n1 - n0) if n1 != n0 else 0
-    meets = int(n1 + (budget - c1) // slope) if slope > 0 else (inside + outside) // 2
-    return min(max(meets, inside + 1), outside - 1)
+def _meets(points: dict[int, int], budget: int) -> int:
+    """Where the line through the two points that were counted last meets the budget; beyond all where it does not rise."""
+    (n0, c0), (n1, c1) = list(points.items())[-2:]
+    slope = (c1 - c0) / (n1 - n0)
+    return int(n1 + (budget - c1) // slope) if slope > 0 else sys.maxsize
 
 
-def _full_rank(base: nn.Module, config: PeftConfig) -> int:
-    layers = adapted_layers(adapted(base, config))
-    return max((min(in_and_out(layer.get_base_layer())) for layer in layers.values()), default=1)  # pyright: ignore
+def _full_rank(model: nn.Module) -> int:
+    """The rank of the largest matrix that has the adapter."""
+    layers = adapted_layers(model).values()
+    return max((min(in_and_out(layer.get_base_layer())) for layer in layers), default=1)  # pyright: ignore
 
 
 _UNITS = {"": 1, "k": 1_000, "m": 1_000_000, "b": 1_000_000_000}

@@ -48,7 +48,8 @@ def meta_model(model_name: str, task: str | None = None, revision: str | None = 
     for maker in makers:
         try:
             with torch.device("meta"):
-                made = maker.from_config(config) if hasattr(maker, "from_config") else maker(config)
+                build = getattr(maker, "from_config", None) or maker._from_config
+                made = build(config, dtype=getattr(config, "dtype", None) or torch.float32)
         except (ValueError, TypeError, KeyError, AttributeError, ImportError, RuntimeError) as error:
             # An Auto class refuses a config that is not in its table; another one may have it
             last = error

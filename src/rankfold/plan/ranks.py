@@ -60,7 +60,9 @@ def setting(config: PeftConfig) -> Setting:
     kind = str(getattr(config.peft_type, "value", config.peft_type))
     name = "r" if hasattr(config, "share_dropout") else FIELDS.get(kind)
     if name is None:
-        raise ValueError(f"{type(config).__name__}: it has no rank that grows with its parameters; set its fields by hand")
+        raise ValueError(
+            f"{type(config).__name__}: it has no rank that grows with its parameters; set its fields by hand"
+        )
     value: int = getattr(config, name)
 
     def at(n: int) -> PeftConfig:
@@ -108,3 +110,18 @@ def named(config: PeftConfig) -> dict[str, Any]:
         return {}
     target = {"target_r": config.target_r} if hasattr(config, "target_r") else {}  # pyright: ignore[reportAttributeAccessIssue]
     return {name: getattr(config, name), **target}
+
+
+def short(method: dict[str, Any]) -> str:
+    """The rank settings of a run file's method in a few letters.
+
+    >>> short({"name": "rasa", "r": 7, "shared_rank": 1}), short({"name": "adalora", "r": 12, "target_r": 8})
+    ('r 7, k 1', 'r 12 to 8')
+    """
+    start = next((f"{'r' if n in ('r', 'init_r') else n} {method[n]}" for n in _SETTINGS if n in method), "")
+    pool = f", k {method['shared_rank']}" if "shared_rank" in method else ""
+    target = f" to {method['target_r']}" if "target_r" in method else ""
+    return start + pool + target
+
+
+_SETTINGS = ("init_r", "r", "n_frequency", "theta_d_length")
