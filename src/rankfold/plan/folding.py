@@ -47,7 +47,7 @@ def forecast(model: PeftModel) -> Fold | str:
             )
             if source.output_head:
                 return f"{source.output_head} is the output head, whose LoRA engines do not load"
-            layers = {name: layer for name, layer in adapted_layers(model.get_base_model()).items()}
+            layers = adapted_layers(model.get_base_model())
             rank = 0
             for names in alike(layers):
                 update = source.update(names[0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
+from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
 from torch import nn
@@ -10,7 +11,8 @@ from torch import nn
 
 def adapted_layers(model: nn.Module) -> dict[str, nn.Module]:
     """PEFT's tuner layers and ours, by name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+    found: Any = {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+    return found
 
 
 def alike(layers: dict[str, nn.Module]) -> list[list[str]]:
