@@ -65,7 +65,7 @@ def cost(base: nn.Module, config: PeftConfig) -> Cost:
     """
     model = adapted(base, config)
     spent = budget.count(model)
-    saved = get_peft_model_state_dict(model)
+    saved = _saved(model)
     fold, added, whole = forecast(model), adapter_flops(model), base_flops(base)
     end = at_the_end(config)
     notes = []
@@ -81,6 +81,14 @@ def cost(base: nn.Module, config: PeftConfig) -> Cost:
         trained_at_end=None if end is None else trained(base, end),
         notes=notes,
     )
+
+
+def _saved(model: PeftModel) -> dict[str, torch.Tensor]:
+    """What `save_pretrained` would write."""
+    model.peft_config["default"].base_model_name_or_path = None  # or PEFT asks the hub whether the vocabulary grew
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that an adapted output head is saved with its base
+        return get_peft_model_state_dict(model)
 
 
 def trained(base: nn.Module, config: PeftConfig) -> int:

@@ -13,7 +13,7 @@ from torch import nn
 
 from rankfold.plan.cost import Cost, adapted, adapter_parameters, cost, trained
 from rankfold.plan.layers import adapted_layers, in_and_out
-from rankfold.plan.ranks import setting
+from rankfold.plan.ranks import Setting, setting
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def match(base: nn.Module, config: PeftConfig, budget: int) -> Match:
             counted[n] = trained(base, found.at(n))
         return counted[n]
 
-    most = _full_rank(first) if found.is_rank else budget
+    most = _most(first, found)
     n, full = largest(count, most, budget, guess=found.value)
     if n == 0:
         raise ValueError(
@@ -103,10 +103,10 @@ def _meets(points: dict[int, int], budget: int) -> int:
     return int(n1 + (budget - c1) // slope) if slope > 0 else sys.maxsize
 
 
-def _full_rank(model: nn.Module) -> int:
-    """The rank of the largest matrix that has the adapter."""
-    layers = adapted_layers(model).values()
-    return max((min(in_and_out(layer.get_base_layer())) for layer in layers), default=1)  # pyright: ignore
+def _most(model: nn.Module, found: Setting) -> int:
+    """The rank of the largest matrix that has the adapter; for a number of entries, all of the smallest matrix."""
+    sizes = [in_and_out(layer.get_base_layer()) for layer in adapted_layers(model).values()]  # pyright: ignore
+    return max(map(min, sizes), default=1) if found.is_rank else min((a * b for a, b in sizes), default=1)
 
 
 _UNITS = {"": 1, "k": 1_000, "m": 1_000_000, "b": 1_000_000_000}

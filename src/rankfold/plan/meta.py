@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,16 @@ def _config(name: str, revision: str | None) -> PretrainedConfig:
         return AutoConfig.from_pretrained(locate(name), **options)
     except ModelError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, NotImplementedError, ImportError) as error:
+    except (
+        OSError,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        RuntimeError,
+        ImportError,
+        struct.error,
+    ) as error:
         what = "the header of this GGUF file" if gguf else "its config"
         raise ModelError(f"model: '{name}': {what} cannot be read: {_first_line(error)}") from error
 

@@ -24,7 +24,6 @@ FIELDS = {
     "LORA": "r",
     "MISS": "r",
     "SHIRA": "r",
-    "UNILORA": "theta_d_length",
     "VBLORA": "r",
     "VERA": "r",
     "WAVEFT": "n_frequency",
@@ -124,4 +123,4 @@ def short(method: dict[str, Any]) -> str:
     return start + pool + target
 
 
-_SETTINGS = ("init_r", "r", "n_frequency", "theta_d_length")
+_SETTINGS = ("init_r", "r", "n_frequency")
