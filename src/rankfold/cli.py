@@ -146,11 +146,29 @@ def _engines(text: str) -> list[str]:
 
 def _plan(a: argparse.Namespace) -> None:
     _quiet()
-    from rankfold.plan.command import run_gelora
+    gelora = {n: v for n in _OF_GELORA if (v := getattr(a, n)) is not None}
+    if a.method == ["gelora"]:
+        from rankfold.plan.command import run_gelora
 
-    given = ("points", "seed", "rounding", "max_rank", "targets", "max_length", "text", "pair")
-    options = {name: getattr(a, name) for name in given}
-    run_gelora(a.model, a.data, **options, out=a.out, picture=a.picture, json=a.json, force=a.force)
+        if foreign := [n for n in _OF_COSTS if getattr(a, n) is not None]:
+            raise ValueError(f"--{foreign[0].replace('_', '-')} is not of --method gelora; leave one of the two out")
+        if a.data is None:
+            raise ValueError("--method gelora measures your texts: give --data (as data.source in a run file)")
+        run_gelora(a.model, targets=a.targets, json=a.json, force=a.force, **gelora)
+        return
+    if gelora or a.force:
+        first = next(iter(gelora), "force").replace("_", "-")
+        raise ValueError(
+            f"--{first} is of --method gelora, which chooses ranks from your texts; add it, or leave this out"
+        )
+    from rankfold.plan.budgets import run_costs
+
+    costs = {n: v for n in _OF_COSTS if (v := getattr(a, n)) is not None}
+    run_costs(a.model, methods=a.method, targets=a.targets, json=a.json, **costs)
+
+
+_OF_GELORA = ("data", "points", "seed", "rounding", "max_rank", "max_length", "text", "pair", "out", "picture")
+_OF_COSTS = ("task", "r", "budget", "budget_of", "labels", "revision")
 
 
 def _inspect(a: argparse.Namespace) -> None:
@@ -292,22 +310,41 @@ def _parser() -> argparse.ArgumentParser:
     )
     doctor.add_argument("--json", action="store_true", help="print JSON instead of the table")
 
-    plan = command("plan", _plan, "choose ranks for a model on your texts before training (GeLoRA)")
-    plan.add_argument("--method", choices=("gelora",), default="gelora")
-    plan.add_argument("--model", required=True, help="a bundled name, folder, GGUF file or hub id")
-    plan.add_argument("--data", required=True, help="as data.source in a run file")
-    plan.add_argument("--points", type=int, default=2000, help="texts to measure (default: 2000)")
-    plan.add_argument("--seed", type=int, default=0)
-    plan.add_argument("--rounding", choices=("round", "ceil_diff", "floor_diff"), default="round")
-    plan.add_argument("--max-rank", type=int)
-    plan.add_argument("--targets", type=_names, metavar="A,B", help="ends of module names (default: the attention's)")
-    plan.add_argument("--max-length", type=int, help="longest text in tokens")
-    plan.add_argument("--text", default="text", help="column of the texts")
-    plan.add_argument("--pair", help="column of second texts")
-    plan.add_argument("-o", "--out", help="write the plan here (JSON)")
-    plan.add_argument("--picture", help="SVG, PNG or PDF of dimension and rank by layer")
+    plan = command("plan", _plan, "say what each method costs on a model, as it is or at one budget; loads no weights")
+    plan.add_argument("--model", required=True, help="a folder with a config.json, GGUF file, bundled name or hub id")
+    plan.add_argument(
+        "--method",
+        nargs="+",
+        action="extend",
+        metavar="NAME",
+        help="these alone, as in rasa, peft:dora or lora:r=4,use_rslora=true, with their part of a run file; "
+        "gelora: see below",
+    )
+    plan.add_argument(
+        "--targets", type=_names, metavar="A,B", help="ends of module names (default: every linear layer)"
+    )
+    plan.add_argument("--task", choices=("causal-lm", "classification"), help="default: what the config names")
+    plan.add_argument("--r", type=int, metavar="N", help="rank of every method (default: 8)")
+    budget = plan.add_mutually_exclusive_group()
+    budget.add_argument(
+        "--budget", metavar="N", help="solve for the ranks that train at most N parameters, such as 1.2M"
+    )
+    budget.add_argument("--budget-of", metavar="NAME:r=N", help="the same, at what this method trains: lora:r=8")
+    plan.add_argument("--labels", type=int, metavar="N", help="classes of a classification head (default: 2)")
+    plan.add_argument("--revision", help="branch, tag or commit of a hub model")
     plan.add_argument("--json", action="store_true", help="print JSON instead of the table")
-    plan.add_argument("--force", action="store_true", help="replace files that exist")
+    gelora = plan.add_argument_group("--method gelora", "choose ranks from the intrinsic dimensions of your texts")
+    gelora.add_argument("--data", help="as data.source in a run file")
+    gelora.add_argument("--points", type=int, help="texts to measure (default: 2000)")
+    gelora.add_argument("--seed", type=int)
+    gelora.add_argument("--rounding", choices=("round", "ceil_diff", "floor_diff"))
+    gelora.add_argument("--max-rank", type=int)
+    gelora.add_argument("--max-length", type=int, help="longest text in tokens")
+    gelora.add_argument("--text", help="column of the texts (default: text)")
+    gelora.add_argument("--pair", help="column of second texts")
+    gelora.add_argument("-o", "--out", help="write the plan here (JSON)")
+    gelora.add_argument("--picture", help="SVG, PNG or PDF of dimension and rank by layer")
+    gelora.add_argument("--force", action="store_true", help="replace files that exist")
 
     inspect = command("inspect", _inspect, "show rank, norm and spectrum of an adapter, or ranks over a run's steps")
     inspect.add_argument("path", help="an adapter folder, a run's folder, or a ranks.jsonl")

@@ -15,7 +15,15 @@ from transformers.pytorch_utils import Conv1D
 from rankfold import registry
 from rankfold.config import LowRankConfig
 from rankfold.factors import Factors
-from rankfold.fold.source import Source, base_skeleton, fitting, of_adapted_types, output_head, read_tensors
+from rankfold.fold.source import (
+    Source,
+    base_skeleton,
+    fitting,
+    folding_device,
+    of_adapted_types,
+    output_head,
+    read_tensors,
+)
 from rankfold.layer import AdaptedLinear
 from rankfold.tuner import LAYERS, SHARED, site_of
 
@@ -43,7 +51,8 @@ def from_model(model: nn.Module, adapter_name: str = "default", heads: dict[str,
             sites.append(site_of(name, module))
 
     def update(name: str) -> Factors:
-        return layers[name].adapters([adapter_name])[0].factors().detach().to("cpu", torch.float64)
+        trained = layers[name].adapters([adapter_name])[0].factors().detach()
+        return trained.to(folding_device(trained.down), torch.float64)
 
     schedule = config.schedule or {}
     unfinished = schedule and not schedule.get("finished")

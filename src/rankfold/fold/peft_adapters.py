@@ -18,7 +18,16 @@ from transformers.pytorch_utils import Conv1D
 
 from rankfold.adapter import Site
 from rankfold.fold.peft_updates import REFUSED, STARTS, UPDATES, kind, update_of
-from rankfold.fold.source import Source, Update, base_skeleton, fitting, of_adapted_types, output_head, read_tensors
+from rankfold.fold.source import (
+    Source,
+    Update,
+    base_skeleton,
+    fitting,
+    folding_device,
+    of_adapted_types,
+    output_head,
+    read_tensors,
+)
 from rankfold.fold.weights import weight_reader
 
 _CONVERT = "fold what save_pretrained(path_initial_model_for_weight_conversion=…) writes, which is relative to the base"
@@ -93,7 +102,7 @@ def from_model(model: nn.Module, adapter_name: str = "default") -> Source:
                 f"{name}: this adapter's update depends on the base's weights, which are quantised here; "
                 "save the adapter and fold its folder with --base of the unquantised model"
             )
-        return weight.detach().cpu()
+        return weight.detach().to(folding_device(weight))
 
     read = live
     if _start(config) in STARTS:  # the live weights are no longer the base's

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from rankfold.factors import Factors
-from rankfold.fold.source import Update
+from rankfold.fold.source import Update, folding_device
 
 #: The base's weight, out × in in float64, from before the adapter; read only when called.
 Weight = Callable[[], Tensor]
@@ -31,7 +31,7 @@ def update_of(layer: Any, name: str, config: PeftConfig, weight: Weight) -> Upda
     """
     with torch.no_grad():
         found = UPDATES[kind(config)](layer, name, config, weight)
-    return found.detach().to("cpu", torch.float64)
+    return found.detach().to(folding_device(found if isinstance(found, Tensor) else found.down), torch.float64)
 
 
 def kind(config: PeftConfig) -> str:
@@ -72,8 +72,8 @@ STARTS: dict[str, Callable[[Tensor, int, float], Factors]] = {"pissa": pissa_sta
 
 def adalora(layer: Any, name: str, config: Any, weight: Weight) -> Factors:
     """B diag(E) A · s/(ranks left + 1e-5), the 1e-5 being PEFT's guard."""
-    scale = layer.scaling[name] / (float(layer.ranknum[name]) + 1e-5)
-    return Factors(_f64(layer.lora_A[name]), _f64(layer.lora_B[name]), _f64(layer.lora_E[name])[:, 0], scale)
+    gate = _f64(layer.lora_E[name])[:, 0] / (_f64(layer.ranknum[name]) + 1e-5)
+    return Factors(_f64(layer.lora_A[name]), _f64(layer.lora_B[name]), gate, layer.scaling[name])
 
 
 def loha(layer: Any, name: str, config: Any, weight: Weight) -> Factors:
@@ -147,6 +147,8 @@ def delora(layer: Any, name: str, config: Any, weight: Weight) -> Factors:
 def merged(layer: Any, name: str, config: Any, weight: Weight) -> Tensor:
     """W' − W, out × in, by PEFT's merge in float64 of a copy of the layer."""
     before = weight()
+    if before.is_meta:
+        return before  # dense, and no numbers to say more
     alone = copy.deepcopy(layer)
     base = alone.get_base_layer()
     # A copy even of a view that is contiguous already: some of PEFT's layers merge in place
@@ -164,7 +166,7 @@ def merged(layer: Any, name: str, config: Any, weight: Weight) -> Tensor:
 
 
 def _f64(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu", torch.float64)
+    return tensor.detach().to(folding_device(tensor), torch.float64)
 
 
 Function = Callable[[Any, str, Any, Weight], Update]

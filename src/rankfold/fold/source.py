@@ -66,6 +66,11 @@ class Source:
     notes: list[str] = field(default_factory=list)
 
 
+def folding_device(tensor: Tensor) -> torch.device:
+    """Where a fold computes: on the CPU; what has a shape and no numbers, as in a plan, stays where it is."""
+    return tensor.device if tensor.is_meta else torch.device("cpu")
+
+
 def output_head(base: nn.Module, adapted: Mapping[str, nn.Module]) -> str | None:
     """Which of the adapted modules makes the logits of a language model."""
     head = getattr(base, "get_output_embeddings", lambda: None)()

@@ -24,6 +24,7 @@ from rankfold.train.gguf_folder import load_gguf_folder
 from rankfold.train.problems import nearest
 
 if TYPE_CHECKING:
+    from peft import PeftConfig
     from transformers import PreTrainedConfig
 
     from rankfold.train.runfile import Model, RunFile
@@ -91,27 +92,33 @@ def load_model(
         dtype = config.dtype if run.model.dtype == "auto" else getattr(torch, run.model.dtype)
         with torch.device("meta"):
             model = auto.from_config(config, dtype=dtype, trust_remote_code=run.model.trust_remote_code, **options)
-        return model, _head(model) if run.task == "classification" else []
+        return model, heads(model) if run.task == "classification" else []
     model, report = _from(
         auto, run.model, place, config=config, dtype=run.model.dtype, output_loading_info=True, **options
     )
     _reject_nan(model, run.model.name)
     new = {key.rpartition(".")[0] for key in report["missing_keys"]}
     if run.task == "classification":
-        head = _head(model)
+        head = heads(model)
         return model, head + sorted(module for module in new if module.split(".")[0] not in head)
     if new:
         raise ModelError(f"model.name: '{run.model.name}' lacks weights of a language model: {', '.join(sorted(new))}")
     return model, []
 
 
-def _head(model: PreTrainedModel) -> list[str]:
+def heads(model: PreTrainedModel) -> list[str]:
     """Everything outside the pretrained trunk. PEFT knows two names of heads; a head under another one stays random."""
     return [
         name
         for name, module in model.named_children()
         if name != model.base_model_prefix and any(True for _ in module.parameters())
     ]
+
+
+def keep(config: PeftConfig, train_in_full: list[str]) -> None:
+    """Has PEFT train and save these modules in full, beside those that it does by itself."""
+    if more := [name for name in train_in_full if name not in _HEADS_OF_PEFT]:
+        setattr(config, "modules_to_save", [*(getattr(config, "modules_to_save", None) or []), *more])  # noqa: B010
 
 
 def adapt(
@@ -126,8 +133,7 @@ def adapt(
     if run.task == "classification":
         if model.config.pad_token_id is None:
             model.config.pad_token_id = tokenizer.pad_token_id
-        if more := [name for name in train_in_full if name not in _HEADS_OF_PEFT]:
-            setattr(config, "modules_to_save", [*(getattr(config, "modules_to_save", None) or []), *more])  # noqa: B010
+        keep(config, train_in_full)
     try:
         return get_peft_model(model, config)  # pyright: ignore[reportReturnType]
     except (ValueError, TypeError, KeyError) as e:

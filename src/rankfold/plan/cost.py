@@ -1,0 +1,122 @@
+"""What one method costs on one model: counted on the adapter itself, put on a copy of the model that has no numbers."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from torch import nn
+
+from rankfold.config import LowRankConfig
+from rankfold.plan.flops import adapter_flops, base_flops
+from rankfold.plan.folding import Fold, forecast
+from rankfold.plan.meta import meta_copy
+from rankfold.plan.ranks import at_the_end
+from rankfold.train import budget
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one adapter on one model.
+
+    Args:
+        trained: numbers the optimiser changes in the adapter; at the start, where ranks fall during training.
+        head: numbers trained in full beside it.
+        stored: numbers in the saved adapter's file, head included.
+        optimizer_bytes: AdamW's two float32 states of all that is trained.
+        fold: the plain LoRA it folds into, or why there is none. Where ranks fall it is the largest that may come out.
+        flops: the adapter's matrix products for one token over the base's, forward, and with backward; None where
+            they could not be counted (flops.py says what is).
+        trained_at_end: `trained` at the target ranks of a method whose ranks fall, spread evenly; else None.
+        notes: what its reader should know.
+    """
+
+    trained: int
+    head: int
+    stored: int
+    optimizer_bytes: int
+    fold: Fold | str
+    flops: tuple[float, float] | None
+    trained_at_end: int | None = None
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def folded(self) -> int | None:
+        """Numbers in the fold that `rankfold fold` writes, or None."""
+        return self.fold.parameters if isinstance(self.fold, Fold) else None
+
+    @property
+    def folded_rank(self) -> int | None:
+        return self.fold.rank if isinstance(self.fold, Fold) else None
+
+
+def cost(base: nn.Module, config: PeftConfig) -> Cost:
+    """The cost of a method, ours or PEFT's; neither the model nor the config is changed.
+
+    Args:
+        base: a transformers model, of `meta_model` or a real one.
+
+    Raises:
+        ValueError: the method cannot run on this model; in one sentence.
+    """
+    model = adapted(base, config)
+    spent = budget.count(model)
+    saved = _saved(model)
+    fold, added, whole = forecast(model), adapter_flops(model), base_flops(base)
+    end = at_the_end(config)
+    notes = []
+    if added is None:
+        notes.append("its operations could not be counted without numbers")
+    return Cost(
+        trained=spent.adapter,
+        head=spent.head,
+        stored=sum(t.numel() for t in saved.values()),
+        optimizer_bytes=spent.memory()["optimiser"],
+        fold=fold,
+        flops=(added[0] / whole, added[1] / (2 * whole)) if added and whole else None,
+        trained_at_end=None if end is None else trained(base, end),
+        notes=notes,
+    )
+
+
+def _saved(model: PeftModel) -> dict[str, torch.Tensor]:
+    """What `save_pretrained` would write."""
+    model.peft_config["default"].base_model_name_or_path = None  # or PEFT asks the hub whether the vocabulary grew
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that an adapted output head is saved with its base
+        return get_peft_model_state_dict(model)
+
+
+def trained(base: nn.Module, config: PeftConfig) -> int:
+    """Numbers that are trained in the adapter; arguments and errors as `cost`."""
+    return adapter_parameters(adapted(base, config))
+
+
+def adapter_parameters(model: nn.Module) -> int:
+    """Numbers that are trained in the adapter of an adapted model."""
+    return budget.count(model).adapter
+
+
+def adapted(base: nn.Module, config: PeftConfig) -> PeftModel:
+    """A copy of the model without numbers, with the adapter; arguments and errors as `cost`."""
+    config = copy.deepcopy(config)
+    if isinstance(config, LowRankConfig):
+        config.allow_unscheduled = True
+    try:
+        # forked: what a first value draws must not move the caller's generator
+        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), torch.device("meta"):
+            warnings.simplefilter("ignore")  # PEFT's advice about training
+            model: Any = get_peft_model(meta_copy(base), config, autocast_adapter_dtype=False)  # pyright: ignore[reportArgumentType]
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, AssertionError) as error:
+        raise ValueError(
+            f"{_title(config)}: {(str(error).strip().splitlines() or [type(error).__name__])[0]}"
+        ) from error
+    return model
+
+
+def _title(config: PeftConfig) -> str:
+    return type(config).__name__

@@ -1,0 +1,60 @@
+"""What an adapter's fold will be, before there is an adapter: fold's own sources, read on the meta device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+
+from rankfold.config import LowRankConfig
+from rankfold.fold import ours, peft_adapters
+from rankfold.fold.source import Source
+from rankfold.fold.uniform import SERVE_RANKS, serve_rank
+from rankfold.plan.layers import adapted_layers, alike
+
+
+@dataclass(frozen=True)
+class Fold:
+    """A plain LoRA of profile `uniform`.
+
+    Args:
+        rank: the largest any module needs, with every component alive.
+        served: the rank it is padded to, which engines name in their flags.
+        parameters: numbers in its matrices, padding included.
+    """
+
+    rank: int
+    served: int
+    parameters: int
+
+    @property
+    def flag(self) -> str:
+        """What vLLM must be told; it takes no larger rank than 512."""
+        return f"--max-lora-rank {self.served}" if self.served <= SERVE_RANKS[-1] else "too large for vLLM"
+
+
+def forecast(model: PeftModel) -> Fold | str:
+    """The fold of an adapter on a meta model, or in a sentence why there is none."""
+    config = model.peft_config["default"]
+    try:
+        with torch.device("meta"):
+            source: Source = (
+                ours.from_model(model, heads={})
+                if isinstance(config, LowRankConfig)
+                else peft_adapters.from_model(model)
+            )
+            if source.output_head:
+                return f"{source.output_head} is the output head, whose LoRA engines do not load"
+            layers = adapted_layers(model.get_base_model())
+            rank = 0
+            for names in alike(layers):
+                update = source.update(names[0])
+                if isinstance(update, Tensor):
+                    return "its update is dense: `rankfold fold --rank N` or `--error E` comes near it"
+                rank = max(rank, min(update.rank, *update.shape))
+    except (ValueError, TypeError) as error:
+        return str(error)
+    served = serve_rank(rank)
+    return Fold(rank, served, served * sum(site.in_features + site.out_features for site in source.sites))

@@ -1,0 +1,31 @@
+"""The adapted layers of a model, with those alike taken together: what holds for one holds for all of its kind."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
+from torch import nn
+
+
+def adapted_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """PEFT's tuner layers and ours, by name."""
+    found: Any = {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+    return found
+
+
+def alike(layers: dict[str, nn.Module]) -> list[list[str]]:
+    """The names in groups of the same class and the same shapes throughout."""
+    kinds: dict[Hashable, list[str]] = {}
+    for name, layer in layers.items():
+        shapes = tuple((n, tuple(p.shape), p.requires_grad) for n, p in layer.named_parameters())
+        shared = tuple(tuple(p.shape) for a in getattr(layer, "lowrank_adapters", {}).values() for p in a.parameters())
+        kinds.setdefault((type(layer), shapes, shared), []).append(name)
+    return list(kinds.values())
+
+
+def in_and_out(linear: nn.Module) -> tuple[int, int]:
+    """The sizes of a linear layer, quantised and Conv1D included."""
+    into, out = _get_in_out_features(linear)
+    return int(into), int(out)  # pyright: ignore[reportArgumentType]

@@ -1,0 +1,90 @@
+"""A plan of costs for the terminal: a table of at most 100 columns, and the notes below it."""
+
+from __future__ import annotations
+
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from rankfold.plan.budgets import CostPlan, Row
+from rankfold.plan.folding import Fold
+from rankfold.plan.ranks import short
+
+
+def table(plan: CostPlan) -> Group:
+    """One row a method, those that cannot be had below the others, and what must be known."""
+    t = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    t.add_column("method", no_wrap=True)
+    t.add_column("ranks", no_wrap=True)
+    for name in ("trained", "stored", "folded", "serve at", "AdamW", "FLOPs", "+back"):
+        t.add_column(name, justify="right", no_wrap=True)
+    if plan.budget:
+        t.add_column("budget", justify="right", no_wrap=True)
+    for row in plan.rows:
+        if row.cost:
+            t.add_row(*_cells(row, bool(plan.budget)))
+    return Group(Text(_title(plan), style="bold"), t, *(Text(line, style="dim") for line in _below(plan)))
+
+
+def _cells(row: Row, with_share: bool) -> list[str]:
+    c = row.cost
+    assert c is not None
+    fold = c.fold if isinstance(c.fold, Fold) else None
+    return [
+        row.label,
+        short(row.method),
+        f"{c.trained:,}",
+        count(c.stored),
+        count(fold.parameters) if fold else "–",
+        _serve(fold, falls=c.trained_at_end is not None) if fold else "–",
+        size(c.optimizer_bytes),
+        *(("–", "–") if c.flops is None else (f"{share:.3%}" if share < 0.1 else f"{share:.1%}" for share in c.flops)),
+        *([f"{row.share:.1%}"] if with_share and row.share is not None else []),
+    ]
+
+
+def _serve(fold: Fold, falls: bool) -> str:
+    rank = f"≤{fold.rank}" if falls else str(fold.rank)
+    return rank if fold.rank == fold.served and not falls else f"{rank} → {fold.served}"
+
+
+def _title(plan: CostPlan) -> str:
+    b = plan.base
+    bytes_ = "bytes unknown" if b.bytes is None else size(b.bytes)
+    targets = plan.targets if isinstance(plan.targets, str) else ",".join(plan.targets)
+    title = f"{plan.model}: {b.architecture}, {b.parameters:,} parameters, {bytes_}; adapters on {targets}"
+    return f"{title}\nbudget: {plan.budget:,} trained parameters in the adapter" if plan.budget else title
+
+
+def _below(plan: CostPlan) -> list[str]:
+    heads = {row.cost.head for row in plan.rows if row.cost}
+    said: dict[str, list[str]] = {}
+    for row in plan.rows:
+        no_fold = [row.cost.fold] if row.cost and isinstance(row.cost.fold, str) else []
+        for note in [row.reason, *no_fold, *row.notes]:
+            if note:
+                said.setdefault(note, []).append(row.label)
+    lines = [f"{', '.join(labels)}: {note}" for note, labels in said.items()]
+    if max(heads) > 0:
+        lines.append(f"beside every adapter a head of {max(heads):,} parameters is trained; stored and AdamW hold it")
+    return [
+        *lines,
+        *plan.base.notes,
+        "folded: numbers in the LoRA of `rankfold fold`, padded to the rank after the arrow (vLLM's --max-lora-rank)",
+        "FLOPs: adapter over base for a token, forward; +back: forward and backward (docs/planning.md)",
+    ]
+
+
+def count(n: int) -> str:
+    """A number for a narrow column: exact to three places, and all of them below a million."""
+    for unit, name in ((1_000_000_000, "B"), (1_000_000, "M")):
+        if n >= unit:
+            return f"{n / unit:.4g}{name}"
+    return f"{n:,}"
+
+
+def size(n: int) -> str:
+    for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if n >= unit:
+            return f"{n / unit:.3g} {name}"
+    return f"{n} B"
