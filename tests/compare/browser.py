@@ -8,6 +8,7 @@ import os
 import select
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -16,6 +17,10 @@ from typing import Any
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 FLAGS = ("--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--no-first-run")
 QUIET = ("--disable-background-networking", "--disable-component-update", "--disable-dev-shm-usage")
+#: Chromium reads from 3 and writes to 4.
+ON_3_AND_4 = (
+    "import os, sys; os.dup2(int(sys.argv[1]), 3); os.dup2(int(sys.argv[2]), 4); os.execv(sys.argv[3], sys.argv[3:])"
+)
 
 
 def find() -> str | None:
@@ -42,9 +47,8 @@ class Browser:
             f"--user-data-dir={self._folder.name}",
             "about:blank",
         ]
-        # Chromium reads from 3 and writes to 4
         self._process = subprocess.Popen(
-            ["sh", "-c", f'exec "$0" "$@" 3<&{to_child} 4>&{from_child}', *command],
+            [sys.executable, "-c", ON_3_AND_4, str(to_child), str(from_child), *command],
             pass_fds=(to_child, from_child),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -82,7 +86,9 @@ class Browser:
         )
         features = [{"name": "prefers-color-scheme", "value": scheme}]
         self._call("Emulation.setEmulatedMedia", media=media, features=features)
-        self._call("Page.navigate", url=page.absolute().as_uri())
+        answer = self._call("Page.navigate", url=page.absolute().as_uri())
+        if answer.get("errorText"):
+            raise FileNotFoundError(f"{page}: {answer['errorText']}")
         until = time.monotonic() + self._timeout
         while self.run("document.readyState") != "complete" or self.run("location.href") == "about:blank":
             if time.monotonic() > until:

@@ -150,7 +150,9 @@ def test_halving() -> None:
     analysis = analyse(found, **FEW)
     assert analysis.contenders[0].seeds == (0, 1, 2)
     assert analysis.contenders[0].rate == s.best
-    assert s.spread is None, "a mean at a rung is not comparable with one at the end"
+    at_first = [p.first for p in s.points if p.first is not None]
+    assert len(at_first) == len(RATES)
+    assert s.spread == max(at_first) - min(at_first), "means at different rungs are not comparable"
 
 
 # --- the numbers --------------------------------------------------------------------------------------------------------

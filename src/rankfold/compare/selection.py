@@ -21,6 +21,7 @@ class RatePoint:
         seeds, values: these seeds, and their validation metric.
         failed: seeds that failed or diverged at this rate.
         rung: where successive halving dropped the rate (its `values` are from there), or None.
+        first: mean at the first rung of halving, to which every rate was trained, or None without halving.
     """
 
     rate: float
@@ -29,6 +30,7 @@ class RatePoint:
     values: tuple[float, ...]
     failed: tuple[int, ...]
     rung: int | None = None
+    first: float | None = None
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class Sensitivity:
         seeds: that the choice was made with: those that every rate in question was tried with.
         edge: which edge of the rates tried the best one is, "only" for a single rate, or None.
         steps_to_edge: rates tried beyond the best one, on the nearer side.
-        spread: best mean minus worst, as a positive number, over rates that were trained to the end; None for one.
+        spread: best mean minus worst, as a positive number; with halving at its first rung, else at the end. None for one rate.
     """
 
     points: tuple[RatePoint, ...]
@@ -59,7 +61,7 @@ class Trials:
     Args:
         ended: by rate and seed, trials that were trained to the end.
         failed: by rate and seed, trials that failed or diverged.
-        rungs: by rate and seed, the last rung of trials that halving stopped.
+        rungs, firsts: by rate and seed, the last and the first rung that halving measured.
     """
 
     label: str
@@ -67,6 +69,7 @@ class Trials:
     ended: dict[float, dict[int, TrialLine]] = field(default_factory=dict)
     failed: dict[float, dict[int, TrialLine]] = field(default_factory=dict)
     rungs: dict[float, dict[int, TrialLine]] = field(default_factory=dict)
+    firsts: dict[float, dict[int, TrialLine]] = field(default_factory=dict)
 
     @property
     def rates(self) -> list[float]:
@@ -90,6 +93,8 @@ def contenders(lines: Sequence[TrialLine]) -> list[Trials]:
             before = trials.rungs.setdefault(line.rate, {}).get(line.seed)
             if before is None or before.rung is None or before.rung <= line.rung:
                 trials.rungs[line.rate][line.seed] = line
+            if line.rung == 0:
+                trials.firsts.setdefault(line.rate, {})[line.seed] = line
         else:
             trials.failed.get(line.rate, {}).pop(line.seed, None)
             trials.ended.setdefault(line.rate, {})[line.seed] = line
@@ -108,7 +113,7 @@ def choose(trials: Trials, greater_is_better: bool) -> Sensitivity | None:
     Returns:
         None where no trial was trained to the end.
     """
-    if not any(_values(trials, rate) for rate in trials.ended):
+    if not any(_values(seeds) for seeds in trials.ended.values()):
         return None
     tried = {rate: {*trials.ended[rate], *trials.failed.get(rate, {})} for rate in trials.ended}
     common = set.intersection(*tried.values())
@@ -122,7 +127,8 @@ def choose(trials: Trials, greater_is_better: bool) -> Sensitivity | None:
 
     in_question = [p for p in points if p.rate in trials.ended]
     best = max(in_question, key=merit)
-    means = [p.mean for p in in_question if p.mean is not None]
+    at_end = [p.mean for p in in_question if p.mean is not None]
+    means = [p.first for p in points if p.first is not None] or at_end
     place, last = trials.rates.index(best.rate), len(points) - 1
     edge: Edge | None = "only" if not last else "lowest" if place == 0 else "highest" if place == last else None
     return Sensitivity(
@@ -135,19 +141,24 @@ def choose(trials: Trials, greater_is_better: bool) -> Sensitivity | None:
     )
 
 
-def _values(trials: Trials, rate: float) -> dict[int, float]:
-    ended = trials.ended.get(rate, {})
-    return {seed: ended[seed].validation for seed in sorted(ended) if ended[seed].validation is not None}  # pyright: ignore
+def _values(lines: dict[int, TrialLine]) -> dict[int, float]:
+    return {seed: line.validation for seed, line in sorted(lines.items()) if line.validation is not None}
 
 
 def _point(trials: Trials, rate: float, common: set[int]) -> RatePoint:
-    failed = tuple(sorted(trials.failed.get(rate, {})))
-    values, rung = _values(trials, rate), None
+    values, rung = _values(trials.ended.get(rate, {})), None
     if rate not in trials.ended and rate in trials.rungs:
-        stopped = trials.rungs[rate]
-        values = {s: stopped[s].validation for s in sorted(stopped) if stopped[s].validation is not None}  # pyright: ignore
-        rung = max(line.rung for line in stopped.values() if line.rung is not None)
+        values = _values(trials.rungs[rate])
+        rung = max(line.rung for line in trials.rungs[rate].values() if line.rung is not None)
     elif common:
         values = {seed: value for seed, value in values.items() if seed in common}
-    mean = fmean(values.values()) if values else None
-    return RatePoint(rate, mean, tuple(values), tuple(values.values()), failed, rung)
+    first = _values(trials.firsts.get(rate, {}))
+    return RatePoint(
+        rate=rate,
+        mean=fmean(values.values()) if values else None,
+        seeds=tuple(values),
+        values=tuple(values.values()),
+        failed=tuple(sorted(trials.failed.get(rate, {}))),
+        rung=rung,
+        first=fmean(first.values()) if first else None,
+    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rich.console import Group
+from rich.console import Group, RenderableType
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
@@ -40,7 +40,7 @@ def show(analysis: Analysis) -> Group:
             if against
             else say.NOTHING,
         )
-    parts = [Text(say.answer(analysis)), Text("")]
+    parts: list[RenderableType] = [Text(say.answer(analysis)), Text("")]
     if analysis.contenders:
         parts.append(table)
     parts += [Padding(Text(f"! {warning}"), (1, 0, 0, 0)) for warning in analysis.warnings]

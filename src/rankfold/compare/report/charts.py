@@ -62,10 +62,12 @@ def parameters(analysis: Analysis, cost: str) -> Picture | None:
     axes = _axes(figure, say.words(analysis.metric))
     wide = [float(getattr(c, cost)) for c in known]
     logarithmic = max(wide) > 5 * max(min(wide), 1) and min(wide) > 0
-    low, high = (math.log10(min(wide)), math.log10(max(wide))) if logarithmic else (min(wide), max(wide))
-    margin = 0.14 * (high - low) or 0.1 * abs(high) or 1.0
+    scaled: list[float] = [math.log10(x) for x in wide] if logarithmic else wide
+    low, high = min(scaled), max(scaled)
+    # At least a tenth of the count to either side, lest a few parameters look like a difference
+    margin: float = max(0.14 * (high - low), 0.0 if logarithmic else 0.1 * high) or 1.0
     low, high = low - margin, high + margin
-    at = _apart([math.log10(x) if logarithmic else x for x in wide], 0.055 * (high - low))
+    at = _apart(scaled, 0.055 * (high - low))
     # Those at the ends of a row that was spread out
     low, high = min(low, min(at) - 0.05 * (high - low)), max(high, max(at) + 0.05 * (high - low))
     across = [10**x if logarithmic else x for x in at]
@@ -90,7 +92,7 @@ def parameters(analysis: Analysis, cost: str) -> Picture | None:
     axes.set_xlabel(title if cost == "trained" else "parameters kept", fontsize=FONT, color=INK)
     front = say.names([c.name for c in known if on[c.name]], most=99)
     caption = f"{say.words(analysis.metric).capitalize()} over {title}. On the Pareto front (ringed): {front}."
-    if at != [math.log10(x) if logarithmic else x for x in wide]:
+    if at != scaled:
         caption += " Those with nearly equal counts are drawn side by side."
     told = "; ".join(f"{c.name}: {say.count(getattr(c, cost))}, {say.number(c.test, n)}" for c in known)
     return Picture(inline(figure, f"parameters-{cost}", f"{analysis.metric} over {title}", told), caption)
@@ -98,6 +100,8 @@ def parameters(analysis: Analysis, cost: str) -> Picture | None:
 
 def curves(analysis: Analysis, trials: dict[str, list[TrialLine]], kind: str) -> Picture | None:
     """Training loss or validation metric over the steps at the chosen rate, mean over seeds."""
+    from matplotlib.ticker import MaxNLocator
+
     places = _places(analysis)
     figure = new_figure(320)
     what = "training loss" if kind == "loss" else f"validation {say.words(analysis.metric)}"
@@ -117,7 +121,7 @@ def curves(analysis: Analysis, trials: dict[str, list[TrialLine]], kind: str) ->
     if not drawn:
         return None
     axes.set_xlabel("optimiser step", fontsize=FONT, color=INK)
-    axes.xaxis.get_major_locator().set_params(nbins=5, integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     told = "; ".join(f"{name}: from {points[0][1]:.4g} to {points[-1][1]:.4g}" for name, points in drawn.items())
     caption = f"{what.capitalize()} at each contender's chosen rate, mean over its seeds."
     return Picture(inline(figure, f"curve-{kind}", f"{what} over the steps", told), caption)
@@ -131,43 +135,44 @@ def rates(analysis: Analysis) -> Picture:
     figure = new_figure(340)
     axes = _axes(figure, f"validation {say.words(analysis.metric)}")
     tried = sorted({p.rate for c in analysis.contenders for p in c.sensitivity.points})
-    told, nothing, early = [], False, False
+    told, nothing, halved = [], False, False
     for c in analysis.contenders:
-        shade, shape = colour(places[c.name]), marker(places[c.name])
-        points = c.sensitivity.points
-        ended = [p for p in points if p.mean is not None and p.rung is None]
-        axes.plot([p.rate for p in ended], [p.mean for p in ended], color=shade, linewidth=1.6, zorder=2)
-        for p in points:
+        shade, place, s = colour(places[c.name]), places[c.name], c.sensitivity
+        first = [(p.rate, p.first) for p in s.points if p.first is not None]
+        ended = [(p.rate, p.mean) for p in s.points if p.mean is not None and p.rung is None]
+        if first:
+            halved = True
+            axes.plot(*zip(*first, strict=True), marker=marker(place), color=shade, linewidth=1.2, zorder=2,
+                      markersize=size(place, 5), markerfacecolor="none", linestyle=(0, (4, 2)))  # fmt: skip
+        else:
+            axes.plot(*zip(*ended, strict=True), color=shade, linewidth=1.6, zorder=2)
+        for rate, mean in ended:
+            axes.plot([rate], [mean], marker(place), markerfacecolor=shade if rate == s.best else "none", zorder=3,
+                      markeredgecolor=shade, markersize=size(place, 9), markeredgewidth=1.8)  # fmt: skip
+        for p in s.points:
             if p.mean is None:
                 nothing = True
-                share = (places[c.name] + 0.5) / len(analysis.contenders)  # beside each other, not on one spot
-                across = p.rate * 10 ** (0.06 * (share - 0.5))
+                share = (place + 0.5) / len(analysis.contenders)  # beside each other, not on one spot
+                across = p.rate * 10 ** (0.12 * (share - 0.5))
                 axes.plot([across], [0.02], "x", color=shade, markersize=9, markeredgewidth=2.2, clip_on=False,
                           transform=axes.get_xaxis_transform())  # fmt: skip
-                continue
-            early = early or p.rung is not None
-            fill = shade if p.rate == c.sensitivity.best else "none"
-            small = p.rung is not None
-            axes.plot([p.rate], [p.mean], shape, markerfacecolor=fill, markeredgecolor=shade, zorder=3,
-                      markersize=size(places[c.name], 5 if small else 9), markeredgewidth=1.2 if small else 1.8)  # fmt: skip
-        shown = ", ".join(f"{p.rate:g}: {'no result' if p.mean is None else say.number(p.mean)}" for p in points)
-        told.append(f"{c.name}: {shown}; best {c.sensitivity.best:g}")
+        shown = ", ".join(f"{p.rate:g}: {'no result' if p.mean is None else say.number(p.mean)}" for p in s.points)
+        told.append(f"{c.name}: {shown}; best {s.best:g}")
     axes.set_xscale("log")
     span = math.log10(max(tried) / min(tried)) or 0.6
     axes.set_xlim(min(tried) / 10 ** (0.1 * span), max(tried) * 10 ** (0.1 * span))
     # Ticks at rates that were tried, as many as have room
-    room = [r for i, r in enumerate(tried) if i == 0 or math.log10(r / tried[0]) > 0.0]
-    shown = [room[0]] if room else []
-    for rate in room[1:]:
-        if math.log10(rate / shown[-1]) > 0.19 * span:
-            shown.append(rate)
-    axes.xaxis.set_major_locator(FixedLocator(shown))
+    ticks = tried[:1]
+    for rate in tried[1:]:
+        if math.log10(rate / ticks[-1]) > 0.19 * span:
+            ticks.append(rate)
+    axes.xaxis.set_major_locator(FixedLocator(ticks))
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_xticklabels([_rate(r) for r in shown])
+    axes.set_xticklabels([_rate(r) for r in ticks])
     axes.set_xlabel("learning rate", fontsize=FONT, color=INK)
     caption = "Validation metric over the learning rate, mean over the seeds tried with every rate. The chosen rate is filled."
-    if early:
-        caption += " Small markers: rates that halving stopped early, measured there."
+    if halved:
+        caption += " Dashed: at the first rung of halving, to which all rates were trained."
     if nothing:
         caption += " Crosses below: no seed finished."
     return Picture(inline(figure, "rates", "validation metric over the learning rate", "; ".join(told)), caption)
@@ -248,6 +253,8 @@ def _axes(figure: Any, title: str) -> Any:
 
 def _rows(count: int, labels: Sequence[tuple[str, str]], ticks: bool = True) -> tuple[Any, Any]:
     """Axes with a row a contender: above its mark, the name on the left and the number on the right."""
+    from matplotlib.ticker import MaxNLocator
+
     height = 48 * count + (30 if ticks else 4)
     figure = new_figure(height)
     figure.set_layout_engine("none")
@@ -266,7 +273,7 @@ def _rows(count: int, labels: Sequence[tuple[str, str]], ticks: bool = True) -> 
     axes.spines["bottom"].set_visible(ticks)
     axes.tick_params(which="both", labelsize=FONT, colors=MUTED, labelcolor=INK)
     if ticks:
-        axes.xaxis.get_major_locator().set_params(nbins=4)
+        axes.xaxis.set_major_locator(MaxNLocator(6))
         axes.grid(axis="x", color=LINE, linewidth=1)
         axes.set_axisbelow(True)
     else:

@@ -124,6 +124,8 @@ def _chosen_with(analysis: Analysis) -> list[tuple[Contender, str]]:
             "highest": "the highest one tried: the grid may be too small",
         }[s.edge]
         spread = "" if s.spread is None else f"; best to worst rate {say.number(s.spread, say.digits(analysis))}"
+        if spread and any(p.first is not None for p in s.points):
+            spread += " at the first rung"
         seeds = (
             ""
             if s.seeds == c.seeds

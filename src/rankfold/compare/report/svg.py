@@ -7,6 +7,8 @@ import re
 from html import escape
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -79,10 +81,11 @@ def badge(place: int) -> str:
     from matplotlib.markers import MarkerStyle
 
     style = MarkerStyle(marker(place))
-    path = style.get_path().transformed(style.get_transform())
-    (polygon, *_) = path.to_polygons()  # pyright: ignore[reportGeneralTypeIssues]
+    outline = style.get_path().transformed(style.get_transform()).to_polygons()[0]
     scale = 1.3 * size(place)
-    points = " ".join(f"{10 + scale * x:.1f},{10 - scale * y:.1f}" for x, y in polygon)
+    points = " ".join(
+        f"{10 + scale * float(x):.1f},{10 - scale * float(y):.1f}" for x, y in zip(*np.transpose(outline), strict=True)
+    )
     return (
         f'<svg class="badge" viewBox="0 0 20 20" aria-hidden="true">'
         f'<polygon points="{points}" style="fill: var(--series-{place % len(SERIES)})"/></svg>'
