@@ -193,6 +193,19 @@ def test_a_loss_is_better_when_lower() -> None:
     assert "lowest test loss" in answer(analysis)
 
 
+def test_equal_contenders_are_seldom_called_different() -> None:
+    """Of 60 comparisons of five equal contenders, those with any false claim against the reference or among the others."""
+    equal = [Method(str(i), "rasa" if i else "peft:lora", cost=0.0) for i in range(5)]
+    wrong = {True: 0, False: 0}
+    for world in range(60):
+        found = lines(equal, rates=(2e-3,), rows=200, seed_spread=0.1, random=world, layers=1)
+        analysis = analyse(found, draws=500, seed=world)
+        claims = [analysis.reference in (d.a, d.b) for d in analysis.differences if d.verdict != "no difference shown"]
+        for family in wrong:
+            wrong[family] += family in claims
+    assert max(wrong.values()) <= 8, "5 % of 60 is 3; more than 8 come by chance once in 300 times"
+
+
 def test_pairing_shortens_the_interval() -> None:
     """Two methods on the same hard and easy rows differ by less than two on different rows would."""
     pair = lines(TWO, rates=(2e-3,), seeds=(0,), rows=1000)

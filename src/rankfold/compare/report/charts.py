@@ -14,8 +14,8 @@ from rankfold.compare.report.svg import FONT, INK, LINE, MUTED, WIDTH, colour, i
 from rankfold.compare.statistics import Analysis, Contender
 from rankfold.inspect.grid import grid
 
-#: As many letters of a name as fit beside its number.
-NAME = 27
+#: As many letters as fit in a row: a name, a gap and its number.
+LETTERS = 36
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def results(analysis: Analysis) -> Picture:
 def parameters(analysis: Analysis, cost: str) -> Picture | None:
     """The metric over parameters, trained or kept, with the Pareto front."""
     known = [c for c in analysis.contenders if getattr(c, cost) is not None]
-    if not known:
+    if len(known) < 2:
         return None
     places, n = _places(analysis), say.digits(analysis)
     figure = new_figure(340)
@@ -210,12 +210,12 @@ def ranks(contender: Contender, trials: Sequence[TrialLine], place: int) -> Pict
     figure.set_layout_engine("none")
     axes = figure.add_axes((label / width, 4 / height, 1 - label / width, 24 * rows / height))
     most = max(found.values()) or 1
-    whole = all(value == round(value) for value in found.values())
+    n = 0 if all(value == round(value) for value in found.values()) else 1
     for module, value in found.items():
         row, column = layout.cells[module]
         share = 0.04 + 0.5 * value / most
         axes.add_patch(Rectangle((column, row), 0.96, 0.92, facecolor=colour(place), alpha=share, linewidth=0))
-        text = f"{value:.0f}" if whole else f"{value:.1f}"
+        text = f"{value:.{n}f}"
         axes.text(column + 0.48, row + 0.48, text, ha="center", va="center", fontsize=FONT, color=INK)
     axes.set(xlim=(0, columns), ylim=(rows, 0))
     axes.set_yticks([r + 0.46 for r in range(rows)], layout.rows, fontsize=FONT, color=INK)
@@ -226,7 +226,7 @@ def ranks(contender: Contender, trials: Sequence[TrialLine], place: int) -> Pict
     axes.set_facecolor("none")
     least, total = min(found.values()), sum(found.values())
     seeds = f"mean of {len(trials)} seeds" if len(trials) > 1 else "one seed"
-    caption = f"{contender.name}: rank by layer (rows) and kind of module, {seeds}; {least:.3g} to {most:.3g}, {total:,.0f} in all."
+    caption = f"{contender.name}: rank by layer (rows) and kind of module, {seeds}; {least:.{n}f} to {most:.{n}f}, {total:,.0f} in all."
     told = "; ".join(f"{module} {value:.3g}" for module, value in found.items())
     return Picture(inline(figure, f"ranks-{place}", f"ranks that {contender.name} chose", told), caption, round(width))
 
@@ -262,7 +262,8 @@ def _rows(count: int, labels: Sequence[tuple[str, str]], ticks: bool = True) -> 
     axes = figure.add_axes((left, 1 - 48 * count / height, 1 - 2 * left, 48 * count / height))
     axes.set_facecolor("none")
     for row, (name, number) in enumerate(labels):
-        short = name if len(name) <= NAME else name[: NAME - 1] + "…"
+        room = LETTERS - 2 - len(number)
+        short = name if len(name) <= room else name[: room - 1].rstrip() + "…"
         for x, text, side in ((0.0, short, "left"), (1.0, number, "right")):
             axes.text(x, row - 0.4, text, ha=side, va="center", fontsize=FONT, color=INK,
                       transform=axes.get_yaxis_transform())  # fmt: skip
@@ -285,7 +286,7 @@ def _limits(points: Sequence[float], intervals: Sequence[tuple[float, float] | N
     """Room for the points and the usual interval; a far longer one may leave the picture (two seeds can make it so)."""
     known = [i for i in intervals if i is not None]
     low, high = min(points), max(points)
-    reach = 1.5 * max([high - low, *([median(b - a for a, b in known)] if known else [])])
+    reach = 1.5 * max(high - low, median(b - a for a, b in known) if known else 0.0)
     ends = [x for i in known for x in i]
     low, high = max(min([low, *ends]), low - reach), min(max([high, *ends]), high + reach)
     margin = 0.06 * (high - low) or 0.05 * abs(high) or 1.0

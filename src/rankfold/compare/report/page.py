@@ -128,7 +128,7 @@ def _chosen_with(analysis: Analysis) -> list[tuple[Contender, str]]:
             spread += " at the first rung"
         seeds = (
             ""
-            if s.seeds == c.seeds
+            if s.seeds == tuple(sorted((*c.seeds, *c.failed)))
             else f"; chosen with seed{'s' if len(s.seeds) > 1 else ''} {', '.join(map(str, s.seeds))}"
         )
         found.append((c, f"{s.best:g}, {where}{spread}{seeds}."))
