@@ -269,6 +269,14 @@ def test_unfair_comparisons_are_said() -> None:
     assert "one budget" in " ".join(analyse(lines(METHODS, rates=(2e-3,)), **FEW).warnings)
 
 
+def test_scores_that_do_not_vary_are_said() -> None:
+    """All right on a handful of rows is an interval without length, not certainty."""
+    found = [replace(t, test=1.0, items=[1.0] * 9) for t in lines(TWO, rates=(2e-3,), seeds=(0,))]
+    warnings = " ".join(analyse(found, **FEW).warnings)
+    assert "Nothing varies in the scores of a, b" in warnings
+    assert "There are 9 test rows: too few" in warnings
+
+
 def test_bad_input() -> None:
     with pytest.raises(ValueError, match="no trials yet"):
         analyse([])

@@ -371,6 +371,14 @@ def _warnings(analysis: Analysis, lines: Sequence[TrialLine], trials: Sequence[T
         found.append(
             f"{most} seeds hardly tell how much the result moves with the seed; the intervals are long for it."
         )
+    alike = [c.name for c in analysis.contenders if c.interval and c.interval[0] == c.interval[1]]
+    if alike:
+        found.append(
+            f"Nothing varies in the scores of {', '.join(alike)}: a bootstrap cannot tell how sure they are, and the "
+            "interval has no length."
+        )
+    if analysis.rows and analysis.rows < 30:
+        found.append(f"There are {analysis.rows} test rows: too few to trust an interval.")
     if not analysis.rows and trials:
         found.append(
             f"The scores of the test rows do not make up {analysis.metric} (or are missing): only seeds are drawn."
