@@ -224,6 +224,7 @@ def test_one_seed_draws_rows_and_says_so() -> None:
     assert all(c.interval and c.deviation is None for c in analysis.contenders)
     assert any("There is one seed" in w for w in analysis.warnings)
     assert "as there is one seed" in method(analysis)
+    assert "For this one seed: against b" in answer(analysis) or "For this one seed: against a" in answer(analysis)
 
 
 def test_rows_that_are_not_the_metric_are_not_drawn() -> None:

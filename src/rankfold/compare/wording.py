@@ -80,7 +80,11 @@ def answer(analysis: Analysis) -> str:
     if not analysis.contenders:
         return f"None of the {analysis.trials} trials finished, so there is no result. The failures below say why."
     best = analysis.ranked[0]
-    return f"{_first(analysis, best)} {_second(analysis, best)}"
+    second = _second(analysis, best)
+    if analysis.over == "rows" and len(analysis.contenders) > 1:
+        # Two models were compared, not two methods
+        second = f"For this one seed: {second[0].lower()}{second[1:]}"
+    return f"{_first(analysis, best)} {second}"
 
 
 def _first(analysis: Analysis, best: Contender) -> str:
