@@ -1,0 +1,56 @@
+"""A comparison as one self-contained HTML file."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+
+from rankfold.compare.lines import read
+from rankfold.compare.report.page import render
+from rankfold.compare.statistics import analyse
+
+__all__ = ["write_report"]
+
+
+def write_report(out: str | Path, *, reference: str | None = None) -> Path:
+    """Make OUT/report.html and OUT/analysis.json from OUT/trials.jsonl and OUT/compare.yaml.
+
+    Args:
+        out: folder of the comparison; a half-finished one will do.
+        reference: contender the others are held against; None for plain LoRA, else the first.
+
+    Returns:
+        The report's path.
+
+    Raises:
+        ValueError: there are no trials, a line is none, they have several metrics, or the reference is no contender.
+        FileNotFoundError: no such folder.
+    """
+    out = Path(out)
+    if not out.is_dir():
+        raise FileNotFoundError(f"'{out}' is no folder; give the output folder of a comparison")
+    lines = read(out)
+    if not lines:
+        raise ValueError(f"{out / 'trials.jsonl'}: there are no trials yet; run `rankfold compare` first")
+    analysis = analyse(lines, reference=reference)
+    file = out / "compare.yaml"
+    specification = file.read_text(encoding="utf-8") if file.is_file() else None
+    page = render(analysis, lines, specification)
+    _replace(out / "analysis.json", json.dumps(analysis.to_json(), indent=1, ensure_ascii=False) + "\n")
+    _replace(out / "report.html", page)
+    return out / "report.html"
+
+
+def _replace(path: Path, text: str) -> None:
+    """The file whole or as it was."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise

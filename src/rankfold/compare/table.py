@@ -1,0 +1,56 @@
+"""A comparison in the terminal."""
+
+from __future__ import annotations
+
+from rich.console import Group, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from rankfold.compare import wording as say
+from rankfold.compare.statistics import Analysis
+
+
+def show(analysis: Analysis) -> Group:
+    """The answer, a row a contender with the best test metric first, what to beware of, and what did not finish."""
+    n = say.digits(analysis)
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    table.add_column("contender", overflow="fold")
+    table.add_column("rate", justify="right", no_wrap=True)
+    table.add_column(f"test {say.words(analysis.metric)}", justify="right", no_wrap=True)
+    table.add_column("95 % interval", no_wrap=True)
+    table.add_column("seeds", justify="right", no_wrap=True)
+    table.add_column("trained", justify="right", no_wrap=True)
+    table.add_column("kept", justify="right", no_wrap=True)
+    table.add_column(f"against {analysis.reference}")
+    for c in analysis.ranked:
+        against = analysis.difference(c.name, analysis.reference) if analysis.reference else None
+        failed = f" of {len(c.seeds) + len(c.failed)}" if c.failed else ""
+        table.add_row(
+            Text(c.name),  # a label may hold square brackets
+            f"{c.rate:g}",
+            say.number(c.test, n),
+            say.between(c.interval, n),
+            f"{len(c.seeds)}{failed}",
+            say.short(c.trained) if c.trained is not None else say.NOTHING,
+            say.short(c.kept) if c.kept is not None else say.NOTHING,
+            "reference"
+            if c.name == analysis.reference
+            else f"{say.signed(against.value, n)}, {against.verdict}"
+            if against
+            else say.NOTHING,
+        )
+    parts: list[RenderableType] = [Text(say.answer(analysis)), Text("")]
+    if analysis.contenders:
+        parts.append(table)
+    parts += [Padding(Text(f"! {warning}"), (1, 0, 0, 0)) for warning in analysis.warnings]
+    if analysis.failures:
+        parts.append(
+            Padding(
+                Text(f"{len(analysis.failures)} of {analysis.trials} trials did not finish:", style="bold"),
+                (1, 0, 0, 0),
+            )
+        )
+        for f in analysis.failures:
+            parts.append(Text(f"  {f.name}, rate {f.rate:g}, seed {f.seed}: {f.status}, {f.reason}"))
+    return Group(*parts)

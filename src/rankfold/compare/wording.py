@@ -1,0 +1,179 @@
+"""The numbers and the answer of a comparison in words, the same for terminal and report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rankfold.compare.statistics import Analysis, Contender, Difference
+
+MINUS, NOTHING = "−", "–"
+
+
+def number(value: float | None, digits: int = 4) -> str:
+    return NOTHING if value is None else f"{value:.{digits}f}".replace("-", MINUS)
+
+
+def signed(value: float, digits: int = 4) -> str:
+    return f"{value:+.{digits}f}".replace("-", MINUS)
+
+
+def between(ends: tuple[float, float] | None, digits: int = 4, sign: bool = False) -> str:
+    """An interval, as "0.8101 to 0.8312"."""
+    if ends is None:
+        return NOTHING
+    show = signed if sign else number
+    return f"{show(ends[0], digits)} to {show(ends[1], digits)}"
+
+
+def count(value: float | None) -> str:
+    """A number of parameters, as "337,920"."""
+    return NOTHING if value is None else f"{value:,.0f}"
+
+
+def short(value: float) -> str:
+    """A number of parameters for an axis, as "338k" or "1.2M"."""
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:.3g}{letter}"
+    return f"{value:.3g}"
+
+
+def size(value: float | None) -> str:
+    """Bytes, as "412 MB"."""
+    if value is None:
+        return NOTHING
+    return f"{value / 1e9:.2f} GB" if value >= 1e9 else f"{value / 1e6:.0f} MB"
+
+
+def duration(seconds: float | None) -> str:
+    if seconds is None:
+        return NOTHING
+    return (
+        f"{seconds:.1f} s"
+        if seconds < 100
+        else f"{seconds / 60:.1f} min"
+        if seconds < 6000
+        else f"{seconds / 3600:.1f} h"
+    )
+
+
+def words(metric: str) -> str:
+    return metric.replace("_", " ")
+
+
+def digits(analysis: Analysis) -> int:
+    """Decimals that are worth showing: two more than the metric's size has before the point, four at most."""
+    largest = max((abs(c.test) for c in analysis.contenders), default=0.0)
+    return 4 if largest < 10 else 2
+
+
+def names(some: Sequence[str], most: int = 4) -> str:
+    """As "a, b and c", or "6 others" where they are many."""
+    if len(some) > most:
+        return f"{len(some)} others"
+    some = [f"“{name}”" if "," in name else name for name in some]
+    return some[0] if len(some) == 1 else f"{', '.join(some[:-1])} and {some[-1]}"
+
+
+def answer(analysis: Analysis) -> str:
+    """Two sentences: what came out best and how sure that is, and how it stands to the others."""
+    if not analysis.contenders:
+        return f"None of the {analysis.trials} trials finished, so there is no result. The failures below say why."
+    best = analysis.ranked[0]
+    second = _second(analysis, best)
+    if analysis.over == "rows" and len(analysis.contenders) > 1:
+        # Two models were compared, not two methods
+        second = f"For this one seed: {second[0].lower()}{second[1:]}"
+    return f"{_first(analysis, best)} {second}"
+
+
+def _first(analysis: Analysis, best: Contender) -> str:
+    n = digits(analysis)
+    which = "highest" if analysis.greater_is_better else "lowest"
+    seeds = f"mean of {len(best.seeds)} seeds" if len(best.seeds) > 1 else "one seed"
+    if best.failed:
+        seeds += f", while {len(best.failed)} more did not finish"
+    sure = f"95 % interval {between(best.interval, n)}, " if best.interval else ""
+    rate = f"at learning rate {best.rate:g}"
+    if len(analysis.contenders) == 1:
+        return f"{best.name} reaches a test {words(analysis.metric)} of {number(best.test, n)} ({sure}{seeds}) {rate}."
+    return f"{best.name} has the {which} test {words(analysis.metric)}: {number(best.test, n)} ({sure}{seeds}), {rate}."
+
+
+def _second(analysis: Analysis, best: Contender) -> str:
+    others = [c.name for c in analysis.ranked if c.name != best.name]
+    if not others:
+        return "It is the only contender with a finished trial, so there is nothing to hold it against."
+    found = {name: analysis.difference(best.name, name) for name in others}
+    beaten = [name for name in others if (d := found[name]) and d.verdict == "better"]
+    open_ = [name for name in others if (d := found[name]) and d.verdict == "no difference shown"]
+    untested = [name for name in others if name not in beaten and name not in open_]
+    if len(untested) == len(others):
+        return "How sure its lead is cannot be told from these trials."
+    parts = []
+    reference = analysis.reference
+    if reference in found and found[reference] is not None and reference not in untested and len(others) > 1:
+        held = found[reference]
+        assert held is not None
+        parts.append(f"against {reference} {_held(analysis, held)}")
+        beaten, open_ = ([n for n in some if n != reference] for some in (beaten, open_))
+    elif len(others) == 1:
+        held = found[others[0]]
+        assert held is not None
+        return _capital(f"against {others[0]} {_held(analysis, held)}.")
+    rest = "the other contenders" if parts else "all others"
+    if beaten and not open_ and not untested:
+        parts.append(f"it is better than {names(beaten) if len(beaten) <= 4 else rest}")
+    else:
+        if beaten:
+            parts.append(f"it is better than {names(beaten)}")
+        if open_:
+            parts.append(f"against {names(open_)}, no difference shown")
+        if untested:
+            parts.append(f"against {names(untested)} nothing could be tested")
+    return _capital("; ".join(parts) + ".")
+
+
+def _held(analysis: Analysis, d: Difference) -> str:
+    n = digits(analysis)
+    gap = f"{signed(d.value, n)} ({between(d.interval, n, sign=True)})"
+    return f"it is better by {gap}" if d.verdict == "better" else f"the difference is {gap}: {d.verdict}"
+
+
+def _capital(text: str) -> str:
+    return text[0].upper() + text[1:]
+
+
+def method(analysis: Analysis) -> str:
+    """How the numbers were made, in a short paragraph."""
+    drawn = {
+        "seeds and rows": f"seeds and the {analysis.rows or 0:,} test rows are both drawn with replacement",
+        "rows": f"only the {analysis.rows or 0:,} test rows are drawn with replacement, as there is one seed",
+        "seeds": "only seeds are drawn with replacement",
+        "nothing": "there is nothing to draw, so there are no intervals",
+    }[analysis.over]
+    text = (
+        f"The learning rate of each contender is the one with the best mean {words(analysis.metric)} on validation rows; "
+        "rates at which a seed failed come last. Only then are the test rows looked at. The choice is not drawn again. "
+        f"In the bootstrap ({analysis.draws:,} replicates) {drawn}"
+    )
+    if analysis.over == "nothing":
+        return text + "."
+    text += ", the same draws for all contenders"
+    if analysis.over.startswith("seeds"):
+        text += "; the part of the seeds is stretched as Student's t asks for, because few seeds do not tell how much seeds matter"
+    text += ". The interval of a contender is for it alone."
+    pairs = len(analysis.differences)
+    if pairs == 1:
+        text += " There is one difference, so there is nothing to adjust its interval for."
+    elif pairs:
+        held = sum(analysis.reference in (d.a, d.b) for d in analysis.differences)
+        text += f" Intervals of differences are adjusted for their number: the {held:,} against {analysis.reference} hold together"
+        text += (
+            f" with 95 % probability, and so do the {pairs - held:,} others."
+            if pairs > held
+            else " with 95 % probability."
+        )
+    if pairs:
+        text += " “No difference shown” means that the interval holds 0; it does not mean that the two are equal."
+    return text
