@@ -62,7 +62,7 @@ def _train(a: argparse.Namespace) -> None:
         return
     from rankfold.train.run import train
 
-    result = train(run, resume=a.resume, overwrite=a.overwrite, command=_command_line())
+    result = train(run, resume=a.resume, overwrite=a.overwrite, command=_command_line(), profile=a.profile)
     if int(os.environ.get("RANK", 0)) == 0:
         _print_table(result.output, result.lines())
 
@@ -237,6 +237,7 @@ def _parser() -> argparse.ArgumentParser:
     run_file(train)
     train.add_argument("--dry-run", action="store_true", help="print parameters, steps and memory; train nothing")
     train.add_argument("--resume", action="store_true", help="continue from the last whole checkpoint, if there is one")
+    train.add_argument("--profile", action="store_true", help="write where the time of a few steps went: profile.txt")
     train.add_argument("--overwrite", action="store_true", help="delete the earlier run in the output folder first")
 
     sparsify = command(

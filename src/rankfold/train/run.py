@@ -28,6 +28,7 @@ from rankfold.train.metrics import read_metrics, tidy
 from rankfold.train.plan import Prepared, prepare, processes
 from rankfold.train.plot import plot_metrics
 from rankfold.train.problems import RunFileError
+from rankfold.train.profile import Profile
 from rankfold.train.result import TrainResult
 from rankfold.train.runfile import RunFile
 from rankfold.train.trainers import CarefulTrainer, make_trainer
@@ -40,6 +41,7 @@ def train(
     overwrite: bool = False,
     command: str = "",
     also: Sequence[str] = (),
+    profile: bool = False,
     say: Callable[[str], None] = print,
 ) -> TrainResult:
     """Train as the run file says.
@@ -49,6 +51,7 @@ def train(
         overwrite: delete an earlier run in the output folder first.
         command: how the run was started, for the model card.
         also: further splits whose rows are measured after training, such as "train".
+        profile: write where the time of a few steps went (profile.txt and a trace).
         say: takes each sentence for the reader (on the main process only).
 
     Raises:
@@ -96,6 +99,8 @@ def train(
         output.mkdir(parents=True, exist_ok=True)
         folder.write_whole(output / "run.yaml", f"# {command or 'rankfold.train.run.train'}\n{run.to_yaml()}")
         trainer.add_callback(MetricsFile(output / "metrics.jsonl", resume_at))
+        if profile:
+            trainer.add_callback(Profile(output))
     state.wait_for_everyone()
 
     split, measured = _measured_split(prepared)
