@@ -12,7 +12,7 @@ SRC = Path(__file__).parent.parent / "src" / "rankfold"
 #: Lower number, lower room; a module may import its own room or one below. Packages count as one room.
 FLOOR = {
     "factors": 0, "peft_types": 0, "folders": 0, "model_folder": 0, "contraction": 1, "reconstruction": 1, "config": 2, "adapter": 3, "siblings": 4, "layer": 4, "tuner": 5,
-    "registry": 6, "subspace": 6, "control": 7, "methods": 7, "fold": 8, "doctor": 9, "inspect": 8, "plan": 9, "train": 9, "cli": 10, "__main__": 11,
+    "registry": 6, "subspace": 6, "control": 7, "methods": 7, "fold": 8, "doctor": 9, "inspect": 8, "plan": 9, "train": 9, "compare": 10, "cli": 11, "__main__": 12,
 }  # fmt: skip
 TORCH_ALONE = {"factors", "contraction"}
 

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from transformers import ProgressCallback, TrainerCallback
+from transformers import EarlyStoppingCallback, ProgressCallback, TrainerCallback
 
 from rankfold.train.folder import write_whole
 from rankfold.train.metrics import read_metrics
@@ -126,6 +126,15 @@ class Clock(TrainerCallback):
         self.seconds += time.perf_counter() - self._began
         self.steps += 1
         self.tokens = int(state.num_input_tokens_seen - self._tokens_at)
+
+
+class StopEarly(EarlyStoppingCallback):
+    """A run that had stopped early, and was killed before it saved its result, stays stopped when it resumes."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        super().on_train_begin(args, state, control, **kwargs)
+        if self.early_stopping_patience_counter >= self.early_stopping_patience:
+            control.should_training_stop = True
 
 
 class RankAllocation(TrainerCallback):
