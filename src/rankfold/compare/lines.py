@@ -38,7 +38,9 @@ class TrialLine:
         parameters: trained, head, stored, folded, folded_rank.
         kept: numbers of the plain LoRA that holds just the components left after training, Σ rank·(in + out).
         ranks: by module, after training.
-        seconds: in optimiser steps; evaluation does not count.
+        seconds: in all optimiser steps; evaluation does not count. Of a trial that was resumed, from the time of a step
+            since then.
+        wall_seconds: of the trial's last process, loading and evaluation included.
         peak_bytes: of memory.
         adapter: folder, relative to the comparison's.
     """
@@ -67,6 +69,7 @@ class TrialLine:
     ranks: dict[str, int] = field(default_factory=dict)
     steps: int | None = None
     seconds: float | None = None
+    wall_seconds: float | None = None
     tokens_per_second: float | None = None
     peak_bytes: int | None = None
     adapter: str | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -135,6 +136,24 @@ class StopEarly(EarlyStoppingCallback):
         super().on_train_begin(args, state, control, **kwargs)
         if self.early_stopping_patience_counter >= self.early_stopping_patience:
             control.should_training_stop = True
+
+
+class StopAt(TrainerCallback):
+    """Ends training after a share of its steps, with a checkpoint to go on from; the schedule is that of all steps."""
+
+    def __init__(self, share: float):
+        self.share = share
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._reached(state):
+            control.should_training_stop = True
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._reached(state):
+            control.should_training_stop = control.should_save = True
+
+    def _reached(self, state: Any) -> bool:
+        return state.global_step >= math.ceil(self.share * state.max_steps)
 
 
 class RankAllocation(TrainerCallback):
