@@ -34,6 +34,8 @@ def cores() -> int:
 def executor(kind: Executor, workers: int, launch: str | None) -> Iterator[Submit]:
     """Runs what is submitted, `workers` trials at a time; leaving the context ends what still runs.
 
+    Each trial has its share of the cores as threads, or as many as your OMP_NUM_THREADS says.
+
     Args:
         workers: for ray, how many trials share the cores of one machine like this one.
         launch: what to start a trial with, such as "accelerate launch --num_processes 2".
@@ -41,7 +43,8 @@ def executor(kind: Executor, workers: int, launch: str | None) -> Iterator[Submi
     Raises:
         ModuleNotFoundError, ValueError: ray is not installed, or asked to launch.
     """
-    threads = max(1, cores() // workers)
+    yours = os.environ.get("OMP_NUM_THREADS", "")
+    threads = int(yours) if yours.isdecimal() else max(1, cores() // workers)
     with _ray(threads, launch) if kind == "ray" else _local(workers, threads, launch) as submit:
         yield submit
 
@@ -112,7 +115,7 @@ def run_process(
     """Runs one trial, whose job is in its folder, to its end.
 
     Args:
-        threads: of computation; an OMP_NUM_THREADS of yours goes before.
+        threads: of computation.
         directory: to run in; relative paths of the compare file start there.
         running: holds the process while it runs.
     """
@@ -139,12 +142,12 @@ def run_process(
         finally:
             _end(process)
             running.discard(process)
-    measured = folder / f"{line.id}.json"
+    took, measured = time.monotonic() - began, folder / f"{line.id}.json"
     if measured.is_file():
-        return TrialLine.from_json(measured.read_text(encoding="utf-8"))
+        return replace(TrialLine.from_json(measured.read_text(encoding="utf-8")), wall_seconds=took)
     how = f"signal {-code}" if code < 0 else f"exit code {code}"
     reason = f"its process ended with {how}{', perhaps for lack of memory' if code == -9 else ''}; see {folder / LOG}"
-    return replace(line, status="failed", reason=reason, wall_seconds=time.monotonic() - began)
+    return replace(line, status="failed", reason=reason, wall_seconds=took)
 
 
 def _end(process: subprocess.Popen[Any]) -> None:
@@ -159,7 +162,7 @@ def _end(process: subprocess.Popen[Any]) -> None:
 
 
 def _environment(threads: int) -> dict[str, str]:
-    given = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+    given = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
     # `accelerate` of this environment, also where it is not activated.
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    return given | os.environ | {"PATH": path}
+    return {"TOKENIZERS_PARALLELISM": "false"} | os.environ | given | {"PATH": path}

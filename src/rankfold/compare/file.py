@@ -134,7 +134,8 @@ class CompareFile(Section):
         return RunFile.model_validate({**shared, "method": method, "output": output})
 
     def to_yaml(self) -> str:
-        values = self.model_dump(exclude_none=True, exclude_defaults=True)
+        """Every value, defaults included, so that the file means the same in a later version."""
+        values = self.model_dump(exclude_none=True, exclude={"training": {"learning_rate", "seed"}})
         return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120)
 
 
@@ -244,9 +245,9 @@ def _check(file: CompareFile) -> list[Problem]:
             number(file.budget)
     except ValueError as e:
         problems.append(Problem(("budget",), str(e)))
-    labels = Counter(file.labels())
-    for i, label in enumerate(file.labels()):
-        if labels[label] > 1:
+    labels = file.labels()
+    for i, label in enumerate(labels):
+        if label in labels[:i]:
             problems.append(Problem(("methods", i), f"another contender is called '{label}' too; give it a label"))
     return problems or _check_runs(file)
 
