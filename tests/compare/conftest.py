@@ -87,7 +87,10 @@ def sums(values: Values, llama: Path, tmp_path: Path) -> Values:
     """The same for a language model."""
 
     def rows(count: int, start: int) -> list[Values]:
-        return [{"prompt": f"{i} plus {i} is", "completion": f" {2 * i}"} for i in range(start, start + count)]
+        return [
+            {"prompt": f"{i} plus {i} is", "completion": f" {2 * i}" + "!" * (i % 3)}
+            for i in range(start, start + count)
+        ]
 
     data = {"source": str(splits(tmp_path / "sums", rows))}
     return values | {"model": str(llama), "task": "causal-lm", "data": data}
@@ -114,4 +117,5 @@ def here(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         yield submit
 
     monkeypatch.setattr(run_module, "executor", executor)
+    monkeypatch.setattr("rankfold.train.run.plot_metrics", lambda *_: None)  # pictures are the slowest part
     return ran

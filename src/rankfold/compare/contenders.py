@@ -37,6 +37,10 @@ class Entry:
     head: int | None = None
     reason: str | None = None
 
+    def name(self) -> str:
+        """The entry in words."""
+        return self.label if self.where == "all" else f"{self.label}, {self.where}"
+
 
 @dataclass(frozen=True)
 class Field:
@@ -72,14 +76,14 @@ def resolve(file: CompareFile) -> Field:
     entries = [bench.entry(*one, limit) for one in bench.all()]
     first = next((e for e in entries if e.reason is None), None)
     if first is None:
-        raise ValueError("no contender can be trained: " + "; ".join(dict.fromkeys(e.reason or "" for e in entries)))
+        raise ValueError("no contender can be trained: " + "; ".join(f"{e.name()}: {e.reason}" for e in entries))
     plan = make_plan(dataclasses.replace(prepared, run=file.run_file(first.method, file.rates[0], file.seeds[0], "-")))
     same: dict[str, Entry] = {}
     for entry in entries:
         other = same.setdefault(json.dumps(entry.method, sort_keys=True, default=str), entry)
         if other is not entry:
-            names = [f"'{e.label}'" if e.where == "all" else f"'{e.label}' at '{e.where}'" for e in (other, entry)]
-            raise ValueError(f"methods: {' and '.join(names)} are the same method with the same fields; remove one")
+            names = f"'{other.name()}' and '{entry.name()}'"
+            raise ValueError(f"methods: {names} are the same method with the same fields; remove one")
     rows = {split: len(prepared.rows.splits[split]) for split in ("train", "validation", "test")}
     return Field(entries, limit, plan.steps, rows, prepared.rows.notes)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from rankfold.compare.contenders import Entry, Field, resolve
+from rankfold.compare.contenders import Field, resolve
 from rankfold.compare.estimate import Estimate, duration
 from rankfold.compare.executors import Executor, Submit, executor
 from rankfold.compare.file import CompareFile, load
@@ -154,11 +154,7 @@ def result(line: TrialLine) -> str:
 
 def refusals(field: Field) -> list[str]:
     """A sentence for every contender that cannot be trained."""
-    return [f"{_named(e)} cannot be trained: {e.reason}" for e in field.entries if e.reason]
-
-
-def _named(entry: Entry) -> str:
-    return entry.label if entry.where == "all" else f"{entry.label}, {entry.where}"
+    return [f"{e.name()} cannot be trained: {e.reason}" for e in field.entries if e.reason]
 
 
 # --- the folder -----------------------------------------------------------------------------------------------------------
@@ -206,6 +202,6 @@ def check_labels(field: Field, file: CompareFile, lines: list[TrialLine]) -> Non
             if (line.method, line.config) != (entry.method["name"], now):
                 changed = _differences("name", line.method, entry.method["name"]) + _differences("", line.config, now)
                 raise FolderError(
-                    f"output: '{_named(entry)}' was another one when its trials in '{file.output}' were run "
+                    f"output: '{entry.name()}' was another one when its trials in '{file.output}' were run "
                     f"({'; '.join(c.removeprefix('.') for c in changed)}); give the new one another label, or name another output"
                 )
