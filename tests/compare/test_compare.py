@@ -365,22 +365,22 @@ def test_places(values: Values, capsys: pytest.CaptureFixture[str]):
 def test_a_budget_is_met_in_every_place(values: Values, here: list[str]):
     pytest.importorskip("rankfold.plan.match", reason="rankfold.plan.match is not merged yet")
     where = {"all": {}, "first": {"layers": "first third"}}
-    methods = [{"name": "peft:lora", "label": "LoRA"}, {"name": "rasa", "shared_rank": 1}, {"name": "peft:ia3"}]
-    file = parse(values | {"methods": methods[:2], "where": where, "budget": {"of": {"name": "peft:lora", "r": 2}}})
+    methods = [{"name": "peft:lora", "label": "LoRA"}, {"name": "rasa", "shared_rank": 1}]
+    file = parse(values | {"methods": methods, "where": where, "budget": {"of": {"name": "peft:lora", "r": 4}}})
     field = resolve(file)
-    whole = 2 * (3 * (4 * 32 + 2 * 48) + 32)
+    whole = 4 * (3 * (4 * 32 + 2 * 48) + 32)
     assert field.budget == whole
     found = {e.name(): e for e in field.entries}
-    assert found["LoRA"].method["r"] == 2
+    assert found["LoRA"].method["r"] == 4
     assert found["LoRA"].trained == whole
     assert found["LoRA, first"].method["r"] == whole // (4 * 32 + 2 * 48)  # a third of the layers, three times the rank
     for entry in field.entries:
         assert entry.trained is not None
         assert 0.7 * whole < entry.trained <= whole
-    lines = run(values | {"methods": methods[:2], "budget": 1500})
+    lines = run(values | {"methods": methods, "budget": 1500})
     assert [line.config["r"] for line in lines] == [2, 2]
     assert all((line.parameters["trained"] or 0) <= 1500 for line in lines)
-    with pytest.raises(ValueError, match="no contender can be trained: LoRA: .*budget is 100"):
+    with pytest.raises(ValueError, match=r"no contender can be trained: LoRA: .*budget is 100"):
         resolve(parse(values | {"methods": methods[:1], "budget": 100}))
 
 

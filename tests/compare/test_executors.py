@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 
-from rankfold.compare.executors import executor
+from rankfold.compare.executors import executor, run_process
 from rankfold.compare.file import parse
 from rankfold.compare.lines import TrialLine, read
 from rankfold.compare.run import compare
+from rankfold.compare.trial import JOB
+from rankfold.train.folder import FolderError
 
 Values = dict[str, Any]
+LINE = TrialLine(id="a", label="x", method="lora", rate=1e-3, seed=0, status="failed", config={}, run={},
+                     metric="loss", greater_is_better=False)  # fmt: skip
 MEASURED_TIMES = {"seconds", "wall_seconds", "tokens_per_second", "peak_bytes", "host", "run"}
 
 
@@ -67,12 +73,33 @@ def test_ray_launches_nothing():
         pass
 
 
-def test_output_that_a_node_does_not_see(tmp_path: Path):
-    from rankfold.compare.executors import run_process
+def test_leaving_ends_what_runs(tmp_path: Path):
+    """What a launcher started reads our standard input too, and so ends with it."""
+    folder = tmp_path / "trial"
+    folder.mkdir()
+    (folder / JOB).write_text("{}")
+    with executor("local", 1, f"sh -c '(cat; echo ended > {tmp_path}/child) & wait'") as submit:
+        running, queued = submit(folder, LINE), submit(folder, LINE)
+        while not (folder / "log.txt").exists():
+            time.sleep(0.01)
+    assert running.result().status == "failed"
+    assert queued.cancelled()
+    while not (tmp_path / "child").exists():
+        time.sleep(0.01)
 
-    line = TrialLine(id="a", label="x", method="lora", rate=1e-3, seed=0, status="failed", config={}, run={},
-                     metric="loss", greater_is_better=False)  # fmt: skip
-    assert "put output on storage that all machines share" in str(run_process(tmp_path / "not", line, 1, None).reason)
+
+def test_one_comparison_a_folder(values: Values, tmp_path: Path):
+    (tmp_path / "out").mkdir()
+    with (
+        FileLock(tmp_path / "out" / ".lock"),
+        pytest.raises(FolderError, match="another `rankfold compare` is at work"),
+    ):
+        compare(parse(values), say=lambda _: None)
+
+
+def test_output_that_a_node_does_not_see(tmp_path: Path):
+    reason = run_process(tmp_path / "not", LINE, 1, None).reason
+    assert "put output on storage that all machines share" in str(reason)
 
 
 @pytest.mark.slow
