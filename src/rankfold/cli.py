@@ -38,7 +38,7 @@ def _is_users(error: Exception) -> bool:
 
 
 def _missing_extra(error: Exception) -> str | None:
-    extra = {"pydantic", "yaml", "trl", "datasets", "matplotlib", "sklearn"}
+    extra = {"pydantic", "yaml", "trl", "datasets", "matplotlib", "sklearn", "jinja2"}
     if isinstance(error, ModuleNotFoundError) and error.name in extra:
         return f"training needs the package '{error.name}': pip install 'rankfold[train]'"
     return None
@@ -60,9 +60,11 @@ def _train(a: argparse.Namespace) -> None:
         _print_table("plan (nothing was trained or written)", plan.lines())
         print(*plan.notes, sep="\n")
         return
+    from rankfold.train.profile import Profile
     from rankfold.train.run import train
 
-    result = train(run, resume=a.resume, overwrite=a.overwrite, command=_command_line(), profile=a.profile)
+    extra = [Profile(Path(run.output))] if a.profile else []
+    result = train(run, resume=a.resume, overwrite=a.overwrite, command=_command_line(), callbacks=extra)
     if int(os.environ.get("RANK", 0)) == 0:
         _print_table(result.output, result.lines())
 
@@ -81,6 +83,26 @@ def _sparsify(a: argparse.Namespace) -> None:
     print(f"{len(stages)} adapters; the curve is in {Path(stages[0].adapter).parent.parent / 'stages.png'}")
 
 
+def _compare(a: argparse.Namespace) -> int:
+    _quiet()
+    from rankfold.compare.command import run_compare
+    from rankfold.compare.file import load
+
+    options = {"workers": a.workers, "kind": a.executor, "retry_failed": a.retry_failed}
+    try:
+        run_compare(
+            load(a.compare_file, a.overrides),
+            dry_run=a.dry_run,
+            report_only=a.report_only,
+            command=_command_line(),
+            **options,
+        )
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command goes on where this one stopped", file=sys.stderr)
+        return 130
+    return 0
+
+
 def _validate(a: argparse.Namespace) -> None:
     from rankfold.train.runfile import load
 
@@ -89,13 +111,14 @@ def _validate(a: argparse.Namespace) -> None:
 
 
 def _init(a: argparse.Namespace) -> None:
+    from rankfold.compare.template import template as compare_template
     from rankfold.train.init import template
 
     path = Path(a.run_file)
     if path.exists() and not a.force:
         raise FileExistsError(f"'{path}' exists; give another name or --force")
-    path.write_text(template(a.task, a.method), encoding="utf-8")
-    print(f"wrote {path}; next: rankfold train {path} --dry-run")
+    path.write_text(compare_template(a.task) if a.compare else template(a.task, a.method), encoding="utf-8")
+    print(f"wrote {path}; next: rankfold {'compare' if a.compare else 'train'} {path} --dry-run")
 
 
 def _methods(a: argparse.Namespace) -> int:
@@ -252,12 +275,24 @@ def _parser() -> argparse.ArgumentParser:
     sparsify.add_argument("--resume", action="store_true", help="go on where a killed schedule stopped")
     sparsify.add_argument("--overwrite", action="store_true", help="delete earlier stages in the output folder first")
 
+    compare = command("compare", _compare, "find out which method is best on your model and data, at one budget")
+    compare.add_argument("compare_file", metavar="compare.yaml")
+    compare.add_argument("overrides", nargs="*", metavar="key=value", help="for instance seeds=[0,1]")
+    compare.add_argument(
+        "--dry-run", action="store_true", help="print contenders, parameters and trials; train nothing"
+    )
+    compare.add_argument("--workers", type=int, default=1, help="trials at a time, which share the cores (default: 1)")
+    compare.add_argument("--executor", choices=("local", "ray"), default="local", help="where trials run")
+    compare.add_argument("--retry-failed", action="store_true", help="try failed trials again")
+    compare.add_argument("--report-only", action="store_true", help="write the report of the trials that are there")
+
     run_file(command("validate", _validate, "check a run file"))
 
     init = command("init", _init, "write a commented run file that works")
     init.add_argument("run_file", nargs="?", default="run.yaml", metavar="run.yaml")
     init.add_argument("--task", choices=("classification", "causal-lm"), default="classification")
     init.add_argument("--method", default="rasa", help="see `rankfold methods`, or peft:NAME (default: rasa)")
+    init.add_argument("--compare", action="store_true", help="a compare file instead; its methods are a start")
     init.add_argument("--force", action="store_true", help="replace the file if it exists")
 
     methods = command("methods", _methods, "list the methods")

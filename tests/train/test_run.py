@@ -541,3 +541,15 @@ def test_accumulated_and_checkpointed_gradients_are_the_same(classification: Val
     )
     assert all(torch.allclose(a[key], b[key], atol=1e-4) for key in a)
     assert all(torch.allclose(a[key], c[key], atol=1e-6) for key in a)
+
+
+def test_a_profile_says_where_the_time_went(language_model: Values):
+    run = parse(change(language_model, "training.max_steps=7"))
+    train(run, callbacks=[Profile(Path(run.output))], say=silent)
+    page = Path(run.output, "profile.txt").read_text()
+    assert "where the time of 3 steps went" in page
+    found = json.loads(Path(run.output, "profile.json").read_text())
+    assert found["shares"].keys() == {*PARTS, "all else"}
+    assert all(0 < share < 1 for share in found["shares"].values())
+    assert abs(sum(found["shares"].values()) - 1) < 1e-6
+    assert json.loads(Path(run.output, "profile-trace.json").read_text())["traceEvents"]

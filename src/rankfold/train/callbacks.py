@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from transformers import ProgressCallback, TrainerCallback
+from transformers import EarlyStoppingCallback, ProgressCallback, TrainerCallback
 
 from rankfold.train.folder import write_whole
 from rankfold.train.metrics import read_metrics
@@ -126,6 +127,33 @@ class Clock(TrainerCallback):
         self.seconds += time.perf_counter() - self._began
         self.steps += 1
         self.tokens = int(state.num_input_tokens_seen - self._tokens_at)
+
+
+class StopEarly(EarlyStoppingCallback):
+    """A run that had stopped early, and was killed before it saved its result, stays stopped when it resumes."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        super().on_train_begin(args, state, control, **kwargs)
+        if self.early_stopping_patience_counter >= self.early_stopping_patience:
+            control.should_training_stop = True
+
+
+class StopAt(TrainerCallback):
+    """Ends training after a share of its steps, with a checkpoint to go on from; the schedule is that of all steps."""
+
+    def __init__(self, share: float):
+        self.share = share
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._reached(state):
+            control.should_training_stop = True
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._reached(state):
+            control.should_training_stop = control.should_save = True
+
+    def _reached(self, state: Any) -> bool:
+        return state.global_step >= math.ceil(self.share * state.max_steps)
 
 
 class RankAllocation(TrainerCallback):

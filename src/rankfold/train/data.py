@@ -64,7 +64,7 @@ def load_rows(run: RunFile) -> Rows:
     for name in list(rows.splits):
         most, split = getattr(run.data, f"max_{name}"), rows.splits[name]
         if most is not None and most < len(split):
-            rows.splits[name] = split.shuffle(seed=run.training.seed).select(range(most))
+            rows.splits[name] = split.shuffle(seed=run.rows_seed).select(range(most))
     _note_duplicates(rows)
     if run.task == "classification":
         _index_labels(rows, run.data.labels)
@@ -216,7 +216,7 @@ def _hold_out(rows: Rows, run: RunFile) -> None:
     train = rows.splits["train"]
     taken: dict[str, list[int]] = {name: [] for name in (*shares, "train")}
     for i, row in enumerate(train):
-        digest = hashlib.sha256(f"{run.training.seed}\0{_key(row, rows.inputs)}".encode()).digest()
+        digest = hashlib.sha256(f"{run.rows_seed}\0{_key(row, rows.inputs)}".encode()).digest()
         at, below = int.from_bytes(digest[:8], "big") / 2**64, 0.0
         for name, share in shares.items():
             below += share

@@ -51,13 +51,13 @@ def explain(error: ValidationError, root: type[BaseModel]) -> list[Problem]:
     """pydantic's errors about `root` as ours: one a field (pydantic gives one a branch of a union)."""
     problems: dict[KeyPath, Problem] = {}
     for e in error.errors():
-        path, annotation = _declared(root, e["loc"])
+        path, annotation, section = _declared(root, e["loc"])
         kind, value = e["type"], e["input"]
         if kind == "extra_forbidden":
-            section = _section(root, path[:-1])
             message = f"unknown key (value {short(value)}){nearest(path[-1], section.model_fields if section else ())}"
         elif kind == "missing":
-            message = f"required but missing: {_description(root, path)}"
+            description = section.model_fields[str(path[-1])].description if section else None
+            message = f"required but missing: {description or ''}"
         elif kind.startswith(("greater_than", "less_than")):
             message = f"{short(value)} is not allowed, {e['msg'].removeprefix('Input ')}"
         else:
@@ -111,35 +111,25 @@ def allowed(annotation: Any) -> str:
     return _KINDS.get(kind, getattr(kind, "__name__", str(kind)))
 
 
-def _declared(root: type[BaseModel], loc: tuple[str | int, ...]) -> tuple[KeyPath, Any]:
-    """The part of pydantic's location that stands in the file, without its names of union branches, and its annotation."""
-    at: Any = root
-    for i, part in enumerate(loc):
-        field = at.model_fields.get(part)
+def _declared(root: type[BaseModel], loc: tuple[str | int, ...]) -> tuple[KeyPath, Any, type[BaseModel] | None]:
+    """The part of pydantic's location that stands in the file, without its names of union branches; its annotation; and
+    the section that it is a key of."""
+    section, i = root, 0
+    while True:
+        field = section.model_fields.get(str(loc[i]))
+        i += 1
         if field is None:
-            return loc[: i + 1], None
-        at = field.annotation
-        if not _is_section(at):
-            below = loc[i + 1 : i + 2]
-            if below and isinstance(below[0], int):  # an item of a list
-                return (*loc[: i + 1], *below), typing.get_args(at)[0]
-            return loc[: i + 1], at
-    return loc, at
-
-
-def _section(root: type[BaseModel], path: KeyPath) -> type[BaseModel] | None:
-    at: Any = root
-    for part in path:
-        field = at.model_fields.get(part)
-        at = field.annotation if field else None
-        if not _is_section(at):
-            return None
-    return at
-
-
-def _description(root: type[BaseModel], path: KeyPath) -> str:
-    section = _section(root, path[:-1])
-    return (section.model_fields[str(path[-1])].description or "") if section else ""
+            return loc[:i], None, section
+        at: Any = field.annotation
+        items = typing.get_args(at)[-1:] if typing.get_origin(at) in (list, dict) else ()
+        if items and i < len(loc) and (_is_section(items[0]) or isinstance(loc[i], int)):
+            at = items[0]  # an item of a list, or a value of a mapping
+            i += 1
+            if i == len(loc):
+                return loc, at, None
+        if i == len(loc) or not _is_section(at):
+            return loc[:i], at, section
+        section = at
 
 
 def _is_section(annotation: Any) -> bool:

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import EarlyStoppingCallback, TrainerCallback, set_seed
+from transformers import TrainerCallback, set_seed
 
 from rankfold.folders import whole_folder
 from rankfold.train import budget, checkpoints, folder, model
 from rankfold.train.arguments import LOGGED_AS
-from rankfold.train.callbacks import Clock, MetricsFile
+from rankfold.train.callbacks import Clock, MetricsFile, StopEarly
 from rankfold.train.card import model_card, versions
 from rankfold.train.checks import check
 from rankfold.train.datafile import DataError
@@ -28,10 +28,12 @@ from rankfold.train.metrics import read_metrics, tidy
 from rankfold.train.plan import Prepared, prepare, processes
 from rankfold.train.plot import plot_metrics
 from rankfold.train.problems import RunFileError
-from rankfold.train.profile import Profile
 from rankfold.train.result import TrainResult
 from rankfold.train.runfile import RunFile
 from rankfold.train.trainers import CarefulTrainer, make_trainer
+
+Measure = Callable[[CarefulTrainer, str, Any], dict[str, float]]
+"""Trainer, name of the split and its rows in, metrics by name out."""
 
 
 def train(
@@ -41,7 +43,8 @@ def train(
     overwrite: bool = False,
     command: str = "",
     also: Sequence[str] = (),
-    profile: bool = False,
+    measure: Measure | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
     say: Callable[[str], None] = print,
 ) -> TrainResult:
     """Train as the run file says.
@@ -51,7 +54,8 @@ def train(
         overwrite: delete an earlier run in the output folder first.
         command: how the run was started, for the model card.
         also: further splits whose rows are measured after training, such as "train".
-        profile: write where the time of a few steps went (profile.txt and a trace).
+        measure: takes the place of `evaluate` before and after training, to look at more than it returns.
+        callbacks: further callbacks of the trainer.
         say: takes each sentence for the reader (on the main process only).
 
     Raises:
@@ -60,6 +64,7 @@ def train(
     """
     state = processes()
     say = say if state.is_main_process else _silent
+    measure = measure or evaluate
     if problems := check(run):
         raise RunFileError(problems)
     folder.check(run, resume=resume, overwrite=overwrite)
@@ -89,7 +94,7 @@ def train(
         f"{run.method.name} on {run.model.name}: {spent.trainable:,} of {spent.base + spent.trainable:,} parameters ({share:.2%})"
     )
     clock = Clock()
-    trainer = make_trainer(prepared, adapted, [clock])
+    trainer = make_trainer(prepared, adapted, [clock, *callbacks])
 
     # Nothing was written up to here.
     resume_at = int(checkpoint.name.rpartition("-")[2]) if checkpoint else None
@@ -99,27 +104,25 @@ def train(
         output.mkdir(parents=True, exist_ok=True)
         folder.write_whole(output / "run.yaml", f"# {command or 'rankfold.train.run.train'}\n{run.to_yaml()}")
         trainer.add_callback(MetricsFile(output / "metrics.jsonl", resume_at))
-        if profile:
-            trainer.add_callback(Profile(output))
     state.wait_for_everyone()
 
     split, measured = _measured_split(prepared)
-    first = _MeasureFirst(lambda: _measure(trainer, split, measured))
+    first = _MeasureFirst(lambda: measure(trainer, split or "", measured))
     if checkpoint:
         first.scores = _recorded(output / "metrics.jsonl", split)
     elif measured is not None:
         say(f"measuring on {len(measured):,} {split} rows before training")
         trainer.add_callback(first)
     if run.training.early_stopping:
-        trainer.add_callback(EarlyStoppingCallback(run.training.early_stopping))
+        trainer.add_callback(StopEarly(run.training.early_stopping))
         trainer.args.restore_callback_states_from_checkpoint = True
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    trainer.remove_callback(EarlyStoppingCallback)  # the measurement below is no further evaluation
-    after = _measure(trainer, split, measured)
+    trainer.remove_callback(StopEarly)  # the measurement below is no further evaluation
+    after = measure(trainer, split, measured) if split else {}
     trainer.remove_callback(MetricsFile)  # nor is this
-    others = {name: _measure(trainer, name, prepared.for_trainer(name)) for name in also}
+    others = {name: measure(trainer, name, prepared.for_trainer(name)) for name in also if rows[name] is not None}
 
     best = trainer.state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
     rows_a_step = run.training.batch_size * run.training.gradient_accumulation * state.num_processes
@@ -198,9 +201,8 @@ def _prefix(split: str) -> str:
     return "test" if split == "test" else "eval"
 
 
-def _measure(trainer: CarefulTrainer, split: str | None, measured: Any) -> dict[str, float]:
-    if split is None:
-        return {}
+def evaluate(trainer: CarefulTrainer, split: str, measured: Any) -> dict[str, float]:
+    """The metrics of a split's rows, by name."""
     return tidy(trainer.evaluate(measured, metric_key_prefix=_prefix(split)), _prefix(split))
 
 

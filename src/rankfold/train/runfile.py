@@ -82,6 +82,9 @@ class Data(Section):
     max_train: int | None = Field(default=None, gt=0, description="Train on at most so many rows, drawn with the seed.")
     max_validation: int | None = Field(default=None, gt=0, description="Validate on at most so many rows.")
     max_test: int | None = Field(default=None, gt=0, description="Test on at most so many rows.")
+    seed: int | None = Field(
+        default=None, ge=0, description="Draws the shares and the max_... rows; by default training.seed."
+    )
     loss_on: Literal["completion", "all"] = Field(
         default="completion",
         description="causal-lm: learn the completion (or the assistant's turns) only, or every token.",
@@ -185,6 +188,11 @@ class RunFile(Section):
         return METRICS[self.task][self.metric]
 
     @property
+    def rows_seed(self) -> int:
+        """What draws the held-out shares and the `max_` rows."""
+        return self.training.seed if self.data.seed is None else self.data.seed
+
+    @property
     def keeps_best(self) -> bool:
         """Whether the run ends with the best checkpoint on validation."""
         return not scheduled(self) if self.training.keep_best is None else self.training.keep_best
@@ -204,16 +212,24 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> RunFile:
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        values, lines = read_values(path)
     except FileNotFoundError:
         raise FileNotFoundError(f"no run file '{path}': `rankfold init {path}` writes one") from None
+    return parse(values, overrides, where=str(path), lines=lines)
+
+
+def read_values(path: Path) -> tuple[Any, dict[KeyPath, int]]:
+    """The plain values of a YAML file, and the line of every key path in it.
+
+    Raises:
+        RunFileError: it is no YAML. OSError: it cannot be read.
+    """
+    try:
+        return read(path.read_text(encoding="utf-8"))
     except UnicodeDecodeError as e:
         raise RunFileError([Problem((), f"not UTF-8 text ({e})")], str(path)) from e
-    try:
-        values, lines = read(text)
     except YamlError as e:
         raise RunFileError([Problem((), str(e))], str(path), {(): e.line}) from e
-    return parse(values, overrides, where=str(path), lines=lines)
 
 
 def parse(
@@ -228,9 +244,9 @@ def parse(
     if not isinstance(values, dict):
         keys = ", ".join(RunFile.model_fields)
         raise RunFileError([Problem((), f"must be a mapping with the keys {keys}, got {short(values)}")], where, lines)
-    values = _expand_short_forms(values)
+    values = expand_short_forms(values)
     for override in overrides:
-        _apply(override, values, lines)
+        apply(override, values, lines)
     try:
         run = RunFile.model_validate(values)
     except ValidationError as e:
@@ -245,7 +261,7 @@ def parse(
 _SHORT_FORMS = {"model": "name", "data": "source", "method": "name"}
 
 
-def _expand_short_forms(values: dict[str, Any]) -> dict[str, Any]:
+def expand_short_forms(values: dict[str, Any]) -> dict[str, Any]:
     """`model: NAME` is `model: {name: NAME}`, and so on, one level deep and without touching the caller's dictionary."""
     # A section with every key commented out is null to YAML.
     values = {k: dict(v) if isinstance(v, dict) else v for k, v in values.items() if v is not None}
@@ -255,7 +271,12 @@ def _expand_short_forms(values: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
-def _apply(override: str, values: dict[str, Any], lines: dict[KeyPath, int]) -> None:
+def apply(override: str, values: dict[str, Any], lines: dict[KeyPath, int]) -> None:
+    """Set what `key=value` says, in the values and in the lines that place their problems.
+
+    Raises:
+        RunFileError: it is no `key=value`, or the key goes through something that is no section.
+    """
     key, equals, text = override.partition("=")
     path = tuple(key.split("."))
     try:

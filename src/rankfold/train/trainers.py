@@ -35,6 +35,11 @@ class CarefulTrainer(Trainer):
             )
         return loss
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # transformers asks only after a step whether to stop; a run that resumes where it had stopped has none to make.
+        if not self.control.should_training_stop:
+            super()._run_epoch(*args, **kwargs)
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         checkpoint = Path(self.args.output_dir or ".", f"checkpoint-{self.state.global_step}")
         try:

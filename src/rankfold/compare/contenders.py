@@ -1,0 +1,170 @@
+"""The contenders as they will be trained: on which modules and layers, with the ranks that the budget leaves them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from rankfold.compare.file import THIRDS, CompareFile, Contender, Place, SameAs, number, with_targets
+from rankfold.train import budget, model
+from rankfold.train.checks import config_fields, peft_config
+from rankfold.train.datafile import DataError
+from rankfold.train.plan import Prepared, make_plan, prepare
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A contender at a place.
+
+    Args:
+        method: its section of a run file.
+        trained, head: numbers trained in the adapter, and in full beside it; None if it cannot be built.
+        reason: why it cannot be trained, or None.
+    """
+
+    label: str
+    where: str
+    method: dict[str, Any]
+    trained: int | None = None
+    head: int | None = None
+    reason: str | None = None
+
+    def name(self) -> str:
+        """The entry in words."""
+        return self.label if self.where == "all" else f"{self.label}, {self.where}"
+
+
+@dataclass(frozen=True)
+class Field:
+    """Who competes, and on what.
+
+    Args:
+        budget: in trained numbers of the adapter, or None.
+        steps: of a whole trial.
+        rows: by split.
+    """
+
+    entries: list[Entry]
+    budget: int | None
+    steps: int
+    rows: dict[str, int]
+    notes: list[str]
+
+
+def resolve(file: CompareFile) -> Field:
+    """Places every contender and solves its ranks, on the shapes of the model alone.
+
+    Raises:
+        DataError, ModelError: rows or model cannot be used. ValueError: no contender can be trained at this budget.
+    """
+    prepared = prepare(file.run_file(with_targets(file.methods[0], file.targets), file.rates[0], file.seeds[0], "-"))
+    for split, use in (("validation", "chooses the learning rates"), ("test", "is what the report is on")):
+        if prepared.rows[split] is None:
+            raise DataError(
+                f"data.{split}: there are no {split} rows, and their metric {use}; hold some out: {split}: 0.1"
+            )
+    bench = _Bench(file, prepared)
+    limit = bench.limit()
+    entries = [bench.entry(*one, limit) for one in bench.all()]
+    first = next((e for e in entries if e.reason is None), None)
+    if first is None:
+        raise ValueError("no contender can be trained: " + "; ".join(f"{e.name()}: {e.reason}" for e in entries))
+    plan = make_plan(dataclasses.replace(prepared, run=file.run_file(first.method, file.rates[0], file.seeds[0], "-")))
+    same: dict[str, Entry] = {}
+    for entry in entries:
+        other = same.setdefault(json.dumps(entry.method, sort_keys=True, default=str), entry)
+        if other is not entry:
+            names = f"'{other.name()}' and '{entry.name()}'"
+            raise ValueError(f"methods: {names} are the same method with the same fields; remove one")
+    rows = {split: len(prepared.rows.splits[split]) for split in ("train", "validation", "test")}
+    return Field(entries, limit, plan.steps, rows, prepared.rows.notes)
+
+
+class _Bench:
+    """The model without its weights, to try adapters on."""
+
+    def __init__(self, file: CompareFile, prepared: Prepared):
+        self.file, self.prepared = file, prepared
+        self.skeleton, self.head = model.load_model(prepared.run, prepared.place, prepared.config, weights=False)
+
+    def all(self) -> Iterator[tuple[str, Contender, str, Place]]:
+        for label, contender in zip(self.file.labels(), self.file.methods, strict=True):
+            for where, place in self.file.places.items():
+                yield label, contender, where, place
+
+    def adapted(self, method: dict[str, Any]) -> PeftModel:
+        run = self.file.run_file(method, self.file.rates[0], self.file.seeds[0], "-")
+        return model.adapt(self.base(), run, self.head, self.prepared.tokenizer)
+
+    def base(self) -> PreTrainedModel:
+        return deepcopy(self.skeleton)
+
+    def limit(self) -> int | None:
+        """The budget as a number."""
+        if not isinstance(self.file.budget, SameAs):
+            return None if self.file.budget is None else number(self.file.budget)
+        return budget.count(self.adapted(with_targets(self.file.budget.of, self.file.targets))).adapter
+
+    def entry(self, label: str, contender: Contender, where: str, place: Place, limit: int | None) -> Entry:
+        method = with_targets(contender, self.file.targets)
+        try:
+            method |= self.placed(place, method.get("target_modules"))
+            if limit is not None:
+                method |= self.solved(method, limit)
+            spent = budget.count(self.adapted(method))
+        except ValueError as e:
+            return Entry(label, where, method, reason=str(e))
+        if limit is not None and spent.adapter > limit:
+            return Entry(label, where, method, reason=f"it trains {spent.adapter:,} numbers, the budget is {limit:,}")
+        return Entry(label, where, method, spent.adapter, spent.head)
+
+    def solved(self, method: dict[str, Any], limit: int) -> dict[str, Any]:
+        """The fields of the method that the budget changes."""
+        from rankfold.plan.match import match
+
+        config = peft_config(self.file.run_file(method, self.file.rates[0], self.file.seeds[0], "-"))
+        before = dataclasses.asdict(config)
+        after = dataclasses.asdict(match(self.base(), config, limit).config)
+        known = config_fields(type(config))
+        return {key: _plain(after[key]) for key in known if _plain(after[key]) != _plain(before[key])}
+
+    def placed(self, place: Place, targets: Any) -> dict[str, Any]:
+        targets = targets if place.target_modules is None else place.target_modules
+        fields = {} if place.target_modules is None else {"target_modules": targets}
+        if place.layers is None:
+            return fields
+        if isinstance(targets, str) and targets.lower() != "all-linear":
+            raise ValueError(f"where: layers cannot be chosen beside the regex '{targets}'; list the modules' names")
+        # PEFT counts layers only where the names of the modules are listed.
+        names = self.linear() if isinstance(targets, str) else targets
+        return {"target_modules": names, "layers_to_transform": self.layers(place.layers)}
+
+    def linear(self) -> list[str]:
+        """The last names of what all-linear stands for."""
+        adapted = self.adapted({"name": "peft:lora", "r": 1, "target_modules": "all-linear"})
+        names: list[str] = adapted.base_model.targeted_module_names  # pyright: ignore[reportAssignmentType]
+        return sorted({name.rpartition(".")[2] for name in names})
+
+    def layers(self, wanted: str | list[int]) -> list[int]:
+        count = getattr(self.prepared.config.get_text_config(), "num_hidden_layers", None)
+        if count is None:
+            raise ValueError("where: layers: the model's config does not say how many layers it has")
+        if isinstance(wanted, str):
+            part = THIRDS.index(wanted)
+            return list(range(round(part * count / 3), round((part + 1) * count / 3)))
+        if outside := [layer for layer in wanted if not 0 <= layer < count]:
+            raise ValueError(f"where: layers: {outside[0]} is no layer; the model has layers 0 to {count - 1}")
+        return wanted
+
+
+def _plain(value: Any) -> Any:
+    """As a run file holds it."""
+    return sorted(value) if isinstance(value, set) else value

@@ -1,0 +1,308 @@
+"""The compare file: one YAML that says what is compared with what, on which model and data, at which budget.
+
+`model`, `task`, `data` and `training` are those of a run file and the same for every contender; what differs between two
+trials is the method, where it is put, the learning rate and the seed. Problems are reported as those of a run file.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import Field, ValidationError
+
+from rankfold.train.checks import check, config_class, config_fields
+from rankfold.train.problems import Problem, RunFileError, explain, short
+from rankfold.train.runfile import (
+    Data,
+    Method,
+    Model,
+    RunFile,
+    Section,
+    Task,
+    Training,
+    apply,
+    expand_short_forms,
+    read_values,
+)
+from rankfold.train.yamlfile import KeyPath
+
+THIRDS = ("first third", "middle third", "last third")
+
+
+class Contender(Method):
+    """A method as in a run file, and what it is called in the report."""
+
+    label: str | None = Field(default=None, description="Its name in the report; by default the method's.")
+
+
+class Place(Section):
+    target_modules: str | list[str] | None = Field(
+        default=None, description="Which modules, as in a run file; by default those of `targets`."
+    )
+    layers: Literal["first third", "middle third", "last third"] | list[int] | None = Field(
+        default=None, description="Which layers, counted from 0; by default all."
+    )
+
+
+class Halving(Section):
+    keep: float = Field(default=0.5, gt=0, lt=1, description="The share of the rates that goes on after each rung.")
+    rungs: int = Field(default=3, gt=1, description="How often the rates are measured, the end included.")
+
+
+class HalvingSearch(Section):
+    halving: Halving = Field(description="Successive halving: after every rung the best rates go on.")
+
+
+class SameAs(Section):
+    of: Contender = Field(description="A method and its fields, whose trained parameters are the budget.")
+
+
+class CompareFile(Section):
+    """One comparison. Build it with `load` (from a file) or `parse` (from a dictionary)."""
+
+    model: Model = Field(description="The pretrained model, as in a run file.")
+    task: Task = Field(description="causal-lm or classification.")
+    data: Data = Field(description="The rows, as in a run file; validation and test rows are needed.")
+    methods: list[Contender] = Field(min_length=1, description="Who competes: names, or {name, label, fields...}.")
+    targets: str | list[str] = Field(
+        default="all-linear", description="target_modules of every contender that does not name its own."
+    )
+    where: dict[str, Place] = Field(
+        default={}, description="Named places; every contender is tried in each, at the same budget."
+    )
+    budget: int | str | SameAs | None = Field(
+        default=None,
+        description="Trained numbers of every adapter: 1200000, 1.2M, or {of: {name: peft:lora, r: 8}}; the ranks of "
+        "every contender follow. None: as the contenders say.",
+    )
+    rates: list[float] = Field(min_length=1, description="Learning rates to try with every contender.")
+    seeds: list[int] = Field(min_length=1, description="Seeds of the head, the adapter, the order of rows and dropout.")
+    search: Literal["grid"] | HalvingSearch = Field(
+        default="grid",
+        description="grid: every rate to its end. {halving: {keep: 0.5, rungs: 3}}: bad rates end early.",
+    )
+    search_seeds: list[int] | None = Field(
+        default=None,
+        min_length=1,
+        description="The seeds that choose the rate; the others are run at that rate alone. By default all of them for "
+        "the grid, and the first one for halving.",
+    )
+    training: Training = Field(
+        default=Training(),
+        description="As in a run file, stopping included; rates and seeds take the place of two keys.",
+    )
+    launch: str | None = Field(
+        default=None, description="What starts a trial on several devices: accelerate launch --num_processes 2."
+    )
+    output: str = Field(description="Folder of the comparison. One that is there is continued.")
+
+    @property
+    def choosing_seeds(self) -> list[int]:
+        """The seeds whose validation chooses the learning rate."""
+        return self.search_seeds or (self.seeds if self.search == "grid" else self.seeds[:1])
+
+    @property
+    def rungs(self) -> list[float]:
+        """Shares of the steps after which the rates are measured; the last is 1."""
+        if isinstance(self.search, str):
+            return [1.0]
+        h = self.search.halving
+        return [h.keep ** (h.rungs - 1 - i) for i in range(h.rungs)]
+
+    @property
+    def places(self) -> dict[str, Place]:
+        return self.where or {"all": Place()}
+
+    def labels(self) -> list[str]:
+        """What each contender is called: as the file says, else the method, with its fields where two have one."""
+        names = Counter(c.name for c in self.methods)
+        return [
+            c.label
+            or (c.name if names[c.name] == 1 else " ".join([c.name, *(f"{k}={v}" for k, v in c.fields.items())]))
+            for c in self.methods
+        ]
+
+    def run_file(self, method: dict[str, Any], rate: float, seed: int, output: str) -> RunFile:
+        """The run file of a trial."""
+        shared = self.model_dump(include={"model", "task", "data", "training"}, exclude_none=True)
+        shared["training"] |= {"learning_rate": rate, "seed": seed}
+        return RunFile.model_validate({**shared, "method": method, "output": output})
+
+    def to_yaml(self) -> str:
+        """Every value, defaults included, so that the file means the same in a later version."""
+        values = self.model_dump(exclude_none=True, exclude={"training": {"learning_rate", "seed"}})
+        return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120)
+
+
+def load(path: str | Path, overrides: Iterable[str] = ()) -> CompareFile:
+    """Read a compare file and apply `key=value` overrides.
+
+    Raises:
+        RunFileError: one line for each problem, with its line number. OSError: the file cannot be read.
+    """
+    path = Path(path)
+    try:
+        values, lines = read_values(path)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"no compare file '{path}': `rankfold init {path} --compare` writes one") from None
+    return parse(values, overrides, where=str(path), lines=lines)
+
+
+def parse(
+    values: Any, overrides: Iterable[str] = (), where: str = "compare file", lines: dict[KeyPath, int] | None = None
+) -> CompareFile:
+    """Check plain values as `load` does.
+
+    Raises:
+        RunFileError: one line for each problem.
+    """
+    lines = dict(lines or {})
+    if not isinstance(values, dict):
+        keys = ", ".join(CompareFile.model_fields)
+        raise RunFileError([Problem((), f"must be a mapping with the keys {keys}, got {short(values)}")], where, lines)
+    values = expand_short_forms(values)
+    for override in overrides:
+        apply(override, values, lines)
+    problems = _short_forms(values)
+    if not problems:
+        try:
+            file = CompareFile.model_validate(values)
+        except ValidationError as e:
+            problems = explain(e, CompareFile)
+        else:
+            problems = _check(file)
+            if not problems:
+                return file
+    raise RunFileError(problems, where, lines)
+
+
+def _short_forms(values: dict[str, Any]) -> list[Problem]:
+    """Expands `methods: [rasa]`, `budget: none` and `search: halving`, and fills in what a comparison decides by itself."""
+    problems = []
+    methods = values.get("methods")
+    if isinstance(methods, list):
+        values["methods"] = [{"name": m} if isinstance(m, str) else m for m in methods]
+        for i, m in enumerate(values["methods"]):
+            if not (isinstance(m, dict) and isinstance(m.get("name"), str)):
+                problems.append(
+                    Problem(("methods", i), f"{short(m)} is neither a method's name nor {{name: ..., ...}}")
+                )
+    if values.get("budget") == "none":
+        values.pop("budget")
+    if values.get("search") == "halving":
+        values["search"] = {"halving": {}}
+    data, training = values.get("data"), values.get("training", {})
+    if isinstance(data, dict):
+        values["data"] = {"seed": 0} | data  # the same rows for every seed, so that trials can be paired row by row
+    if isinstance(training, dict):
+        for key, of in (("learning_rate", "rates"), ("seed", "seeds")):
+            if key in training:
+                problems.append(Problem(("training", key), f"comes from {of}; remove it here"))
+        # The same for scheduled methods, which would keep their last checkpoint, and the others.
+        values["training"] = {"keep_best": False} | training
+    return problems
+
+
+@dataclass(frozen=True)
+class _Spot:
+    """Where in the file a list stands, for the messages about its values."""
+
+    name: str
+    values: list[Any]
+
+    def repeated(self) -> list[Problem]:
+        twice = [v for v, n in Counter(map(str, self.values)).items() if n > 1]
+        return [Problem((self.name,), f"{', '.join(twice)} stands there twice")] if twice else []
+
+
+def _check(file: CompareFile) -> list[Problem]:
+    problems = _Spot("rates", file.rates).repeated() + _Spot("seeds", file.seeds).repeated()
+    problems += [Problem(("rates",), f"{rate:g} must be greater than 0") for rate in file.rates if not rate > 0]
+    problems += [Problem(("seeds",), f"{seed} must not be less than 0") for seed in file.seeds if seed < 0]
+    if foreign := [s for s in file.search_seeds or () if s not in file.seeds]:
+        problems.append(
+            Problem(("search_seeds",), f"{foreign[0]} is none of seeds ({', '.join(map(str, file.seeds))})")
+        )
+    if not isinstance(file.search, str) and file.training.early_stopping:
+        problems.append(
+            Problem(("training", "early_stopping"), "contradicts search: halving, which itself says when a trial ends")
+        )
+    if file.training.metric == "macro_f1":
+        problems.append(
+            Problem(
+                ("training", "metric"),
+                "'macro_f1' is no mean over rows, so test rows cannot be resampled for it; use accuracy or loss",
+            )
+        )
+    problems += [Problem(("where", name, "layers"), "is empty") for name, p in file.where.items() if p.layers == []]
+    try:
+        if isinstance(file.budget, int | str):
+            number(file.budget)
+    except ValueError as e:
+        problems.append(Problem(("budget",), str(e)))
+    labels = file.labels()
+    for i, label in enumerate(labels):
+        if label in labels[:i]:
+            problems.append(Problem(("methods", i), f"another contender is called '{label}' too; give it a label"))
+    return problems or _check_runs(file)
+
+
+def _check_runs(file: CompareFile) -> list[Problem]:
+    """What a run file of each contender would complain about, at its place in this file; the same complaint once."""
+    contenders: list[tuple[KeyPath, Contender]] = [(("methods", i), c) for i, c in enumerate(file.methods)]
+    if isinstance(file.budget, SameAs):
+        contenders.append((("budget", "of"), file.budget.of))
+    found: dict[Problem, None] = {}
+    for path, contender in contenders:
+        run = file.run_file(with_targets(contender, file.targets), file.rates[0], file.seeds[0], file.output)
+        for p in check(run):
+            found[Problem((*path, *p.path[1:]), p.message) if p.path[0] == "method" else p] = None
+        if p := _check_places(file, contender):
+            found[Problem(path, p)] = None
+    return list(found)
+
+
+def _check_places(file: CompareFile, contender: Contender) -> str | None:
+    if not file.where:
+        return None
+    try:
+        known = config_fields(config_class(contender.name))
+    except ValueError:
+        return None  # reported already
+    needed = {"target_modules": any(p.target_modules is not None for p in file.where.values())}
+    needed["layers_to_transform"] = any(p.layers is not None for p in file.where.values())
+    lacks = [key for key, need in needed.items() if need and key not in known]
+    return f"'{contender.name}' has no field {lacks[0]}, so `where` cannot place it" if lacks else None
+
+
+def with_targets(contender: Contender, targets: str | list[str]) -> dict[str, Any]:
+    """The contender as the method of a run file, on the shared targets if it names none."""
+    fields = dict(contender.fields)
+    try:
+        if "target_modules" in config_fields(config_class(contender.name)):
+            fields.setdefault("target_modules", targets)
+    except ValueError:
+        pass  # an unknown method is reported with the others
+    return {"name": contender.name, **fields}
+
+
+def number(text: int | str) -> int:
+    """A count as people write it: 1200000, "1.2M", "300k".
+
+    Raises:
+        ValueError: it is none, or not greater than 0.
+    """
+    factors = {"k": 1e3, "m": 1e6, "b": 1e9}
+    given = str(text).strip().lower().replace(",", "").replace("_", "")
+    try:
+        value = float(given[:-1]) * factors[given[-1]] if given[-1:] in factors else float(given)
+    except ValueError:
+        raise ValueError(f"{short(text)} is no number of parameters, such as 1200000, 1.2M or 300k") from None
+    if not 1 <= value < float("inf"):
+        raise ValueError(f"{short(text)} must be at least 1")
+    return round(value)

