@@ -34,6 +34,7 @@ from rankfold.train.folder import FolderError, SaveError
 from rankfold.train.metrics import read_metrics
 from rankfold.train.model import ModelError
 from rankfold.train.plan import make_plan, prepare
+from rankfold.train.profile import PARTS, Profile
 from rankfold.train.run import train
 from rankfold.train.runfile import parse
 from rankfold.train.trainers import CarefulTrainer, DivergedError
@@ -544,7 +545,7 @@ def test_accumulated_and_checkpointed_gradients_are_the_same(classification: Val
 
 
 def test_a_profile_says_where_the_time_went(language_model: Values):
-    run = parse(change(language_model, "training.max_steps=7"))
+    run = change(language_model, "training.max_steps=7")
     train(run, callbacks=[Profile(Path(run.output))], say=silent)
     page = Path(run.output, "profile.txt").read_text()
     assert "where the time of 3 steps went" in page
