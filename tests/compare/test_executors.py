@@ -78,7 +78,7 @@ def test_leaving_ends_what_runs(tmp_path: Path):
     folder = tmp_path / "trial"
     folder.mkdir()
     (folder / JOB).write_text("{}")
-    with executor("local", 1, f"sh -c '(cat; echo ended > {tmp_path}/child) & wait'") as submit:
+    with executor("local", 1, f"sh -c '(cat; echo ended > {tmp_path}/child); true'") as submit:
         running, queued = submit(folder, LINE), submit(folder, LINE)
         while not (folder / "log.txt").exists():
             time.sleep(0.01)

@@ -43,7 +43,7 @@ def seen(values: Values, method: Values, seed: int, monkeypatch: pytest.MonkeyPa
     step = CarefulTrainer.training_step
 
     def training_step(self: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
-        batches.append(inputs["input_ids"].tolist())
+        batches.append([[token for token in row if token] for row in inputs["input_ids"].tolist()])  # 0 pads
         return step(self, model, inputs, *args, **kwargs)
 
     start = Start()

@@ -104,7 +104,7 @@ class _Comparison:
             if not running:
                 return
             finished, _ = wait(running, return_when=FIRST_COMPLETED)
-            for future in finished:
+            for future in [f for f in running if f in finished]:  # in the order of their start
                 trial, line = running.pop(future), future.result()
                 append(self.out / FILE, line)
                 done[trial.id] = line
