@@ -16,6 +16,7 @@ from rankfold.control import AdapterCallback
 from rankfold.train.arguments import arguments_class, trainer_arguments
 from rankfold.train.callbacks import Progress, RankAllocation
 from rankfold.train.folder import saving
+from rankfold.train.loss import score_labels_only
 from rankfold.train.metrics import classification_metrics
 from rankfold.train.plan import Prepared
 
@@ -51,6 +52,11 @@ class CarefulTrainer(Trainer):
 
 
 class CarefulSFTTrainer(CarefulTrainer, SFTTrainer):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        model: Any = self.model
+        score_labels_only(model.get_base_model() if isinstance(model, PeftModel) else model)
+
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """None in checkpoints: the run writes its own card."""
 

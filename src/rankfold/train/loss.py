@@ -1,0 +1,119 @@
+"""A language model's loss on a CPU: the head's products only where there are labels, and only once.
+
+TRL's fused head scores every position where there is no Triton, and makes the logits again in its backward. Here rows without a
+label never meet the head, and while a chunk's logits are at hand the gradient is made from them: two products a label, not three a token.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from trl.trainer.utils import FusedCausalLMOutput
+
+#: Logits held at a time: 64 MB of them in float32.
+CHUNK = 2**24
+#: What some models do to their logits besides the head's product; TRL's head knows how, this one does not.
+SCALED = ("final_logit_softcapping", "logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
+
+
+def score_labels_only(model: Any) -> None:
+    """Has TRL's `model(..., fused_lm_head=True)` of a language model computed as above, where it can be.
+
+    It cannot, and TRL's own is called: on an accelerator, for a head that is trained, adapted, sharded or has a bias, for logits
+    that are scaled, for routers' losses, and for labels that are shifted already.
+
+    Args:
+        model: the base model, after TRL gave it the fused head.
+    """
+    config = model.config.get_text_config()
+    if any(getattr(config, name, None) is not None for name in SCALED):
+        return
+    theirs = model.forward
+
+    @functools.wraps(type(model).forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        labels, head = kwargs.get("labels"), self.get_output_embeddings()
+        others = {k: v for k, v in kwargs.items() if k not in ("labels", "fused_lm_head", "use_cache")}
+        if (
+            not kwargs.get("fused_lm_head")
+            or labels is None
+            or "shift_labels" in others
+            or "num_items_in_batch" in others
+            or others.get("output_router_logits", getattr(config, "output_router_logits", False))
+            or not _plain(head)
+        ):
+            return theirs(*args, **kwargs)
+        hidden = getattr(self, self.base_model_prefix)(*args, use_cache=False, **others).last_hidden_state[:, :-1]
+        return scored(hidden, head.weight, labels[:, 1:])
+
+    model.forward = types.MethodType(forward, model)
+
+
+def _plain(head: nn.Module) -> bool:
+    weight = getattr(head, "weight", None)
+    return (
+        type(head) is nn.Linear
+        and head.bias is None
+        and type(weight) is nn.Parameter
+        and not weight.requires_grad
+        and weight.device.type == "cpu"
+        and not (head._forward_hooks or head._forward_pre_hooks)
+    )
+
+
+def scored(hidden: Tensor, weight: Tensor, labels: Tensor) -> FusedCausalLMOutput:
+    """What TRL's trainer reads: log-probabilities of the labels, zero where there is none.
+
+    Args:
+        hidden: batch × length × width; weight: vocabulary × width; labels: batch × length, −100 for none.
+    """
+    mask = labels != -100
+    picked = hidden[mask]
+    if torch.is_autocast_enabled("cpu"):
+        picked = picked.to(torch.get_autocast_dtype("cpu"))
+    log_probs, is_top1 = _LabelScores.apply(picked, weight, labels[mask])  # pyright: ignore[reportGeneralTypeIssues]
+    blank = log_probs.new_zeros(mask.shape)
+    found = blank.masked_scatter(mask, log_probs)
+    return FusedCausalLMOutput(
+        loss=-found.sum() / mask.sum().clamp(min=1),
+        log_probs=found,
+        entropy=blank,  # TRL logs it, rankfold does not
+        is_top1=torch.zeros_like(mask).masked_scatter(mask, is_top1),
+        label_mask=mask,
+    )
+
+
+class _LabelScores(torch.autograd.Function):
+    """log softmax(h Wᵀ)[label] and whether the label is the likeliest, for h n × width; W gets no gradient."""
+
+    @staticmethod
+    def forward(ctx, h, weight, labels):  # pyright: ignore[reportIncompatibleMethodOverride]
+        log_probs = h.new_empty(len(h), dtype=torch.float32)
+        is_top1 = torch.empty(len(h), dtype=torch.bool)
+        slope = torch.empty_like(h) if ctx.needs_input_grad[0] else None  # ∂ log p / ∂ h, a row for each label
+        rows = max(CHUNK // len(weight), 1)
+        with torch.autocast("cpu", enabled=False):
+            whole = weight.to(h.dtype)
+            for i in range(0, len(h), rows):
+                part = slice(i, i + rows)
+                logits, own = (h[part] @ whole.T).float(), labels[part, None]
+                total = logits.logsumexp(1, keepdim=True)
+                log_probs[part] = (logits.gather(1, own) - total)[:, 0]
+                is_top1[part] = logits.argmax(1) == own[:, 0]
+                if slope is not None:
+                    p = logits.sub_(total).exp_().neg_()
+                    slope[part] = p.scatter_add_(1, own, torch.ones_like(own, dtype=p.dtype)).to(h.dtype) @ whole
+        ctx.save_for_backward(slope)
+        ctx.mark_non_differentiable(is_top1)
+        return log_probs, is_top1
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad, _):  # pyright: ignore[reportIncompatibleMethodOverride]
+        (slope,) = ctx.saved_tensors
+        return (slope * grad[:, None]).to(slope.dtype), None, None
