@@ -86,7 +86,7 @@ def test_lines_and_names(values: Values, tmp_path: Path):
         ({"training": {"metric": "macro_f1"}}, "training.metric: 'macro_f1' is no mean over rows"),
         ({"training": {"early_stopping": 2, "keep_best": True}, "search": "halving"}, "contradicts search: halving"),
         ({"budget": "much"}, "budget: 'much' is no number of parameters"),
-        ({"budget": 0}, "budget: 0 must be at least 1"),
+        ({"budget": 0}, "budget: '0' is no number of parameters"),
         ({"budget": {"of": {"name": "lora", "rank": 8}}}, "budget.of.rank: 'lora' has no such field"),
         ({"budget": {"off": {"name": "lora"}}}, "budget: "),
         ({"where": {"all": {"layer": [1]}}}, "where.all.layer: unknown key (value [1]); did you mean 'layers'?"),

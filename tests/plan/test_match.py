@@ -104,5 +104,19 @@ def test_any_rising_curve(budget: int) -> None:
 def test_budgets_in_words() -> None:
     assert [parse_budget(t) for t in ("1200000", "1.2M", "300k", "1_000", "2,000")] == [1200000, 1200000, 300000, 1000, 2000]  # fmt: skip
     for bad in ("", "-3", "0", "M", "1.2MB", "lots", "nan"):
-        with pytest.raises(ValueError, match="budget="):
+        with pytest.raises(ValueError, match="is no number of parameters"):
             parse_budget(bad)
+
+
+def test_a_method_that_refuses_a_larger_rank_stays_at_its_largest(
+    llama: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def check(self: PlainLoraConfig) -> None:
+        if self.r > 5:
+            raise ValueError(f"PlainLoraConfig: r={self.r} must be <= 5, the rank of its basis")
+
+    monkeypatch.setattr(PlainLoraConfig, "check", check)
+    found = match(llama, PlainLoraConfig(r=2, target_modules=["q_proj"]), 1_000_000)
+    assert (found.config.r, found.full) == (5, True)  # pyright: ignore[reportAttributeAccessIssue]
+    with pytest.raises(ValueError, match=r"^PlainLoraConfig: r=6 must be <= 5"):
+        match(llama, setting(PlainLoraConfig(r=2, target_modules=["q_proj"])).at(6), 1_000_000)

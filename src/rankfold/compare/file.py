@@ -15,6 +15,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, ValidationError
 
+from rankfold.plan.match import parse_budget
 from rankfold.train.checks import check, config_class, config_fields
 from rankfold.train.problems import Problem, RunFileError, explain, short
 from rankfold.train.runfile import (
@@ -292,17 +293,5 @@ def with_targets(contender: Contender, targets: str | list[str]) -> dict[str, An
 
 
 def number(text: int | str) -> int:
-    """A count as people write it: 1200000, "1.2M", "300k".
-
-    Raises:
-        ValueError: it is none, or not greater than 0.
-    """
-    factors = {"k": 1e3, "m": 1e6, "b": 1e9}
-    given = str(text).strip().lower().replace(",", "").replace("_", "")
-    try:
-        value = float(given[:-1]) * factors[given[-1]] if given[-1:] in factors else float(given)
-    except ValueError:
-        raise ValueError(f"{short(text)} is no number of parameters, such as 1200000, 1.2M or 300k") from None
-    if not 1 <= value < float("inf"):
-        raise ValueError(f"{short(text)} must be at least 1")
-    return round(value)
+    """A count as people write it: 1200000, "1.2M", "300k"; raises ValueError where it is none."""
+    return parse_budget(str(text))

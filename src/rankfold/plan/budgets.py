@@ -124,7 +124,7 @@ def run_costs(
         raise ValueError("--r and a budget contradict each other: a budget solves for the ranks")
     if r is not None and r < 1:
         raise ValueError(f"--r {r} must be an integer > 0")
-    limit = parse_budget(budget) if budget else None
+    limit = _limit(budget)
     yardstick = parse(budget_of) if budget_of else None
     base = meta_model(model, task, revision, labels)
     where = _targets(targets)
@@ -149,6 +149,13 @@ def run_costs(
             if row.cost:
                 print(f"\n# {row.label}, for a run file\n{row.run_file()}", end="")
     return plan
+
+
+def _limit(budget: str | None) -> int | None:
+    try:
+        return parse_budget(budget) if budget else None
+    except ValueError as error:
+        raise ValueError(f"--budget {error}") from None
 
 
 def _targets(given: Sequence[str] | None) -> list[str] | str:

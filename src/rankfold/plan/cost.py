@@ -112,11 +112,7 @@ def adapted(base: nn.Module, config: PeftConfig) -> PeftModel:
             warnings.simplefilter("ignore")  # PEFT's advice about training
             model: Any = get_peft_model(meta_copy(base), config, autocast_adapter_dtype=False)  # pyright: ignore[reportArgumentType]
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, AssertionError) as error:
-        raise ValueError(
-            f"{_title(config)}: {(str(error).strip().splitlines() or [type(error).__name__])[0]}"
-        ) from error
+        message = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        title = type(config).__name__
+        raise ValueError(message if message.startswith(title) else f"{title}: {message}") from error
     return model
-
-
-def _title(config: PeftConfig) -> str:
-    return type(config).__name__

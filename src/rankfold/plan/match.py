@@ -36,7 +36,8 @@ class Match:
 def match(base: nn.Module, config: PeftConfig, budget: int) -> Match:
     """The rank settings of a config that come closest to a budget without exceeding it.
 
-    The number is the largest that the budget allows: one more exceeds it, or is more than the matrices' own rank. What is held to the
+    The number is the largest that the budget allows: one more exceeds it, is refused by the method, or is more than the matrices'
+    own rank. What is held to the
     budget is what the optimiser trains in the adapter, at the start where ranks fall; a head is no part of it. RaSA keeps
     its `shared_rank` (at most r; None stays the paper's max(r/8, 1)); AdaLoRA and dynamic DoRA keep target_r's share of r.
 
@@ -53,13 +54,20 @@ def match(base: nn.Module, config: PeftConfig, budget: int) -> Match:
     first = adapted(base, config)
     counted = {found.value: adapter_parameters(first)}
 
+    refused: set[int] = set()
+
     def count(n: int) -> int:
         if n not in counted:
-            counted[n] = trained(base, found.at(n))
+            try:
+                counted[n] = trained(base, found.at(n))
+            except ValueError:  # larger than the method can be, such as CoRA's basis
+                refused.add(n)
+                counted[n] = sys.maxsize
         return counted[n]
 
     most = _most(first, found)
     n, full = largest(count, most, budget, guess=found.value)
+    full = full or n + 1 in refused
     if n == 0:
         raise ValueError(
             f"{type(config).__name__}: even {found.field}=1 trains {count(1):,} numbers, and the budget is {budget:,}"
@@ -124,5 +132,5 @@ def parse_budget(text: str) -> int:
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmb]?)", text.strip().replace(",", "").replace("_", "").lower())
     count = round(float(found[1]) * _UNITS[found[2]]) if found else 0
     if count < 1:
-        raise ValueError(f"budget={text!r} is no number of parameters; write it as 1200000, 1.2M or 300k")
+        raise ValueError(f"{text!r} is no number of parameters, such as 1200000, 1.2M or 300k")
     return count
