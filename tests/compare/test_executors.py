@@ -121,7 +121,7 @@ def test_two_processes_a_trial(values: Values, tmp_path: Path, monkeypatch: pyte
     (one,) = lines(values, "one", tmp_path)
     # Hardly trained: dropout draws other masks in each process.
     assert two.items == pytest.approx(one.items, rel=1e-5)
-    assert len({round(x, 4) for x in two.items}) > 4
+    assert len({round(x, 4) for x in two.items}) > 1  # rows can be told apart, so their order was looked at
     assert two.before == pytest.approx(one.before, rel=1e-5)
     assert two.test == pytest.approx(
         result["after"]["loss"], rel=0.02

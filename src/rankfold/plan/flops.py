@@ -61,6 +61,8 @@ def adapter_flops(model: nn.Module) -> tuple[float, float] | None:
         if hasattr(layer, "sit_with"):
             layer.sit_with(None, 0)  # alone: its siblings are counted for themselves
         into, out = in_and_out(layer.get_base_layer())
+        if layer.get_base_layer().weight.is_floating_point():
+            layer.to(torch.bfloat16)  # in float32 our contraction may take another order for so many tokens
         dtype = layer.get_base_layer().weight.dtype
         x = torch.empty(TOKENS, into, device="meta", dtype=dtype if dtype.is_floating_point else torch.float32)
         x.requires_grad_()
