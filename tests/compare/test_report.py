@@ -10,12 +10,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import pytest
 from browser import Browser, find
 from synthetic import METHODS, Method, as_loss, fail, halving, lines
 
+from rankfold.compare.command import run_compare
 from rankfold.compare.lines import TrialLine, append
 from rankfold.compare.report import write_report
 from rankfold.compare.report.charts import _apart, _limits
@@ -220,3 +222,14 @@ def test_it_prints_light_whatever_the_screen(reports: dict[str, Path], browser: 
     assert found["wide"] <= 794
     assert browser.run("[...document.querySelectorAll('.scroll')].every(e => e.scrollWidth <= e.clientWidth + 1)")
     assert browser.pdf().startswith(b"%PDF")
+
+
+def test_the_command_says_in_the_terminal_what_the_page_says(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = SimpleNamespace(output=str(write(tmp_path, lines()).parent))
+    run_compare(file, report_only=True)  # type: ignore[arg-type]
+    said = capsys.readouterr().out
+    assert said.startswith("LoRA r=8 (PEFT) has the highest test accuracy")
+    assert "against LoRA r=8 (PEFT)" in said
+    assert said.rstrip().endswith("report.html")

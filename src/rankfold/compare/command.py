@@ -37,9 +37,16 @@ def run_compare(
             raise FileNotFoundError(f"'{out}' has no {FILE}, so there is nothing to report yet")
     else:
         compare(file, workers=workers, kind=kind, retry_failed=retry_failed, command=command)
-    from rankfold.compare.report import write_report
+    from rich.console import Console
 
-    print(f"wrote {write_report(out)}")
+    from rankfold.compare.report import write_report
+    from rankfold.compare.statistics import analyse
+    from rankfold.compare.table import show
+
+    page = write_report(out)
+    console = Console()
+    (console if console.is_terminal else Console(width=max(console.width, 120))).print(show(analyse(read(out / FILE))))
+    print(f"wrote {page}")
 
 
 def _print_plan(field: Field, file: CompareFile) -> None:

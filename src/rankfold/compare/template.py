@@ -21,6 +21,9 @@ output: runs/compare-phonemes
 """,
 }
 
+#: What LoRA trains at r = 8, and a budget a little above.
+_BUDGET = {"classification": ("337,920", "340000"), "causal-lm": ("2,442,240", "2460000")}
+
 _REST = """\
 
 # Who competes. A name, or {name, label, fields of its config}; names as in `rankfold methods`, or peft:NAME.
@@ -28,8 +31,9 @@ methods:
   - {name: peft:lora, label: LoRA, lora_alpha: 16}
   - {name: rasa, label: RaSA, lora_alpha: 16}
 
-# The trained numbers of every adapter; ranks follow from it. 1200000, 1.2M, {of: {name: ..., fields}}, or none.
-budget: {of: {name: peft:lora, r: 8}}
+# The most numbers an adapter may train; ranks follow from it. 1200000, 1.2M, {of: {name: ..., fields}}, or none.
+# LoRA trains %s at r = 8. A little above that, so that a method's few gates do not cost it a whole rank.
+budget: %s
 
 # Which modules, for contenders that do not name their own.
 targets: all-linear
@@ -56,4 +60,4 @@ def template(task: Task = "classification") -> str:
 # rankfold compare compare.yaml               run what is missing; a killed comparison goes on where it stopped
 # rankfold compare compare.yaml --dry-run     contenders, their parameters at the budget, and how many trials
 # model, task, data and training are those of a run file: `rankfold init` explains every key.
-{_START[task]}{_REST}"""
+{_START[task]}{_REST % _BUDGET[task]}"""
