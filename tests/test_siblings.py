@@ -22,6 +22,7 @@ from transformers import (
 
 from rankfold import Factors, PlainLoraConfig
 from rankfold.contraction import Member, Term, low_rank_linear, low_rank_linears
+from rankfold.fused_mlp import unfuse_mlps
 from rankfold.layer import AdaptedLinear
 from rankfold.siblings import Siblings
 
@@ -54,6 +55,7 @@ def layers(model: nn.Module) -> list[AdaptedLinear]:
 def alone(model: nn.Module) -> nn.Module:
     for layer in layers(model):
         layer.siblings = None
+    unfuse_mlps(model)
     return model
 
 

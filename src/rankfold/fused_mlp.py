@@ -16,21 +16,21 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
+from transformers.activations import ACT2FN
 
 from rankfold.contraction import Member, in_separate_order
 from rankfold.gated_mlp import GELU, GELU_TANH, SILU, Activation, gated_mlp
-from rankfold.siblings import members_together
+from rankfold.siblings import members_together, replaced
 
 if TYPE_CHECKING:
     from rankfold.layer import AdaptedLinear
 
-#: transformers' classes and torch's, by name: the former are wrappers of the latter.
-ACTIVATIONS = {
-    "SiLU": SILU,
-    "SiLUActivation": SILU,
-    "GELUActivation": GELU,
-    "GELUTanh": GELU_TANH,
-    "PytorchGELUTanh": GELU_TANH,
+#: Of modules, torch's and those that transformers calls silu and gelu, whatever their classes are named.
+ACTIVATIONS: dict[type[nn.Module], Activation] = {
+    nn.SiLU: SILU,
+    type(ACT2FN["silu"]): SILU,
+    type(ACT2FN["gelu"]): GELU,
+    type(ACT2FN["gelu_pytorch_tanh"]): GELU_TANH,
 }
 BODY = "self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))"
 
@@ -102,7 +102,7 @@ def _is_gated_mlp(cls: type[nn.Module]) -> bool:
 
 def _activation(module: Any) -> Activation | None:
     act = module.act_fn
-    return None if _hooked(act) else ACTIVATIONS.get(type(act).__name__)
+    return None if _hooked(act) else ACTIVATIONS.get(type(act))
 
 
 def _members(module: Any) -> list[Member] | None:
@@ -115,6 +115,6 @@ def _members(module: Any) -> list[Member] | None:
 
 
 def _hooked(module: nn.Module) -> bool:
-    return bool(
+    return replaced(module) or bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )

@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from rankfold.adapter import Adapter
 from rankfold.contraction import Member, low_rank_linear
-from rankfold.siblings import Siblings, sharing_allowed
+from rankfold.siblings import Siblings, replaced, sharing_allowed
 
 
 class AdaptedLinear(nn.Module, BaseTunerLayer):
@@ -196,5 +196,6 @@ def _is_plain(base: nn.Module) -> bool:
     return (
         type(base) in (nn.Linear, Conv1D)
         and type(base.weight) in (nn.Parameter, Tensor)
+        and not replaced(base)
         and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks)
     )

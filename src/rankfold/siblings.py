@@ -82,13 +82,18 @@ class Siblings:
 def members_together(layers: Sequence[AdaptedLinear]) -> list[Member] | None:
     """Layers that read one input, for one computation; None where they differ in adapters or dropout, each must have its own
     mask, or one of them computes its own output."""
-    members = [layer.member() for layer in layers]
+    members = [None if replaced(layer) else layer.member() for layer in layers]
     if any(m is None for m in members):
         return None
     names = {tuple(n for n in layer.active_adapters if n in layer.lowrank_adapters) for layer in layers}
     dropouts = {tuple(t.dropout for t in m.terms if t.blocks) for m in members}  # pyright: ignore[reportOptionalMemberAccess]
     own_masks = any(t.own_mask and t.dropout for t in members[0].terms)  # pyright: ignore[reportOptionalMemberAccess]
     return None if len(names) > 1 or len(dropouts) > 1 or own_masks else members  # pyright: ignore[reportReturnType]
+
+
+def replaced(module: nn.Module) -> bool:
+    """Whether an instance has a forward of its own, as accelerate gives it to fetch offloaded weights first."""
+    return "forward" in vars(module)
 
 
 def _nobody() -> None:

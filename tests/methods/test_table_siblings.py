@@ -23,6 +23,8 @@ from table import (
 )
 from torch import Tensor
 
+from rankfold.fused_mlp import FusedMlp, unfuse_mlps
+
 #: Of each architecture every module that has siblings, and one that has none; patterns of the rows mean the first two.
 TARGETS = {
     "llama": ["q_proj", "down_proj", "k_proj", "v_proj", "gate_proj", "up_proj"],
@@ -42,6 +44,7 @@ def alone(model: PeftModel) -> PeftModel:
     model = copy.deepcopy(model)
     for layer in layers(model).values():
         layer.siblings = None
+    unfuse_mlps(model)
     return model
 
 
@@ -63,6 +66,7 @@ def assert_close(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
 def test_together_is_alone_is_merged_is_folded(arch: Arch, row: Row, device: torch.device) -> None:
     model = wide(arch, row, device)
     assert sum(layer.siblings is not None for layer in layers(model).values()) == WITH_SIBLINGS[arch.name]
+    assert sum(isinstance(m, FusedMlp) for m in model.modules()) == (3 if arch.name == "llama" else 0)
     out = arch.out(model)
     torch.testing.assert_close(arch.out(alone(model)), out, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(arch.out(stock_lora(model, arch)), out, rtol=1e-4, atol=1e-4)

@@ -26,8 +26,7 @@ from rankfold.train.runfile import (
     Section,
     Task,
     Training,
-    apply,
-    expand_short_forms,
+    overridden,
     read_values,
 )
 from rankfold.train.yamlfile import KeyPath
@@ -163,12 +162,7 @@ def parse(
         RunFileError: one line for each problem.
     """
     lines = dict(lines or {})
-    if not isinstance(values, dict):
-        keys = ", ".join(CompareFile.model_fields)
-        raise RunFileError([Problem((), f"must be a mapping with the keys {keys}, got {short(values)}")], where, lines)
-    values = expand_short_forms(values)
-    for override in overrides:
-        apply(override, values, lines)
+    values = overridden(values, CompareFile, overrides, where, lines)
     problems = _short_forms(values)
     if not problems:
         try:

@@ -11,6 +11,7 @@ from statistics import fmean, stdev
 from typing import Any, Literal
 
 from rankfold.compare.bootstrap import CONFIDENCE, DRAWS, Array, Draws, interval, simultaneous
+from rankfold.compare.cautions import cautions
 from rankfold.compare.lines import TrialLine
 from rankfold.compare.pareto import front
 from rankfold.compare.selection import Sensitivity, Trials, choose, contenders
@@ -239,7 +240,7 @@ def analyse(lines: Sequence[TrialLine], *, reference: str | None = None, seed: i
         trials=len(lines),
         failures=tuple(failures),
     )
-    return dataclasses.replace(analysis, warnings=tuple(_warnings(analysis, lines, trials)))
+    return dataclasses.replace(analysis, warnings=tuple(cautions(analysis, lines, trials)))
 
 
 def _number(value: float | None) -> float:
@@ -333,81 +334,3 @@ def _failures(groups: Sequence[Trials], names: dict[int, str]) -> list[Failure]:
         for rate in sorted(g.failed)
         for seed, line in sorted(g.failed[rate].items())
     ]
-
-
-def _warnings(analysis: Analysis, lines: Sequence[TrialLine], trials: Sequence[TrialLine]) -> list[str]:
-    """What a reader must know before believing the numbers."""
-    found = []
-    for name in analysis.unfinished:
-        found.append(f"{name} has no finished trial and is in no table of results.")
-    for c in analysis.contenders:
-        if c.failed:
-            of = len(c.seeds) + len(c.failed)
-            found.append(
-                f"{c.name}: {len(c.failed)} of {of} seeds did not finish at its learning rate {c.rate:g} "
-                f"({_seeds(c.failed)}); its mean is over the others and may flatter it."
-            )
-        if c.missing:
-            found.append(f"{c.name} was not tried with {_seeds(c.missing)} at its learning rate {c.rate:g}.")
-    edges: dict[str, list[str]] = {"lowest": [], "highest": [], "only": []}
-    for c in analysis.contenders:
-        if c.sensitivity.edge:
-            edges[c.sensitivity.edge].append(f"{c.name} ({c.rate:g})")
-    for edge in ("lowest", "highest"):
-        if edges[edge]:
-            found.append(
-                f"The best learning rate is the {edge} one tried for {', '.join(edges[edge])}: "
-                "the grid may be too small, and a better rate may lie outside."
-            )
-    if edges["only"]:
-        found.append(f"Only one learning rate was tried for {', '.join(edges['only'])}: it was not tuned.")
-    most = max((len(c.seeds) for c in analysis.contenders), default=0)
-    if most == 1:
-        drawn = (
-            "the intervals come from the test rows alone and" if analysis.rows else "there are no intervals, and they"
-        )
-        found.append(f"There is one seed: {drawn} say nothing about how the result moves with the seed.")
-    elif most in (2, 3):
-        found.append(
-            f"{most} seeds hardly tell how much the result moves with the seed; the intervals are long for it."
-        )
-    alike = [c.name for c in analysis.contenders if c.interval and c.interval[0] == c.interval[1]]
-    if alike:
-        found.append(
-            f"Nothing varies in the scores of {', '.join(alike)}: a bootstrap cannot tell how sure they are, and the "
-            "interval has no length."
-        )
-    if analysis.rows and analysis.rows < 30:
-        found.append(f"There are {analysis.rows} test rows: too few to trust an interval.")
-    if not analysis.rows and trials:
-        found.append(
-            f"The scores of the test rows do not make up {analysis.metric} (or are missing): only seeds are drawn."
-        )
-    trained = [c.trained for c in analysis.contenders if c.trained]
-    if trained and max(trained) > 1.05 * min(trained):
-        found.append(
-            f"The contenders do not have one budget: {min(trained):,.0f} to {max(trained):,.0f} trained parameters."
-        )
-    found += [f"The trials do not share `{key}`: they are no fair comparison." for key in _unshared(lines)]
-    hosts = {(t.host, t.threads) for t in trials}
-    if len(hosts) > 1:
-        found.append("Trials ran on different machines or numbers of threads: their times cannot be compared.")
-    return found
-
-
-def _seeds(seeds: Sequence[int]) -> str:
-    return f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
-
-
-def _unshared(lines: Sequence[TrialLine]) -> list[str]:
-    """Keys of the run file that every trial of a comparison should have in common, and does not."""
-
-    def shared(run: dict[str, Any]) -> dict[str, Any]:
-        training = run.get("training") or {}
-        flat = {key: run.get(key) for key in ("model", "task", "data")}
-        own = ("learning_rate", "seed")
-        return flat | {f"training.{key}": value for key, value in training.items() if key not in own}
-
-    runs = [shared(line.run) for line in lines if line.run]
-    keys = list(dict.fromkeys(key for run in runs for key in run))
-    return [key for key in keys if any(run.get(key) != runs[0].get(key) for run in runs)]

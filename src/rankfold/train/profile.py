@@ -30,7 +30,7 @@ class Profile(TrainerCallback):
         self.seen, self.profiler = 0, None
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.seen == SKIP:
+        if self.seen == SKIP and state.is_world_process_zero:
             activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
             self.profiler = profile(activities=activities)
             self.profiler.__enter__()

@@ -241,12 +241,7 @@ def parse(
         RunFileError: one line for each problem.
     """
     lines = dict(lines or {})
-    if not isinstance(values, dict):
-        keys = ", ".join(RunFile.model_fields)
-        raise RunFileError([Problem((), f"must be a mapping with the keys {keys}, got {short(values)}")], where, lines)
-    values = expand_short_forms(values)
-    for override in overrides:
-        apply(override, values, lines)
+    values = overridden(values, RunFile, overrides, where, lines)
     try:
         run = RunFile.model_validate(values)
     except ValidationError as e:
@@ -254,6 +249,23 @@ def parse(
     if problems := check(run):
         raise RunFileError(problems, where, lines)
     return run
+
+
+def overridden(
+    values: Any, root: type[BaseModel], overrides: Iterable[str], where: str, lines: dict[KeyPath, int]
+) -> dict[str, Any]:
+    """Plain values with short forms expanded and overrides applied, which `lines` learns of.
+
+    Raises:
+        RunFileError: they are no mapping, or an override is none.
+    """
+    if not isinstance(values, dict):
+        keys = ", ".join(root.model_fields)
+        raise RunFileError([Problem((), f"must be a mapping with the keys {keys}, got {short(values)}")], where, lines)
+    values = expand_short_forms(values)
+    for override in overrides:
+        apply(override, values, lines)
+    return values
 
 
 # --- short forms and overrides ------------------------------------------------------------------------------------------
