@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import statistics
 import sys
@@ -152,6 +153,8 @@ def run(args: argparse.Namespace) -> dict:
         for name, config in chosen.items()
         if args.only is None or any(o in name for o in [*args.only, "frozen"])
     }
+    if args.compile:
+        models["frozen base, eager"] = build(shape, None, dtype, False)
 
     def forward(model: nn.Module) -> torch.Tensor:
         with autocast():
@@ -193,7 +196,9 @@ def run(args: argparse.Namespace) -> dict:
     name = f"products alone r={args.rank}"
     rows.insert(1, {"variant": name, "ratio": median, "low": low, "high": high, "saved_mib": None, "seconds": None})
     packages = {p: version(p) for p in ("rankfold", "peft", "torch", "transformers")}
-    return {"settings": vars(args) | {"threads": torch.get_num_threads()}, "versions": packages, "rows": rows}
+    settings = vars(args) | {"threads": torch.get_num_threads()}
+    settings |= {k: v for k, v in os.environ.items() if k.startswith("MALLOC_")}
+    return {"settings": settings, "versions": packages, "rows": rows}
 
 
 def draw(path: Path, results: list[dict]) -> None:
@@ -208,7 +213,7 @@ def draw(path: Path, results: list[dict]) -> None:
     place, ticks, labels, seen = 0.0, [], [], set()
     for result in results:
         settings = result["settings"]
-        bars = [r for r in result["rows"] if r["variant"] != "frozen base"]
+        bars = [r for r in result["rows"] if not r["variant"].startswith("frozen")]
         base = next(r for r in result["rows"] if r["variant"] == "frozen base")
         begin = place
         for row in bars:

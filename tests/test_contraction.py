@@ -669,6 +669,37 @@ def test_saved_bytes_of_an_update():
     assert bytes_of(kept) == n * IN * 4 + n * 5 * 4 + n * IN
 
 
+@pytest.mark.parametrize("frozen", ["down", "down and gate", "up"])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_frozen_factors(frozen, dropout):
+    """The other gradients are what they are with everything trained, and where every `down` is frozen no x is kept."""
+    n, (weight, bias) = 40, base(torch.float32)
+    members = [
+        Member(weight, bias, [Term([_f32(2), _f32(3)], dropout)]),
+        Member(weight, None, [Term([_f32(2)], dropout)]),
+    ]
+    blocks = [f for m in members for t in m.terms for f in t.blocks]
+    x = torch.randn(n, IN, requires_grad=True)
+
+    def run() -> list[Tensor | None]:
+        for t in (x, *(t for f in blocks for t in (f.down, f.up, f.gate) if t is not None)):
+            t.grad = None
+        torch.manual_seed(0)
+        sum(y.square().sum() for y in low_rank_linears(x, members)).backward()
+        return [x.grad, *(t.grad for f in blocks for t in (f.down, f.up, f.gate) if t is not None)]
+
+    wanted = run()
+    for f in blocks:
+        for name in frozen.split(" and "):
+            getattr(f, name).requires_grad_(False)
+    for got, want in zip(run(), wanted, strict=True):
+        assert got is None or torch.equal(got, want)
+    kept = saved(
+        lambda: low_rank_linears(x, members)[0], [weight, bias, *(t for m in members for t in leaves(m.terms))]
+    )
+    assert (x.data_ptr() in kept) is (frozen == "up")
+
+
 def test_saved_bytes_under_autocast():
     """The half-precision x is kept, and no float32 copy; each sibling has its own where x came in float32."""
     n = 40
@@ -732,7 +763,7 @@ def test_gradients_are_laid_out_as_their_factors(ranks):
 
 def merges(x: Tensor, *members: Member) -> list[bool]:
     call = Call(*flat_arguments(x, members))
-    return [call.merged(i, len(x)) is not None for i in range(len(members))]
+    return [call.merges(i, len(x)) for i in range(len(members))]
 
 
 def wide(out: int, rank: int, dtype: torch.dtype = torch.float32, into: int = 48, dropout: float = 0.0) -> Member:

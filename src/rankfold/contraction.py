@@ -7,7 +7,7 @@ What it does that a chain of modules does not (numbers in docs/performance.md):
 * siblings – q, k and v – are one node: one down-projection, one mask, one pass over the input's gradient (siblings.py);
 * gate and scale go onto the small factor; no pass over an N×out tensor is spent on them;
 * the r-wide product h is kept (N·r numbers), so the backward needs no second look at x·downᵀ;
-* for many tokens in float32, W + ΔW is made once a pass instead, and multiplied by (`Call.merged`);
+* for many tokens in float32, W + ΔW is made once a pass instead, and multiplied by (`Call.merges`);
 * both sums run in place in the GEMM that makes them (`addmm_`), into the base's output and into its input gradient;
 * dropout costs what it drops (dropout.py).
 
@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -196,9 +196,9 @@ class _LowRankLinears(torch.autograd.Function):
     def forward(ctx, x, layout, *tensors):  # pyright: ignore[reportIncompatibleMethodOverride]
         call = Call(layout, tensors)
         outputs, hidden = call.forward(x.reshape(-1, x.shape[-1]))
-        ctx.layout = layout
+        ctx.layout, ctx.shape = layout, x.shape
         ctx.set_materialize_grads(False)  # one of the members may be left unused
-        ctx.save_for_backward(x, *hidden, *call.kept)
+        ctx.save_for_backward(x if call.reads_input else None, *hidden, *call.kept)
         return tuple(outputs)
 
     @staticmethod
@@ -207,19 +207,33 @@ class _LowRankLinears(torch.autograd.Function):
         with no_autocast(grads):
             x, *saved = ctx.saved_tensors
             terms = len(ctx.layout[0])
-            flat = x.reshape(-1, x.shape[-1])
+            flat = None if x is None else x.reshape(-1, x.shape[-1])
             need_x, _, *needed = ctx.needs_input_grad
             dx, others = Call(ctx.layout, saved[terms:]).backward(flat, saved[:terms], grads, need_x, needed)
-            return None if dx is None else dx.view_as(x), None, *others
+            return None if dx is None else dx.view(ctx.shape), None, *others
 
 
 def no_autocast(grads: Sequence[Tensor | None]) -> AbstractContextManager:
     """For a backward: the forward has settled the dtypes."""
-    device = next((g.device.type for g in grads if g is not None), "cpu")
-    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+    g = next((g for g in grads if g is not None), None)
+    return nullcontext() if g is None or not _autocasts(g) else torch.autocast(g.device.type, enabled=False)
 
 
 Block = tuple[Tensor, Tensor, Tensor | None]  # down, up, gate
+
+
+class Joined(NamedTuple):
+    """The factors of one term of several members, in the dtype of the products.
+
+    Args:
+        down: ΣR × in, the members' one above the other; ups: out × R of each member.
+        scales: what is still to be multiplied; ranks: R of each member.
+    """
+
+    down: Tensor
+    ups: Sequence[Tensor]
+    scales: list[float]
+    ranks: list[int]
 
 
 class Call:
@@ -232,35 +246,41 @@ class Call:
         self.biases = tensors[n : 2 * n]
         self.kept = (*self.weights, *([None] * n), *tensors[2 * n :])  # all that the backward needs: not the biases
         self.blocks: list[list[list[Block]]] = self.threes(tensors[2 * n + terms :])
+        # whether the backward reads x: not where every `down` is frozen
+        downs = [block[0] for own in self.blocks for term in own for block in term]
+        self.reads_input = any(t is not None and t.requires_grad for t in (*self.weights, *downs))
 
     def threes(self, flat: Sequence) -> list[list[list[Any]]]:
         """`flat` in threes, as blocks[member][term] has them."""
         it = iter(flat)
         return [[[(next(it), next(it), next(it)) for _ in s] for s in own] for own in self.scales]
 
-    def joined(self, member: int, term: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, float]:
-        return _joined(self.blocks[member][term], self.scales[member][term], dtype)
+    def joined(self, members: Sequence[int], term: int, dtype: torch.dtype) -> Joined:
+        return _joined([self.blocks[i][term] for i in members], [self.scales[i][term] for i in members], dtype)
 
-    def merged(self, member: int, tokens: int) -> Tensor | None:
-        """W + ΔW, out × in, where multiplying by it is faster than by W and the factors, and as exact: in float32 and up, without
-        dropout, for many tokens. It is made again in the backward, not kept (RunLoRA, arXiv 2312.03415, calls it X(W + UV))."""
-        weight, terms = self.weights[member], len(self.masks)
-        if (
-            weight is None
-            or weight.dtype not in (torch.float32, torch.float64)
-            or any(m is not None for m in self.masks)
-        ):
-            return None
+    def merges(self, member: int, tokens: int) -> bool:
+        """Whether multiplying by W + ΔW is faster than by W and the factors, and as exact: in float32 and up, without dropout,
+        for many tokens."""
+        weight = self.weights[member]
+        if weight is None or weight.dtype not in (torch.float32, torch.float64):
+            return False
+        if any(mask is not None for mask in self.masks):
+            return False
         rank = sum(len(block[0]) for term in self.blocks[member] for block in term)
         out, into = weight.shape
         # Numbers multiplied: 2·N·R·(in + out) against 2·(R·in·out), and what two passes over W cost; more where a fresh matrix of
         # its size is mapped anew by the allocator. Measured: docs/performance.md.
         passes = 100 if weight.numel() * weight.element_size() <= 32 * 2**20 else 300
-        if tokens * rank * (into + out) <= into * out * (2 * rank + passes):
-            return None
-        for t in range(terms):
-            down, up, scale = self.joined(member, t, weight.dtype)
-            weight = torch.addmm(weight, up, down, alpha=scale)
+        return tokens * rank * (into + out) > into * out * (2 * rank + passes)
+
+    def weight(self, member: int, merge: bool) -> Tensor | None:
+        """out × in: W, or W + ΔW, which is made again in the backward, not kept (RunLoRA, arXiv 2312.03415, calls the product
+        X(W + UV)); None for a base that computes its own output."""
+        weight = self.weights[member]
+        if weight is not None and merge:
+            for t in range(len(self.masks)):
+                factors = self.joined([member], t, weight.dtype)
+                weight = torch.addmm(weight, factors.ups[0], factors.down, alpha=factors.scales[0])
         return weight
 
     def forward(self, flat: Tensor, scratch: bool = False) -> tuple[list[Tensor], list[Tensor]]:
@@ -269,27 +289,28 @@ class Call:
         Args:
             scratch: `flat` is not needed afterwards, here as in `backward`, and may be overwritten.
         """
-        outputs, merged = [], []
-        for i, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
-            merged.append(self.merged(i, len(flat)))
+        merges = [self.merges(i, len(flat)) for i in range(len(self.weights))]
+        outputs = []
+        for i, bias in enumerate(self.biases):
+            weight = self.weight(i, merges[i])
             if weight is not None:
-                outputs.append(F.linear(flat, weight if merged[i] is None else merged[i], bias))
+                outputs.append(F.linear(flat, weight, bias))
             else:
                 outputs.append(flat.new_zeros(len(flat), self.blocks[i][0][0][1].shape[0]))
         hidden = []
         for t, (mask, inv_keep) in enumerate(zip(self.masks, self.inv_keeps, strict=True)):
-            joined = [self.joined(i, t, flat.dtype) for i in range(len(outputs))]
-            h = dropped(flat, mask, scratch and t == len(self.masks) - 1) @ _stacked([down for down, _, _ in joined]).T
-            parts = _parts(h, [d for d, _, _ in joined])
-            for y, part, (_, up, scale), whole in zip(outputs, parts, joined, merged, strict=True):
-                if whole is None:
-                    y.addmm_(part, up.T, alpha=scale * inv_keep)  # folds the scale in; a gate is in `up` already
+            factors = self.joined(range(len(outputs)), t, flat.dtype)
+            h = dropped(flat, mask, scratch and t == len(self.masks) - 1) @ factors.down.T
+            for i, (y, part) in enumerate(zip(outputs, h.split(factors.ranks, 1), strict=True)):
+                if not merges[i]:
+                    # folds the scale in; a gate is in `up` already
+                    y.addmm_(part, factors.ups[i].T, alpha=factors.scales[i] * inv_keep)
             hidden.append(h)
         return outputs, hidden
 
     def backward(
         self,
-        flat: Tensor,
+        flat: Tensor | None,
         hidden: Sequence[Tensor],
         grads: Sequence[Tensor | None],
         need_x: bool,
@@ -299,66 +320,83 @@ class Call:
         """The gradient of the input (N × in), and those of the tensors of `flat_arguments`, in their order.
 
         Args:
+            flat: N × in, the input again; None where not `reads_input`.
             grads: N × out of each member, or None; needed: which of the tensors want theirs.
         """
         n, terms = len(self.scales), len(self.inv_keeps)
         need_weights, need_biases, need = needed[:n], needed[n : 2 * n], self.threes(needed[2 * n + terms :])
-        live = [(i, g.to(flat.dtype)) for i, g in enumerate(grads) if g is not None]
-
-        dx, merged = None, [False] * n
-        for i, g in live if need_x else ():
-            whole = self.merged(i, len(flat))
-            merged[i], weight = whole is not None, self.weights[i] if whole is None else whole
-            if weight is not None:
-                dx = g @ weight if dx is None else dx.addmm_(g, weight)
-        if need_x and dx is None:
-            dx = torch.zeros_like(flat, memory_format=torch.contiguous_format)
-
-        by_member = dict(live)
-        d_weights = [by_member[i].T @ flat if w and i in by_member else None for i, w in enumerate(need_weights)]
+        like = next(t for t in (*hidden, flat) if t is not None)
+        live = [(i, g.to(like.dtype)) for i, g in enumerate(grads) if g is not None]
+        if not live:
+            return None, [None] * len(needed)
+        indices, by_member = [i for i, _ in live], dict(live)
+        d_weights: list[Tensor | None] = [None] * n
+        if flat is not None:
+            d_weights = [by_member[i].T @ flat if w and i in by_member else None for i, w in enumerate(need_weights)]
         d_biases = [by_member[i].sum(0) if b and i in by_member else None for i, b in enumerate(need_biases)]
 
+        merges = {i: need_x and self.merges(i, len(like)) for i in indices}
+        apart = [k for k, i in enumerate(indices) if not merges[i]]  # places in `live`
         out: list[list[list[list[Tensor | None]]]] = [[[[None] * 3 for _ in s] for s in own] for own in self.scales]
+        to_x: list[tuple[Tensor, Tensor, Tensor | None]] = []  # what each term sends back: N×R, R×in, mask
         for t, (mask, inv_keep, h) in enumerate(zip(self.masks, self.inv_keeps, hidden, strict=True)):
-            joined = [self.joined(i, t, flat.dtype) for i in range(n)]
-            h_parts = _parts(h, [down for down, _, _ in joined])
-            want_down = any(w[0] for i, _ in live for w in need[i][t])
-            downs, ghs = [], []
+            factors = self.joined(indices, t, like.dtype)
+            h_parts = h.split([sum(len(block[0]) for block in own[t]) for own in self.blocks], 1)
             for i, g in live:
-                down, up, scale = joined[i]
-                if need_x or want_down:
-                    ghs.append((g @ up).mul_(scale * inv_keep))  # on N×r numbers, not on N×in
-                    downs.append(down)
                 if any(w[1] or w[2] for w in need[i][t]):
                     cross = (h_parts[i].T @ g).T  # out×r; as (hᵀg)ᵀ, the faster order (shared/performance.md §3)
                     _up_gradients(cross, self.blocks[i][t], need[i][t], self.scales[i][t], inv_keep, out[i][t])
-            if not ghs:
+            want_down = any(w[0] for i in indices for w in need[i][t])
+            if not need_x and not want_down:
                 continue
-            gh = _stacked(ghs, 1)
-            if want_down:
-                kept = dropped(flat, mask, scratch and t == terms - 1)
-                for (i, _), d in zip(live, _parts(gh.T @ kept, downs, 0), strict=True):
-                    _down_gradients(d, self.blocks[i][t], need[i][t], out[i][t])
-            rest = [(gh, down) for (i, _), gh, down in zip(live, ghs, downs, strict=True) if not merged[i]]
-            if dx is not None and rest:
-                right = _stacked([down for _, down in rest])
-                add_dropped_product_(
-                    dx, gh if len(rest) == len(ghs) else _stacked([g for g, _ in rest], 1), right, mask
-                )
+            ghs = [g @ up for (_, g), up in zip(live, factors.ups, strict=True)]
+            gh = _side_by_side(ghs, [scale * inv_keep for scale in factors.scales])
+            if want_down and flat is not None:
+                d = gh.T @ dropped(flat, mask, scratch and t == terms - 1)
+                flattened = [zip(self.blocks[i][t], need[i][t], out[i][t], strict=True) for i in indices]
+                _down_gradients(d, [three for member in flattened for three in member])
+            if need_x and apart:
+                mine = _picked(gh, factors.ranks, apart, 1), _picked(factors.down, factors.ranks, apart, 0)
+                to_x.append((*mine, mask))
+
+        dx = None
+        for i, g in live if need_x else ():
+            weight = self.weight(i, merges[i])
+            if weight is not None and dx is not None:
+                dx.addmm_(g, weight)
+            elif weight is not None:
+                dx = torch.mm(g, weight, out=flat) if scratch and flat is not None else g @ weight
+        if need_x and dx is None:
+            dx = like.new_zeros(len(like), self.blocks[0][0][0][0].shape[1])
+        if dx is not None:
+            for gh, down, mask in to_x:
+                add_dropped_product_(dx, gh, down, mask)
 
         flat_out = [d for own in out for term in own for block in term for d in block]
         return dx, [*d_weights, *d_biases, *([None] * terms), *flat_out]
 
 
-def _parts(joined: Tensor, downs: Sequence[Tensor], dim: int = 1) -> Sequence[Tensor]:
-    """What of `joined` belongs to each of the downs that were stacked."""
-    return (joined,) if len(downs) == 1 else joined.split([len(d) for d in downs], dim)
+def _picked(joined: Tensor, ranks: Sequence[int], places: Sequence[int], dim: int) -> Tensor:
+    """What of `joined`, the members' ranks side by side, belongs to the members at `places`."""
+    if len(places) == len(ranks):
+        return joined
+    parts = joined.split(list(ranks), dim)
+    return _stacked([parts[k] for k in places], dim)
 
 
-def _down_gradients(d: Tensor, blocks: Sequence[Block], needed: Sequence, out: list) -> None:
-    """The gradients of every `down` of one term, out of theirs side by side (r of all its blocks × in), into `out`."""
-    parts = (d,) if len(blocks) == 1 else d.split([len(block[0]) for block in blocks])
-    for (down, _, _), (want, _, _), part, into in zip(blocks, needed, parts, out, strict=True):
+def _side_by_side(parts: Sequence[Tensor], scales: Sequence[float]) -> Tensor:
+    """N × r of each member, joined, the scale multiplied in place: into these few numbers, not into N × in."""
+    if len(set(scales)) == 1:
+        return _stacked(parts, 1).mul_(scales[0])
+    return _stacked([part.mul_(s) for part, s in zip(parts, scales, strict=True)], 1)
+
+
+def _down_gradients(d: Tensor, blocks: Sequence[tuple[Block, Sequence[bool], list]]) -> None:
+    """The gradients of every `down` of one term, out of theirs one above the other (ΣR × in), into each block's list."""
+    downs = [down for (down, _, _), _, _ in blocks]
+    if len({down.dtype for down in downs}) == 1:
+        d = d.to(downs[0].dtype)  # at once
+    for down, part, (_, (want, _, _), into) in zip(downs, d.split([len(down) for down in downs]), blocks, strict=True):
         into[0] = part.to(down.dtype) if want else None
 
 
@@ -372,7 +410,7 @@ def _up_gradients(
         c = s * inv_keep
         if want_up:
             # laid out as `up` is: DDP's buckets mind the strides, and at rank 1 autograd does not mend them
-            into[1] = torch.empty_like(b).copy_(_scaled(mine, gate, c))
+            into[1] = torch.mul(mine, c if gate is None else gate * c, out=torch.empty_like(b))
         if want_gate and gate is not None:
             into[2] = (mine * b.to(mine.dtype)).sum(0, dtype=gate.dtype) * c
 
@@ -381,14 +419,24 @@ def _stacked(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)
 
 
-def _joined(term: Sequence[Block], scales: Sequence[float], dtype: torch.dtype) -> tuple[Tensor, Tensor, float]:
-    """down r×in, up · diag(gate) out×r, both in `dtype` (gates multiply in their own float32), and the scale left over."""
-    scale = scales[0] if len(set(scales)) == 1 else 1.0
-    downs = [down.to(dtype) for down, _, _ in term]
+def _joined(terms: Sequence[Sequence[Block]], scales: Sequence[Sequence[float]], dtype: torch.dtype) -> Joined:
+    """The blocks of each member's term joined, gates multiplied (in their own float32) into `up`."""
+    left = [own[0] if len(set(own)) == 1 else 1.0 for own in scales]
     ups = [
-        _scaled(up, gate, s / scale if scale else 1.0).to(dtype) for (_, up, gate), s in zip(term, scales, strict=True)
+        _stacked(
+            [_scaled(up, gate, s / scale if scale else 1.0) for (_, up, gate), s in zip(term, own, strict=True)], 1
+        )
+        for term, own, scale in zip(terms, scales, left, strict=True)
     ]
-    return (downs[0], ups[0], scale) if len(term) == 1 else (torch.cat(downs), torch.cat(ups, 1), scale)
+    down = _stacked([down for term in terms for down, _, _ in term]).to(dtype)
+    return Joined(down, _cast(ups, dtype), left, [up.shape[1] for up in ups])
+
+
+def _cast(ups: list[Tensor], dtype: torch.dtype) -> Sequence[Tensor]:
+    """In one pass where they are alike: each small cast costs as much as a larger one."""
+    if len(ups) > 1 and len({(up.shape[1], up.dtype) for up in ups}) == 1 and ups[0].dtype != dtype:
+        return torch.cat(ups).to(dtype).split([len(up) for up in ups])
+    return [up.to(dtype) for up in ups]
 
 
 def _scaled(up: Tensor, gate: Tensor | None, c: float) -> Tensor:

@@ -19,7 +19,7 @@ from rankfold.contraction import Call, Member, flat_arguments, no_autocast, to_c
 
 @dataclass(frozen=True)
 class Activation:
-    """An element-wise function: `forward(e)`, and `backward(grad, e)`, its gradient times `grad`."""
+    """An element-wise function: `forward(e)`, and `backward(grad, e)`, its gradient times `grad`, written into `grad`."""
 
     forward: Callable[[Tensor], Tensor]
     backward: Callable[[Tensor, Tensor], Tensor]
@@ -28,11 +28,11 @@ class Activation:
 def _gelu(approximate: str) -> Activation:
     return Activation(
         lambda e: F.gelu(e, approximate=approximate),
-        lambda grad, e: torch.ops.aten.gelu_backward(grad, e, approximate=approximate),
+        lambda grad, e: torch.ops.aten.gelu_backward.grad_input(grad, e, approximate=approximate, grad_input=grad),
     )
 
 
-SILU = Activation(F.silu, torch.ops.aten.silu_backward)
+SILU = Activation(F.silu, lambda grad, e: torch.ops.aten.silu_backward.grad_input(grad, e, grad_input=grad))
 GELU, GELU_TANH = _gelu("none"), _gelu("tanh")
 
 
@@ -62,7 +62,9 @@ class _GatedMlp(torch.autograd.Function):
         (e, u), hidden = first.forward(x.reshape(-1, x.shape[-1]))
         (y,), hidden_down = last.forward(activation.forward(e).mul_(u), scratch=True)
         ctx.activation, ctx.layout, ctx.layout_down, ctx.count = activation, layout, layout_down, count
-        ctx.save_for_backward(x, e, u, *hidden, *hidden_down, *first.kept, *last.kept)
+        kept_x = x if first.reads_input else None
+        ctx.save_for_backward(kept_x, e, u, *hidden, *hidden_down, *first.kept, *last.kept)
+        ctx.shape = x.shape
         return y
 
     @staticmethod
@@ -75,10 +77,11 @@ class _GatedMlp(torch.autograd.Function):
             first, last = Call(ctx.layout, tensors[: ctx.count]), Call(ctx.layout_down, tensors[ctx.count :])
             need_x, _, _, _, _, *needed = ctx.needs_input_grad
             s = ctx.activation.forward(e)
-            da, others_down = last.backward(s * u, hidden_down, [g], True, needed[ctx.count :], scratch=True)
+            product = s * u if last.reads_input else None
+            da, others_down = last.backward(product, hidden_down, [g], True, needed[ctx.count :], scratch=True)
             assert da is not None
             du = s.mul_(da)
             de = ctx.activation.backward(da.mul_(u), e)
-            flat = x.reshape(-1, x.shape[-1])
+            flat = None if x is None else x.reshape(-1, x.shape[-1])
             dx, others = first.backward(flat, hidden, [de, du], need_x, needed[: ctx.count])
-            return None if dx is None else dx.view_as(x), None, None, None, None, *others, *others_down
+            return None if dx is None else dx.view(ctx.shape), None, None, None, None, *others, *others_down

@@ -89,7 +89,7 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
                 self.unmerge()
             return self.base_layer(x, *args, **kwargs)
         together = self.siblings is not None and sharing_allowed(x) and not args and not kwargs
-        if together and (y := self.siblings.waiting(self.place, x)) is not None:  # pyright: ignore[reportOptionalMemberAccess]
+        if together and (y := self.siblings.output(self, self.place, x)) is not None:  # pyright: ignore[reportOptionalMemberAccess]
             return y
         adapters = [] if self.merged else self.adapters(self.active_adapters)
         if not adapters:
@@ -100,8 +100,7 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
             for adapter in adapters:
                 y = adapter(y, x)
             return y
-        y = self.siblings.output(self, self.place, x) if together else None  # pyright: ignore[reportOptionalMemberAccess]
-        return low_rank_linear(x, member.weight, member.bias, member.terms) if y is None else y  # pyright: ignore[reportArgumentType]
+        return low_rank_linear(x, member.weight, member.bias, member.terms)  # pyright: ignore[reportArgumentType]
 
     def member(self) -> Member | None:
         """This layer for the fused computation; None where it has nothing to add or its base must compute its own output."""
