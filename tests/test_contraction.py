@@ -700,6 +700,83 @@ def test_frozen_factors(frozen, dropout):
     assert (x.data_ptr() in kept) is (frozen == "up")
 
 
+def selecting(which: str, rank: int, dtype: torch.dtype = torch.float64, scale: float = 0.7) -> tuple[Factors, Factors]:
+    """The same update twice, a frozen `down` (or `up`) made of rows of the identity: with its places told, and without."""
+    size = IN if which == "down" else OUT
+    index = torch.randperm(size)[:rank]
+    chosen = torch.eye(size, dtype=dtype)[index]
+    trained = torch.randn((OUT, rank) if which == "down" else (rank, IN), dtype=dtype, requires_grad=True)
+    if which == "down":
+        return Factors(chosen, trained, None, scale, down_index=index), Factors(chosen, trained, None, scale)
+    return Factors(trained, chosen.T, None, scale, up_index=index), Factors(trained, chosen.T, None, scale)
+
+
+@pytest.mark.parametrize("which", ["down", "up", "mixed"])
+@pytest.mark.parametrize("dropout", [0.0, 0.05, 0.3])
+def test_factors_that_select_columns(which, dropout):
+    """Gathered and scattered, they give what the products with their rows of the identity give, several members too."""
+    torch.manual_seed(3)
+    kinds = ["down", "up"] if which == "mixed" else [which, which]
+    pairs = [selecting(kind, rank) for kind, rank in zip(kinds, (2, 3), strict=True)]
+    ungated = Factors(block().down, block().up, None, 0.7)
+    x = torch.randn(6, IN, dtype=torch.float64, requires_grad=True)
+    (weight, bias), cotangent = base(), torch.randn(6, OUT, dtype=torch.float64)
+
+    def run(told: int) -> list[Tensor]:
+        one, two = (pair[told] for pair in pairs)
+        members = [Member(weight, bias, [Term([one], dropout)]), Member(weight, None, [Term([two, ungated], dropout)])]
+        torch.manual_seed(0)
+        outputs = low_rank_linears(x, members)
+        leaves_ = [x, *(t for f in (one, two, ungated) for t in (f.down, f.up) if t.requires_grad)]
+        return [*outputs, *torch.autograd.grad([*outputs], leaves_, [cotangent, 2 * cotangent])]
+
+    for got, want in zip(run(0), run(1), strict=True):
+        assert_close(got, want)
+
+
+@pytest.mark.parametrize("which", ["down", "up"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_factors_that_select_multiply_half_as_much(which, dtype):
+    n, (weight, bias) = 40, base(dtype)
+    told, untold = selecting(which, 3, torch.float32)
+    x = torch.randn(n, IN, dtype=dtype, requires_grad=True)
+
+    def addmm_(y: torch.Size, a: torch.Size, b: torch.Size, **_: object) -> int:
+        return 2 * a[0] * a[1] * b[1]
+
+    flops = []
+    for f in (told, untold):
+        with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: addmm_}) as counter:
+            low_rank_linear(x, weight, bias, [Term([f])]).sum().backward()
+        flops.append(counter.get_total_flops() - 4 * n * IN * OUT)
+    other = OUT if which == "down" else IN
+    assert flops == [6 * n * 3 * other, 4 * n * 3 * (IN + OUT) + 2 * n * 3 * other]
+    kept = saved(lambda: low_rank_linear(x, weight, bias, [Term([told])]), [weight, bias, told.down, told.up])
+    assert (x.data_ptr() in kept) is (which == "up")
+
+
+@pytest.mark.parametrize("which", ["down", "up"])
+def test_gradcheck_of_factors_that_select(which):
+    f, _ = selecting(which, 3)
+    x = torch.randn(4, IN, dtype=torch.float64, requires_grad=True)
+    weight, bias = base()
+    trained = f.up if which == "down" else f.down
+    assert torch.autograd.gradcheck(lambda x, _: low_rank_linear(x, weight, bias, [Term([f])]), (x, trained))
+
+
+def test_a_gate_or_a_trained_factor_takes_the_usual_way():
+    """Places are a hint for frozen factors: a gate on `up_index`, or a `down` that trains, is computed with the matrices."""
+    for which, gate in (("up", torch.rand(2, dtype=torch.float64)), ("down", torch.rand(2, dtype=torch.float64))):
+        told, _ = selecting(which, 2)
+        f = Factors(told.down, told.up, gate, told.scale, told.down_index, told.up_index)
+        x, (weight, bias) = torch.randn(4, IN, dtype=torch.float64), base()
+        assert_close(low_rank_linear(x, weight, bias, [Term([f])]), naive(x, weight, bias, [Term([f])]))
+    told, _ = selecting("down", 2)
+    told.down.requires_grad_()
+    low_rank_linear(x, weight, bias, [Term([told])]).sum().backward()
+    assert told.down.grad is not None
+
+
 def test_saved_bytes_under_autocast():
     """The half-precision x is kept, and no float32 copy; each sibling has its own where x came in float32."""
     n = 40

@@ -371,3 +371,13 @@ def test_alive_drops_what_adds_nothing_and_balanced_splits_gate_and_scale(gate):
     even = f.alive().balanced()
     assert torch.allclose(even.delta(), f.delta(), atol=1e-14)
     assert torch.allclose(even.up.norm(dim=0), even.down.norm(dim=1))
+
+
+def test_places_of_a_selecting_factor_follow_it():
+    index = torch.tensor([3, 0])
+    f = Factors(torch.eye(5)[index], torch.randn(4, 2), None, 0.5, down_index=index)
+    assert f.select(torch.tensor([False, True])).down_index.tolist() == [0]
+    assert f.to(torch.float64).down_index is f.scaled(2.0).down_index is f.detach().down_index is index
+    assert f.pad(3).down_index is f.concat(f).down_index is f.baked().down_index is f.balanced().down_index is None
+    with pytest.raises(ValueError, match=r"Factors: down_index \(3,\) torch.int64 is not \(2,\) int64"):
+        Factors(f.down, f.up, down_index=torch.arange(3))

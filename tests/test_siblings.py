@@ -88,7 +88,7 @@ def test_nothing_waits_after_a_pass():
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
-@pytest.mark.parametrize("make, nodes", [(llama, 2 * 3), (t5, 2 * 4 + 2 * 8)])
+@pytest.mark.parametrize(("make", "nodes"), [(llama, 2 * 3), (t5, 2 * 4 + 2 * 8)])
 def test_a_compiled_model_is_one_graph_and_computes_them_together(make, nodes):
     """Of each layer, a node for q, k and v, one for o, and one for an MLP of Llama's; T5's MLPs are two."""
     torch.compiler.reset()

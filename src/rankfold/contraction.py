@@ -179,7 +179,7 @@ def flat_arguments(x: Tensor, members: Sequence[Member]) -> tuple[Layout, list[T
         keeps.append(1.0 / keep if keep else 0.0)
     scales = tuple(tuple(tuple(f.scale for f in t.blocks) for t in own) for own in terms)
     # a rank-0 block too: DDP waits for its (empty) gradients
-    blocks = [t for own in terms for term in own for f in term.blocks for t in (f.down, f.up, f.gate)]
+    blocks = [t for own in terms for term in own for f in term.blocks for t in Block.of(f)]
     return (tuple(keeps), scales), [*(m.weight for m in members), *(m.bias for m in members), *masks, *blocks]
 
 
@@ -219,14 +219,26 @@ def no_autocast(grads: Sequence[Tensor | None]) -> AbstractContextManager:
     return nullcontext() if g is None or not _autocasts(g) else torch.autocast(g.device.type, enabled=False)
 
 
-Block = tuple[Tensor, Tensor, Tensor | None]  # down, up, gate
+class Block(NamedTuple):
+    """The tensors of one `Factors`, or what belongs to each of them: its gradient, whether that is wanted."""
+
+    down: Any
+    up: Any
+    gate: Any
+    down_index: Any
+    up_index: Any
+
+    @classmethod
+    def of(cls, f: Factors) -> Block:
+        return cls(f.down, f.up, f.gate, f.down_index, f.up_index)
 
 
 class Joined(NamedTuple):
     """The factors of one term of several members, in the dtype of the products.
 
     Args:
-        down: ΣR × in, the members' one above the other; ups: out × R of each member.
+        down: ΣR × in, the members' one above the other; ups: out × R of each member. Either may be int64 instead, R places:
+            a factor that only selects, for which columns are gathered and scattered, and nothing is multiplied.
         scales: what is still to be multiplied; ranks: R of each member.
     """
 
@@ -245,15 +257,15 @@ class Call:
         self.weights, self.masks = tensors[:n], tensors[2 * n : 2 * n + terms]
         self.biases = tensors[n : 2 * n]
         self.kept = (*self.weights, *([None] * n), *tensors[2 * n :])  # all that the backward needs: not the biases
-        self.blocks: list[list[list[Block]]] = self.threes(tensors[2 * n + terms :])
+        self.blocks = self.by_block(tensors[2 * n + terms :])
         # whether the backward reads x: not where every `down` is frozen
-        downs = [block[0] for own in self.blocks for term in own for block in term]
+        downs = [block.down for own in self.blocks for term in own for block in term]
         self.reads_input = any(t is not None and t.requires_grad for t in (*self.weights, *downs))
 
-    def threes(self, flat: Sequence) -> list[list[list[Any]]]:
-        """`flat` in threes, as blocks[member][term] has them."""
+    def by_block(self, flat: Sequence) -> list[list[list[Block]]]:
+        """`flat` as blocks[member][term] has it."""
         it = iter(flat)
-        return [[[(next(it), next(it), next(it)) for _ in s] for s in own] for own in self.scales]
+        return [[[Block(*(next(it) for _ in Block._fields)) for _ in s] for s in own] for own in self.scales]
 
     def joined(self, members: Sequence[int], term: int, dtype: torch.dtype) -> Joined:
         return _joined([self.blocks[i][term] for i in members], [self.scales[i][term] for i in members], dtype)
@@ -264,9 +276,11 @@ class Call:
         weight = self.weights[member]
         if weight is None or weight.dtype not in (torch.float32, torch.float64):
             return False
-        if any(mask is not None for mask in self.masks):
+        blocks = [block for term in self.blocks[member] for block in term]
+        selecting = any(block.down_index is not None or block.up_index is not None for block in blocks)
+        if selecting or any(mask is not None for mask in self.masks):
             return False
-        rank = sum(len(block[0]) for term in self.blocks[member] for block in term)
+        rank = sum(len(block.down) for block in blocks)
         out, into = weight.shape
         # Numbers multiplied: 2·N·R·(in + out) against 2·(R·in·out), and what two passes over W cost; more where a fresh matrix of
         # its size is mapped anew by the allocator. Measured: docs/performance.md.
@@ -296,15 +310,14 @@ class Call:
             if weight is not None:
                 outputs.append(F.linear(flat, weight, bias))
             else:
-                outputs.append(flat.new_zeros(len(flat), self.blocks[i][0][0][1].shape[0]))
+                outputs.append(flat.new_zeros(len(flat), self.blocks[i][0][0].up.shape[0]))
         hidden = []
         for t, (mask, inv_keep) in enumerate(zip(self.masks, self.inv_keeps, strict=True)):
             factors = self.joined(range(len(outputs)), t, flat.dtype)
-            h = dropped(flat, mask, scratch and t == len(self.masks) - 1) @ factors.down.T
+            h = _into(dropped(flat, mask, scratch and t == len(self.masks) - 1), factors.down)
             for i, (y, part) in enumerate(zip(outputs, h.split(factors.ranks, 1), strict=True)):
                 if not merges[i]:
-                    # folds the scale in; a gate is in `up` already
-                    y.addmm_(part, factors.ups[i].T, alpha=factors.scales[i] * inv_keep)
+                    _add_out_of_(y, part, factors.ups[i], factors.scales[i] * inv_keep)
             hidden.append(h)
         return outputs, hidden
 
@@ -324,7 +337,7 @@ class Call:
             grads: N × out of each member, or None; needed: which of the tensors want theirs.
         """
         n, terms = len(self.scales), len(self.inv_keeps)
-        need_weights, need_biases, need = needed[:n], needed[n : 2 * n], self.threes(needed[2 * n + terms :])
+        need_weights, need_biases, need = needed[:n], needed[n : 2 * n], self.by_block(needed[2 * n + terms :])
         like = next(t for t in (*hidden, flat) if t is not None)
         live = [(i, g.to(like.dtype)) for i, g in enumerate(grads) if g is not None]
         if not live:
@@ -337,24 +350,24 @@ class Call:
 
         merges = {i: need_x and self.merges(i, len(like)) for i in indices}
         apart = [k for k, i in enumerate(indices) if not merges[i]]  # places in `live`
-        out: list[list[list[list[Tensor | None]]]] = [[[[None] * 3 for _ in s] for s in own] for own in self.scales]
+        out: list[list[list[list[Tensor | None]]]] = [[[[None] * 5 for _ in s] for s in own] for own in self.scales]
         to_x: list[tuple[Tensor, Tensor, Tensor | None]] = []  # what each term sends back: N×R, R×in, mask
         for t, (mask, inv_keep, h) in enumerate(zip(self.masks, self.inv_keeps, hidden, strict=True)):
             factors = self.joined(indices, t, like.dtype)
-            h_parts = h.split([sum(len(block[0]) for block in own[t]) for own in self.blocks], 1)
+            h_parts = h.split([sum(len(block.down) for block in own[t]) for own in self.blocks], 1)
             for i, g in live:
-                if any(w[1] or w[2] for w in need[i][t]):
+                if any(w.up or w.gate for w in need[i][t]):
                     cross = (h_parts[i].T @ g).T  # out×r; as (hᵀg)ᵀ, the faster order (shared/performance.md §3)
                     _up_gradients(cross, self.blocks[i][t], need[i][t], self.scales[i][t], inv_keep, out[i][t])
-            want_down = any(w[0] for i in indices for w in need[i][t])
+            want_down = any(w.down for i in indices for w in need[i][t])
             if not need_x and not want_down:
                 continue
-            ghs = [g @ up for (_, g), up in zip(live, factors.ups, strict=True)]
+            ghs = [_back_into(g, up) for (_, g), up in zip(live, factors.ups, strict=True)]
             gh = _side_by_side(ghs, [scale * inv_keep for scale in factors.scales])
             if want_down and flat is not None:
                 d = gh.T @ dropped(flat, mask, scratch and t == terms - 1)
-                flattened = [zip(self.blocks[i][t], need[i][t], out[i][t], strict=True) for i in indices]
-                _down_gradients(d, [three for member in flattened for three in member])
+                by_block = [zip(self.blocks[i][t], need[i][t], out[i][t], strict=True) for i in indices]
+                _down_gradients(d, [block for member in by_block for block in member])
             if need_x and apart:
                 mine = _picked(gh, factors.ranks, apart, 1), _picked(factors.down, factors.ranks, apart, 0)
                 to_x.append((*mine, mask))
@@ -367,7 +380,7 @@ class Call:
             elif weight is not None:
                 dx = torch.mm(g, weight, out=flat) if scratch and flat is not None else g @ weight
         if need_x and dx is None:
-            dx = like.new_zeros(len(like), self.blocks[0][0][0][0].shape[1])
+            dx = like.new_zeros(len(like), self.blocks[0][0][0].down.shape[1])
         if dx is not None:
             for gh, down, mask in to_x:
                 add_dropped_product_(dx, gh, down, mask)
@@ -391,27 +404,44 @@ def _side_by_side(parts: Sequence[Tensor], scales: Sequence[float]) -> Tensor:
     return _stacked([part.mul_(s) for part, s in zip(parts, scales, strict=True)], 1)
 
 
-def _down_gradients(d: Tensor, blocks: Sequence[tuple[Block, Sequence[bool], list]]) -> None:
+def _into(x: Tensor, down: Tensor) -> Tensor:
+    """x downᵀ, N × R."""
+    return x @ down.T if down.is_floating_point() else x.index_select(1, down)
+
+
+def _back_into(g: Tensor, up: Tensor) -> Tensor:
+    """g up, N × R."""
+    return g @ up if up.is_floating_point() else g.index_select(1, up)
+
+
+def _add_out_of_(y: Tensor, h: Tensor, up: Tensor, scale: float) -> None:
+    """y += h upᵀ · scale in place: no pass over N × out for the scale, nor for a gate, which is in `up`."""
+    if up.is_floating_point():
+        y.addmm_(h, up.T, alpha=scale)
+    else:
+        y.index_add_(1, up, h, alpha=scale)
+
+
+def _down_gradients(d: Tensor, blocks: Sequence[tuple[Block, Block, list]]) -> None:
     """The gradients of every `down` of one term, out of theirs one above the other (ΣR × in), into each block's list."""
-    downs = [down for (down, _, _), _, _ in blocks]
+    downs = [block.down for block, _, _ in blocks]
     if len({down.dtype for down in downs}) == 1:
         d = d.to(downs[0].dtype)  # at once
-    for down, part, (_, (want, _, _), into) in zip(downs, d.split([len(down) for down in downs]), blocks, strict=True):
-        into[0] = part.to(down.dtype) if want else None
+    for part, (block, want, into) in zip(d.split([len(down) for down in downs]), blocks, strict=True):
+        into[0] = part.to(block.down.dtype) if want.down else None
 
 
 def _up_gradients(
-    cross: Tensor, blocks: Sequence[Block], needed: Sequence, scales: Sequence[float], inv_keep: float, out: list
+    cross: Tensor, blocks: Sequence[Block], needed: Sequence[Block], scales: Sequence[float], inv_keep: float, out: list
 ) -> None:
     """The gradients of every `up` and gate of one term, out of gᵀh (out × r of all its blocks), into `out`."""
-    for (_, b, gate), (_, want_up, want_gate), s, mine, into in zip(
-        blocks, needed, scales, cross.split([len(block[0]) for block in blocks], 1), out, strict=True
-    ):
-        c = s * inv_keep
-        if want_up:
+    parts = cross.split([len(block.down) for block in blocks], 1)
+    for block, want, s, mine, into in zip(blocks, needed, scales, parts, out, strict=True):
+        c, b, gate = s * inv_keep, block.up, block.gate
+        if want.up:
             # laid out as `up` is: DDP's buckets mind the strides, and at rank 1 autograd does not mend them
             into[1] = torch.mul(mine, c if gate is None else gate * c, out=torch.empty_like(b))
-        if want_gate and gate is not None:
+        if want.gate and gate is not None:
             into[2] = (mine * b.to(mine.dtype)).sum(0, dtype=gate.dtype) * c
 
 
@@ -422,18 +452,31 @@ def _stacked(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
 def _joined(terms: Sequence[Sequence[Block]], scales: Sequence[Sequence[float]], dtype: torch.dtype) -> Joined:
     """The blocks of each member's term joined, gates multiplied (in their own float32) into `up`."""
     left = [own[0] if len(set(own)) == 1 else 1.0 for own in scales]
-    ups = [
-        _stacked(
-            [_scaled(up, gate, s / scale if scale else 1.0) for (_, up, gate), s in zip(term, own, strict=True)], 1
-        )
-        for term, own, scale in zip(terms, scales, left, strict=True)
-    ]
-    down = _stacked([down for term in terms for down, _, _ in term]).to(dtype)
-    return Joined(down, _cast(ups, dtype), left, [up.shape[1] for up in ups])
+    blocks = [block for term in terms for block in term]
+    down = _places([(block.down_index, block.down) for block in blocks])
+    if down is None:
+        down = _stacked([block.down for block in blocks]).to(dtype)
+    ups: list[Tensor] = []
+    for term, own, scale in zip(terms, scales, left, strict=True):
+        plain = len(set(own)) == 1 and all(block.gate is None for block in term)
+        up = _places([(block.up_index, block.up) for block in term]) if plain else None
+        if up is None:
+            ratios = [s / scale if scale else 1.0 for s in own]
+            up = _stacked([_scaled(b.up, b.gate, c) for b, c in zip(term, ratios, strict=True)], 1)
+        ups.append(up)
+    return Joined(down, _cast(ups, dtype), left, [sum(len(block.down) for block in term) for term in terms])
+
+
+def _places(factors: Sequence[tuple[Tensor | None, Tensor]]) -> Tensor | None:
+    """The places that factors select, one after the other, if they all do and none is trained."""
+    found = [index for index, factor in factors if index is not None and not factor.requires_grad]
+    return _stacked(found) if len(found) == len(factors) else None
 
 
 def _cast(ups: list[Tensor], dtype: torch.dtype) -> Sequence[Tensor]:
     """In one pass where they are alike: each small cast costs as much as a larger one."""
+    if not all(up.is_floating_point() for up in ups):
+        return [up.to(dtype) if up.is_floating_point() else up for up in ups]
     if len(ups) > 1 and len({(up.shape[1], up.dtype) for up in ups}) == 1 and ups[0].dtype != dtype:
         return torch.cat(ups).to(dtype).split([len(up) for up in ups])
     return [up.to(dtype) for up in ups]

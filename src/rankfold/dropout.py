@@ -76,13 +76,26 @@ def dropped(x: Tensor, mask: Tensor | None, in_place: bool = False) -> Tensor:
 
 
 def add_dropped_product_(out: Tensor, left: Tensor, right: Tensor, mask: Tensor | None) -> None:
-    """out += dropped(left @ right), in place; out is N × in and contiguous."""
-    if mask is None:
-        out.addmm_(left, right)
-    elif mask.dtype == torch.bool:
-        out.add_(dropped(left @ right, mask))
-    else:
-        flat = out.view(-1)
+    """out += dropped(left @ right), in place.
+
+    Args:
+        out: N × in, contiguous; left: N × R.
+        right: R × in; or int64, R: the columns of `out` that left's are added to.
+    """
+    selects = not right.is_floating_point()
+    if mask is not None and mask.dtype == torch.bool:
+        if selects:
+            kept = mask.view(out.shape).index_select(1, right)
+            out.index_add_(1, right, torch.where(kept, left, left.new_zeros(())))
+        else:
+            out.add_(dropped(left @ right, mask))
+        return
+    flat, before = out.view(-1), None
+    if mask is not None:
         before = flat[mask]  # what is dropped is put back: exact, and no pass over N × in
+    if selects:
+        out.index_add_(1, right, left)
+    else:
         out.addmm_(left, right)
+    if mask is not None and before is not None:
         flat.index_copy_(0, mask, before)

@@ -29,6 +29,8 @@ class Factors:
         up: out × r. What LoRA calls B.
         gate: r, or None for all ones.
         scale: a number that multiplies the whole update.
+        down_index, up_index: int64, r: where `down`'s rows, or `up`'s columns, are those of the identity, and frozen, their
+            places; the contraction then gathers and scatters columns instead of multiplying. A hint: nothing else reads it.
 
     Raises:
         ValueError: shapes that do not fit together.
@@ -38,6 +40,8 @@ class Factors:
     up: Tensor
     gate: Tensor | None = None
     scale: float = 1.0
+    down_index: Tensor | None = None
+    up_index: Tensor | None = None
 
     def __post_init__(self) -> None:
         rank = self.down.shape[0]
@@ -47,6 +51,11 @@ class Factors:
             )
         if self.gate is not None and tuple(self.gate.shape) != (rank,):
             raise ValueError(f"Factors: gate {tuple(self.gate.shape)} is not ({rank},), the rank of down and up")
+        for name, index in (("down_index", self.down_index), ("up_index", self.up_index)):
+            if index is not None and (tuple(index.shape) != (rank,) or index.dtype != torch.int64):
+                raise ValueError(
+                    f"Factors: {name} {tuple(index.shape)} {index.dtype} is not ({rank},) int64, a place a component"
+                )
 
     @property
     def rank(self) -> int:
@@ -60,7 +69,9 @@ class Factors:
     def to(self, *args, **kwargs) -> Factors:
         """Every tensor through `Tensor.to`."""
         gate = None if self.gate is None else self.gate.to(*args, **kwargs)
-        return replace(self, down=self.down.to(*args, **kwargs), up=self.up.to(*args, **kwargs), gate=gate)
+        down, up = self.down.to(*args, **kwargs), self.up.to(*args, **kwargs)
+        indices = [None if i is None else i.to(down.device) for i in (self.down_index, self.up_index)]
+        return Factors(down, up, gate, self.scale, *indices)
 
     def detach(self) -> Factors:
         gate = None if self.gate is None else self.gate.detach()
@@ -81,8 +92,8 @@ class Factors:
 
     def select(self, keep: Tensor) -> Factors:
         """The components that `keep` (bool r, or indices) names, in that order."""
-        gate = None if self.gate is None else self.gate[keep]
-        return replace(self, down=self.down[keep], up=self.up[:, keep], gate=gate)
+        gate, *indices = [None if t is None else t[keep] for t in (self.gate, self.down_index, self.up_index)]
+        return Factors(self.down[keep], self.up[:, keep], gate, self.scale, *indices)
 
     def concat(self, *others: Factors) -> Factors:
         """The sum of the updates, as one pair whose rank is the sum of the ranks."""
@@ -111,7 +122,7 @@ class Factors:
         down = torch.cat([self.down, self.down.new_zeros(extra, self.down.shape[1])])
         up = torch.cat([self.up, self.up.new_zeros(self.up.shape[0], extra)], 1)
         gate = None if self.gate is None else torch.cat([self.gate, self.gate.new_zeros(extra)])
-        return replace(self, down=down, up=up, gate=gate)
+        return Factors(down, up, gate, self.scale)
 
     def balanced(self) -> Factors:
         """Gate and scale baked in and each component's norm split evenly, ‖up_i‖ = ‖down_i‖; a dead component is zero."""
