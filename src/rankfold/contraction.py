@@ -169,7 +169,7 @@ Layout = tuple[tuple[float, ...], tuple[tuple[tuple[float, ...], ...], ...]]
 
 def flat_arguments(x: Tensor, members: Sequence[Member]) -> tuple[Layout, list[Tensor | None]]:
     """What autograd wants flat, of members that read x: numbers (1/keep of each term, scales[member][term][block]), and
-    tensors (weights, biases, masks drawn here, down, up and gate of every block). `Call` sorts them again."""
+    tensors (weights, biases, masks drawn here, those of every `Block`). `Call` sorts them again."""
     terms = [[t for t in m.terms if t.blocks] for m in members]
     masks: list[Tensor | None] = []
     keeps: list[float] = []
@@ -338,10 +338,10 @@ class Call:
         """
         n, terms = len(self.scales), len(self.inv_keeps)
         need_weights, need_biases, need = needed[:n], needed[n : 2 * n], self.by_block(needed[2 * n + terms :])
-        like = next(t for t in (*hidden, flat) if t is not None)
-        live = [(i, g.to(like.dtype)) for i, g in enumerate(grads) if g is not None]
-        if not live:
+        if all(g is None for g in grads):
             return None, [None] * len(needed)
+        like = next(t for t in (*hidden, flat, *grads) if t is not None)
+        live = [(i, g.to(like.dtype)) for i, g in enumerate(grads) if g is not None]
         indices, by_member = [i for i, _ in live], dict(live)
         d_weights: list[Tensor | None] = [None] * n
         if flat is not None:
