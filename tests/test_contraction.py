@@ -692,8 +692,9 @@ def test_frozen_factors(frozen, dropout):
     for f in blocks:
         for name in frozen.split(" and "):
             getattr(f, name).requires_grad_(False)
-    for got, want in zip(run(), wanted, strict=True):
-        assert got is None or torch.equal(got, want)
+    trained = [x, *(t for f in blocks for t in (f.down, f.up, f.gate) if t is not None)]
+    for got, want, leaf in zip(run(), wanted, trained, strict=True):
+        assert torch.equal(got, want) if leaf.requires_grad else got is None
     kept = saved(
         lambda: low_rank_linears(x, members)[0], [weight, bias, *(t for m in members for t in leaves(m.terms))]
     )
@@ -711,23 +712,25 @@ def selecting(which: str, rank: int, dtype: torch.dtype = torch.float64, scale: 
     return Factors(trained, chosen.T, None, scale, up_index=index), Factors(trained, chosen.T, None, scale)
 
 
-@pytest.mark.parametrize("which", ["down", "up", "mixed"])
+@pytest.mark.parametrize("kinds", [("down", "down"), ("up", "up"), ("down", "up"), ("down", None), ("up", None)])
 @pytest.mark.parametrize("dropout", [0.0, 0.05, 0.3])
-def test_factors_that_select_columns(which, dropout):
+def test_factors_that_select_columns(kinds, dropout):
     """Gathered and scattered, they give what the products with their rows of the identity give, several members too."""
     torch.manual_seed(3)
-    kinds = ["down", "up"] if which == "mixed" else [which, which]
-    pairs = [selecting(kind, rank) for kind, rank in zip(kinds, (2, 3), strict=True)]
-    ungated = Factors(block().down, block().up, None, 0.7)
+    pairs = [selecting(kind, rank) for kind, rank in zip(kinds, (2, 3), strict=True) if kind]
+    pairs += [(f, f) for f in [Factors(block().down, block().up, None, 0.7)] if None in kinds]
     x = torch.randn(6, IN, dtype=torch.float64, requires_grad=True)
     (weight, bias), cotangent = base(), torch.randn(6, OUT, dtype=torch.float64)
 
     def run(told: int) -> list[Tensor]:
         one, two = (pair[told] for pair in pairs)
-        members = [Member(weight, bias, [Term([one], dropout)]), Member(weight, None, [Term([two, ungated], dropout)])]
+        members = [Member(weight, bias, [Term([one], dropout)]), Member(weight, None, [Term([two], dropout)])]
+        joined = Call(*flat_arguments(x, members)).joined([0, 1], 0, x.dtype)
+        assert joined.down.is_floating_point() is (told == 1 or set(kinds) != {"down"})
+        assert [not up.is_floating_point() for up in joined.ups] == [told == 0 and kind == "up" for kind in kinds]
         torch.manual_seed(0)
         outputs = low_rank_linears(x, members)
-        leaves_ = [x, *(t for f in (one, two, ungated) for t in (f.down, f.up) if t.requires_grad)]
+        leaves_ = [x, *(t for f in (one, two) for t in (f.down, f.up) if t.requires_grad)]
         return [*outputs, *torch.autograd.grad([*outputs], leaves_, [cotangent, 2 * cotangent])]
 
     for got, want in zip(run(0), run(1), strict=True):
@@ -764,17 +767,39 @@ def test_gradcheck_of_factors_that_select(which):
     assert torch.autograd.gradcheck(lambda x, _: low_rank_linear(x, weight, bias, [Term([f])]), (x, trained))
 
 
-def test_a_gate_or_a_trained_factor_takes_the_usual_way():
-    """Places are a hint for frozen factors: a gate on `up_index`, or a `down` that trains, is computed with the matrices."""
-    for which, gate in (("up", torch.rand(2, dtype=torch.float64)), ("down", torch.rand(2, dtype=torch.float64))):
+def test_a_gate_takes_the_usual_way():
+    """Places are a hint: with a gate, the matrices are multiplied."""
+    for which in ("up", "down"):
         told, _ = selecting(which, 2)
-        f = Factors(told.down, told.up, gate, told.scale, told.down_index, told.up_index)
+        f = Factors(told.down, told.up, torch.rand(2, dtype=torch.float64), told.scale, told.down_index, told.up_index)
         x, (weight, bias) = torch.randn(4, IN, dtype=torch.float64), base()
         assert_close(low_rank_linear(x, weight, bias, [Term([f])]), naive(x, weight, bias, [Term([f])]))
-    told, _ = selecting("down", 2)
-    told.down.requires_grad_()
-    low_rank_linear(x, weight, bias, [Term([told])]).sum().backward()
-    assert told.down.grad is not None
+
+
+@pytest.mark.parametrize("inside", [torch.bfloat16, torch.float16])
+def test_autocast_with_factors_in_the_other_half(inside):
+    other = torch.float16 if inside == torch.bfloat16 else torch.bfloat16
+    members = [Member(*base(torch.float32), [Term([block(2, dtype=other), block(1, dtype=other)])]) for _ in range(2)]
+    x = torch.randn(6, IN, requires_grad=True)
+    with torch.autocast("cpu", inside):
+        outputs = low_rank_linears(x, members)
+    for y, m in zip(outputs, members, strict=True):
+        assert y.dtype == inside
+        wide = [Term([f.detach().to(torch.float32) for f in t.blocks]) for t in m.terms]
+        assert_close(y.float(), naive(x, m.weight, m.bias, wide), atol=0.1, rtol=0.1)
+    sum(y.float().sum() for y in outputs).backward()
+    assert all(t.grad is not None and t.grad.dtype == t.dtype for m in members for t in leaves(m.terms))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.05, 0.3])
+def test_no_rows(dropout):
+    """As an expert gets them that no token chose."""
+    terms = [Term([_f32(2)], dropout)]
+    x = torch.randn(0, IN, requires_grad=True)
+    y = low_rank_linear(x, *base(torch.float32), terms)
+    y.sum().backward()
+    assert y.shape == (0, OUT)
+    assert all(not t.grad.any() for t in leaves(terms))
 
 
 def test_saved_bytes_under_autocast():

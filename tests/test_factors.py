@@ -381,3 +381,5 @@ def test_places_of_a_selecting_factor_follow_it():
     assert f.pad(3).down_index is f.concat(f).down_index is f.baked().down_index is f.balanced().down_index is None
     with pytest.raises(ValueError, match=r"Factors: down_index \(3,\) torch.int64 is not \(2,\) int64"):
         Factors(f.down, f.up, down_index=torch.arange(3))
+    with pytest.raises(ValueError, match="down_index is given, but down is trained"):
+        Factors(f.down.clone().requires_grad_(), f.up, down_index=index)

@@ -3,12 +3,13 @@
 What it does that a chain of modules does not (numbers in docs/performance.md):
 
 * x is saved once, as the tensor its producer and its sibling layers already hold (where autocast must cast it, as the one
-  copy that all siblings share);
+  copy that all siblings share), and not at all where every `down` is frozen;
 * siblings – q, k and v – are one node: one down-projection, one mask, one pass over the input's gradient (siblings.py);
 * gate and scale go onto the small factor; no pass over an N×out tensor is spent on them;
 * the r-wide product h is kept (N·r numbers), so the backward needs no second look at x·downᵀ;
 * for many tokens in float32, W + ΔW is made once a pass instead, and multiplied by (`Call.merges`);
 * both sums run in place in the GEMM that makes them (`addmm_`), into the base's output and into its input gradient;
+* a frozen factor that only selects columns is a gather and a scatter (`Factors.down_index`);
 * dropout costs what it drops (dropout.py).
 
 Factors are cast to the dtype of x (or autocast's), never x to theirs; their gradients are cast back.
@@ -195,7 +196,8 @@ class _LowRankLinears(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, layout, *tensors):  # pyright: ignore[reportIncompatibleMethodOverride]
         call = Call(layout, tensors)
-        outputs, hidden = call.forward(x.reshape(-1, x.shape[-1]))
+        with no_autocast([x]):
+            outputs, hidden = call.forward(x.reshape(-1, x.shape[-1]))
         ctx.layout, ctx.shape = layout, x.shape
         ctx.set_materialize_grads(False)  # one of the members may be left unused
         ctx.save_for_backward(x if call.reads_input else None, *hidden, *call.kept)
@@ -213,10 +215,10 @@ class _LowRankLinears(torch.autograd.Function):
             return None if dx is None else dx.view(ctx.shape), None, *others
 
 
-def no_autocast(grads: Sequence[Tensor | None]) -> AbstractContextManager:
-    """For a backward: the forward has settled the dtypes."""
-    g = next((g for g in grads if g is not None), None)
-    return nullcontext() if g is None or not _autocasts(g) else torch.autocast(g.device.type, enabled=False)
+def no_autocast(tensors: Sequence[Tensor | None]) -> AbstractContextManager:
+    """For what runs in dtypes that are settled already."""
+    t = next((t for t in tensors if t is not None), None)
+    return nullcontext() if t is None or not _autocasts(t) else torch.autocast(t.device.type, enabled=False)
 
 
 class Block(NamedTuple):
@@ -350,18 +352,20 @@ class Call:
 
         merges = {i: need_x and self.merges(i, len(like)) for i in indices}
         apart = [k for k, i in enumerate(indices) if not merges[i]]  # places in `live`
-        out: list[list[list[list[Tensor | None]]]] = [[[[None] * 5 for _ in s] for s in own] for own in self.scales]
+        out: list[list[list[list[Tensor | None]]]] = [
+            [[[None] * len(Block._fields) for _ in s] for s in own] for own in self.scales
+        ]
         to_x: list[tuple[Tensor, Tensor, Tensor | None]] = []  # what each term sends back: N×R, R×in, mask
         for t, (mask, inv_keep, h) in enumerate(zip(self.masks, self.inv_keeps, hidden, strict=True)):
-            factors = self.joined(indices, t, like.dtype)
             h_parts = h.split([sum(len(block.down) for block in own[t]) for own in self.blocks], 1)
             for i, g in live:
                 if any(w.up or w.gate for w in need[i][t]):
                     cross = (h_parts[i].T @ g).T  # out×r; as (hᵀg)ᵀ, the faster order (shared/performance.md §3)
                     _up_gradients(cross, self.blocks[i][t], need[i][t], self.scales[i][t], inv_keep, out[i][t])
             want_down = any(w.down for i in indices for w in need[i][t])
-            if not need_x and not want_down:
+            if not want_down and not (need_x and apart):
                 continue
+            factors = self.joined(indices, t, like.dtype)
             ghs = [_back_into(g, up) for (_, g), up in zip(live, factors.ups, strict=True)]
             gh = _side_by_side(ghs, [scale * inv_keep for scale in factors.scales])
             if want_down and flat is not None:
@@ -453,13 +457,13 @@ def _joined(terms: Sequence[Sequence[Block]], scales: Sequence[Sequence[float]],
     """The blocks of each member's term joined, gates multiplied (in their own float32) into `up`."""
     left = [own[0] if len(set(own)) == 1 else 1.0 for own in scales]
     blocks = [block for term in terms for block in term]
-    down = _places([(block.down_index, block.down) for block in blocks])
+    down = _places([block.down_index for block in blocks])
     if down is None:
         down = _stacked([block.down for block in blocks]).to(dtype)
     ups: list[Tensor] = []
     for term, own, scale in zip(terms, scales, left, strict=True):
         plain = len(set(own)) == 1 and all(block.gate is None for block in term)
-        up = _places([(block.up_index, block.up) for block in term]) if plain else None
+        up = _places([block.up_index for block in term]) if plain else None
         if up is None:
             ratios = [s / scale if scale else 1.0 for s in own]
             up = _stacked([_scaled(b.up, b.gate, c) for b, c in zip(term, ratios, strict=True)], 1)
@@ -467,10 +471,10 @@ def _joined(terms: Sequence[Sequence[Block]], scales: Sequence[Sequence[float]],
     return Joined(down, _cast(ups, dtype), left, [sum(len(block.down) for block in term) for term in terms])
 
 
-def _places(factors: Sequence[tuple[Tensor | None, Tensor]]) -> Tensor | None:
-    """The places that factors select, one after the other, if they all do and none is trained."""
-    found = [index for index, factor in factors if index is not None and not factor.requires_grad]
-    return _stacked(found) if len(found) == len(factors) else None
+def _places(indices: Sequence[Tensor | None]) -> Tensor | None:
+    """The places that factors select, one after the other, if they all do."""
+    found = [index for index in indices if index is not None]
+    return _stacked(found) if len(found) == len(indices) else None
 
 
 def _cast(ups: list[Tensor], dtype: torch.dtype) -> Sequence[Tensor]:

@@ -47,6 +47,8 @@ def _places(n: int, p: float) -> Tensor:
     dtype = (
         torch.float32 if p > 0.01 else torch.float64
     )  # a uniform float32 has steps of 6e-8: too coarse for a small p
+    if not n:
+        return torch.empty(0, dtype=torch.int64)
     found, last = [], -1
     while last < n - 1:
         left = n - 1 - last

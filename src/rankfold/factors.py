@@ -51,7 +51,11 @@ class Factors:
             )
         if self.gate is not None and tuple(self.gate.shape) != (rank,):
             raise ValueError(f"Factors: gate {tuple(self.gate.shape)} is not ({rank},), the rank of down and up")
-        for name, index in (("down_index", self.down_index), ("up_index", self.up_index)):
+        for name, index, factor in (("down_index", self.down_index, self.down), ("up_index", self.up_index, self.up)):
+            if index is not None and factor.requires_grad:
+                raise ValueError(
+                    f"Factors: {name} is given, but {name[:-6]} is trained; only a frozen factor stays what its places say"
+                )
             if index is not None and (tuple(index.shape) != (rank,) or index.dtype != torch.int64):
                 raise ValueError(
                     f"Factors: {name} {tuple(index.shape)} {index.dtype} is not ({rank},) int64, a place a component"

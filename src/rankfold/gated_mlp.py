@@ -59,8 +59,9 @@ class _GatedMlp(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, activation, layout, layout_down, count, *tensors):  # pyright: ignore[reportIncompatibleMethodOverride]
         first, last = Call(layout, tensors[:count]), Call(layout_down, tensors[count:])
-        (e, u), hidden = first.forward(x.reshape(-1, x.shape[-1]))
-        (y,), hidden_down = last.forward(activation.forward(e).mul_(u), scratch=True)
+        with no_autocast([x]):
+            (e, u), hidden = first.forward(x.reshape(-1, x.shape[-1]))
+            (y,), hidden_down = last.forward(activation.forward(e).mul_(u), scratch=True)
         ctx.activation, ctx.layout, ctx.layout_down, ctx.count = activation, layout, layout_down, count
         kept_x = x if first.reads_input else None
         ctx.save_for_backward(kept_x, e, u, *hidden, *hidden_down, *first.kept, *last.kept)

@@ -44,7 +44,7 @@ class Siblings:
 
     def __init__(self, count: int) -> None:
         self._layers: list[Callable[[], AdaptedLinear | None]] = [_nobody] * count
-        self._waiting: dict[int, tuple[Tensor, int | None, Tensor]] = {}  # place → input, its version, output
+        self._waiting: dict[int, tuple[Tensor, int, Tensor]] = {}  # place → input, its version, output
 
     def __getstate__(self) -> int:
         return len(self._layers)
@@ -58,7 +58,7 @@ class Siblings:
     def waiting(self, place: int, x: Tensor) -> Tensor | None:
         """The output of the layer at `place` for this input, if it was computed with its siblings'."""
         found = self._waiting.pop(place, None)
-        return found[2] if found is not None and found[0] is x and found[1] == _version(x) else None
+        return found[2] if found is not None and found[0] is x and found[1] == x._version else None
 
     def output(self, layer: AdaptedLinear, place: int, x: Tensor) -> Tensor | None:
         """The layer's output, or None where the siblings cannot be computed together now."""
@@ -71,7 +71,7 @@ class Siblings:
         if members is None:
             return None
         outputs = low_rank_linears(x, members)
-        self._waiting = {i: (x, _version(x), y) for i, y in enumerate(outputs) if i != place}
+        self._waiting = {i: (x, x._version, y) for i, y in enumerate(outputs) if i != place}
         return outputs[place]
 
     def _members(self) -> list[Member] | None:
@@ -117,11 +117,7 @@ def _groups(model: nn.Module, layer_cls: type[AdaptedLinear]) -> Iterator[list[A
                     yield [layer for layer in layers if layer.in_features == width]
 
 
-def _version(x: Tensor) -> int | None:
-    """By which a change in place is noticed; tensors that a compiler traces have none to compare."""
-    return None if torch.compiler.is_compiling() else x._version
-
-
 def sharing_allowed(x: Tensor) -> bool:
-    """Whether outputs may wait: not for inference tensors, which have no version."""
-    return torch.compiler.is_compiling() or not x.is_inference()
+    """Whether outputs may wait: not for inference tensors, which have no version, nor where a compiler traces, which cannot
+    compare versions and may not change what a checkpointed region shares with others."""
+    return not (torch.compiler.is_compiling() or x.is_inference())
