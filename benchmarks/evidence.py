@@ -66,7 +66,7 @@ def section(name: str, title: str, path: Path) -> str:
     return f"""## {title}
 
 `rankfold compare benchmarks/evidence-{name}.yaml`: {steps} steps of {batch}, {budget}, learning rates {rates} (chosen on validation rows, with
-seeds {", ".join(map(str, file.choosing_seeds))}), seeds {", ".join(map(str, file.seeds))}. {len(lines)} trials, {len(found.failures)} of them failed or diverged.
+seed {", ".join(map(str, file.choosing_seeds))}), seeds {", ".join(map(str, file.seeds))}. {len(lines)} trials, {len(found.failures)} of them failed or diverged.
 
 {wording.answer(found)}
 

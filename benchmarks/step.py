@@ -49,7 +49,7 @@ TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 def variants(rank: int, effective: int, layers: int, dropout: float) -> dict[str, PeftConfig | None]:
     """Name to config; None is the frozen base. RaSA's r and k are chosen to reach the effective rank with few layers."""
-    k = max((effective - rank) // (layers - 1), 1)
+    k = min(max((effective - rank) // (layers - 1), 1), effective // layers)  # so that k <= r
     r = effective - (layers - 1) * k
     common = {"lora_alpha": 2 * rank, "lora_dropout": dropout, "target_modules": TARGETS}
     return {
