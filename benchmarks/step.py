@@ -209,7 +209,7 @@ def draw(path: Path, results: list[dict]) -> None:
     import matplotlib.pyplot as plt
 
     colours = {"PEFT LoRA": "#999999", "rankfold LoRA": "#0072b2", "rankfold RaSA": "#009e73", "products": "#e69f00"}
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(max(11, 2.4 * len(results)), 4), layout="constrained")
     place, ticks, labels, seen = 0.0, [], [], set()
     for result in results:
         settings = result["settings"]
@@ -237,7 +237,7 @@ def draw(path: Path, results: list[dict]) -> None:
                 )
             place += 1
         ticks.append((begin + place - 1) / 2)
-        tokens = f"{settings['tokens']} tokens"
+        tokens = f"{settings['tokens']} tokens" + f", {settings['shape']}" * (settings["shape"] != "smollm2")
         labels.append(
             f"{settings['dtype']}{', compiled' * settings['compile']}\ndropout {settings['dropout']:g}\n{tokens}"
         )
