@@ -104,6 +104,16 @@ def test_a_layer_that_reads_something_else_computes_its_own():
     assert_close(model(input_ids=IDS).logits, expected[0])
 
 
+def test_what_was_computed_without_gradients_is_not_used_with_them():
+    model = adapted()
+    q, k = layers(model)[0], layers(model)[1]
+    x = torch.randn(2, 3, 16)
+    with torch.no_grad():
+        q(x)
+    k(x).sum().backward()
+    assert all(p.grad is not None for p in k.lowrank_adapters.parameters())
+
+
 def test_merged_disabled_switched_and_deleted():
     model = adapted()
     model.add_adapter("b", PlainLoraConfig(r=2, target_modules=["q_proj", "gate_proj"], init_lora_weights=False))

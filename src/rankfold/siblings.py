@@ -44,7 +44,7 @@ class Siblings:
 
     def __init__(self, count: int) -> None:
         self._layers: list[Callable[[], AdaptedLinear | None]] = [_nobody] * count
-        self._waiting: dict[int, tuple[Tensor, int, Tensor]] = {}  # place → input, its version, output
+        self._waiting: dict[int, tuple[Tensor, tuple[int, bool], Tensor]] = {}  # place → input, its state, output
 
     def __getstate__(self) -> int:
         return len(self._layers)
@@ -58,7 +58,7 @@ class Siblings:
     def waiting(self, place: int, x: Tensor) -> Tensor | None:
         """The output of the layer at `place` for this input, if it was computed with its siblings'."""
         found = self._waiting.pop(place, None)
-        return found[2] if found is not None and found[0] is x and found[1] == x._version else None
+        return found[2] if found is not None and found[0] is x and found[1] == _state(x) else None
 
     def output(self, layer: AdaptedLinear, place: int, x: Tensor) -> Tensor | None:
         """The layer's output, or None where the siblings cannot be computed together now."""
@@ -71,7 +71,7 @@ class Siblings:
         if members is None:
             return None
         outputs = low_rank_linears(x, members)
-        self._waiting = {i: (x, x._version, y) for i, y in enumerate(outputs) if i != place}
+        self._waiting = {i: (x, _state(x), y) for i, y in enumerate(outputs) if i != place}
         return outputs[place]
 
     def _members(self) -> list[Member] | None:
@@ -115,6 +115,11 @@ def _groups(model: nn.Module, layer_cls: type[AdaptedLinear]) -> Iterator[list[A
                 layers = [c for child in children if isinstance(c := getattr(parent, child, None), layer_cls)]
                 for width in {layer.in_features for layer in layers}:
                     yield [layer for layer in layers if layer.in_features == width]
+
+
+def _state(x: Tensor) -> tuple[int, bool]:
+    """Its version, which a change in place raises, and whether what is computed now will have gradients."""
+    return x._version, torch.is_grad_enabled()
 
 
 def sharing_allowed(x: Tensor) -> bool:
