@@ -64,6 +64,12 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {case: write(folder / case.replace(" ", "-"), found) for case, found in CASES.items()}
 
 
+def test_ranks_that_differ_by_seed_are_rounded(tmp_path: Path) -> None:
+    found = [replace(t, parameters=t.parameters | {"folded_rank": 8 - (t.seed == 0)}) for t in lines(METHODS[:1])]
+    page = write(tmp_path / "ranks", found).read_text(encoding="utf-8")
+    assert "<small>rank 7.7</small>" in page
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_self_contained_with_pictures_of_their_own(case: str, reports: dict[str, Path]) -> None:
     page = reports[case].read_text(encoding="utf-8")
