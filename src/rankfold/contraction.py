@@ -429,8 +429,6 @@ def _add_out_of_(y: Tensor, h: Tensor, up: Tensor, scale: float) -> None:
 def _down_gradients(d: Tensor, blocks: Sequence[tuple[Block, Block, list]]) -> None:
     """The gradients of every `down` of one term, out of theirs one above the other (ΣR × in), into each block's list."""
     downs = [block.down for block, _, _ in blocks]
-    if len({down.dtype for down in downs}) == 1:
-        d = d.to(downs[0].dtype)  # at once
     for part, (block, want, into) in zip(d.split([len(down) for down in downs]), blocks, strict=True):
         into[0] = part.to(block.down.dtype) if want.down else None
 
@@ -466,24 +464,15 @@ def _joined(terms: Sequence[Sequence[Block]], scales: Sequence[Sequence[float]],
         up = _places([block.up_index for block in term]) if plain else None
         if up is None:
             ratios = [s / scale if scale else 1.0 for s in own]
-            up = _stacked([_scaled(b.up, b.gate, c) for b, c in zip(term, ratios, strict=True)], 1)
+            up = _stacked([_scaled(b.up, b.gate, c) for b, c in zip(term, ratios, strict=True)], 1).to(dtype)
         ups.append(up)
-    return Joined(down, _cast(ups, dtype), left, [sum(len(block.down) for block in term) for term in terms])
+    return Joined(down, ups, left, [sum(len(block.down) for block in term) for term in terms])
 
 
 def _places(indices: Sequence[Tensor | None]) -> Tensor | None:
     """The places that factors select, one after the other, if they all do."""
     found = [index for index in indices if index is not None]
     return _stacked(found) if len(found) == len(indices) else None
-
-
-def _cast(ups: list[Tensor], dtype: torch.dtype) -> Sequence[Tensor]:
-    """In one pass where they are alike: each small cast costs as much as a larger one."""
-    if not all(up.is_floating_point() for up in ups):
-        return [up.to(dtype) if up.is_floating_point() else up for up in ups]
-    if len(ups) > 1 and len({(up.shape[1], up.dtype) for up in ups}) == 1 and ups[0].dtype != dtype:
-        return torch.cat(ups).to(dtype).split([len(up) for up in ups])
-    return [up.to(dtype) for up in ups]
 
 
 def _scaled(up: Tensor, gate: Tensor | None, c: float) -> Tensor:
