@@ -9,9 +9,9 @@
 The limit is the frozen decoder stack with a gradient into its input: what any adapter must at least pay. All seven linears
 are adapted, the cotangent is fixed, there is no head, loss or optimiser: this isolates the adapter. Variants run in random
 order in every round; a figure is the median over rounds of the ratio to the limit of that round, quartiles in brackets.
-Saved MiB: unique storages kept for the backward, parameters excluded. "products alone" is no model: the limit's time and, in the
-same round, that of an adapter's six products for each linear layer, on buffers made beforehand; no eager implementation made of
-matrix products in the usual order can be faster. Run it alone: a second job spoils it.
+Saved MiB: unique storages kept for the backward, parameters excluded. "by hand" is the least that an eager adapter costs
+(floor.py); in float32 there is a second frozen base, with the products of rankfold/products.py: on most machines it is the first.
+Run it alone: a second job spoils it.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import floor
 import torch
 from peft import LoraConfig, PeftConfig, get_peft_model
 from rich.console import Console
@@ -73,32 +74,6 @@ def every_method(rank: int, dropout: float) -> dict[str, PeftConfig | None]:
         if method.name != "cora":
             found[f"rankfold {method.title} r={rank}"] = method.config(**{**common, **own.get(method.name, {})})
     return found
-
-
-class Products:
-    """An adapter's six products for each linear layer of a decoder, and nothing else."""
-
-    def __init__(self, shape: dict[str, Any], tokens: int, rank: int, dtype: torch.dtype) -> None:
-        head = shape["hidden_size"] // shape["num_attention_heads"]
-        d, i, kv = shape["hidden_size"], shape["intermediate_size"], head * shape["num_key_value_heads"]
-        new = lambda *s: torch.randn(*s, dtype=torch.float32).to(dtype)  # noqa: E731
-        self.layers = shape["num_hidden_layers"]
-        self.buffers = [
-            (new(tokens, into), new(tokens, out), new(tokens, into), new(rank, into), new(out, rank))
-            for into, out in [(d, d), (d, kv), (d, kv), (d, d), (d, i), (d, i), (i, d)]
-        ]
-
-    def __call__(self) -> float:
-        start = time.perf_counter()
-        for _ in range(self.layers):
-            for x, y, dx, down, up in self.buffers:
-                h = x @ down.T
-                y.addmm_(h, up.T)
-                gh = y @ up
-                _ = h.T @ y
-                _ = gh.T @ x
-                dx.addmm_(gh, down)
-        return time.perf_counter() - start
 
 
 def build(shape: dict[str, Any], config: PeftConfig | None, dtype: torch.dtype, compiled: bool) -> nn.Module:
@@ -147,7 +122,6 @@ def run(args: argparse.Namespace) -> dict:
         if args.every_method
         else variants(args.rank, args.effective, shape["num_hidden_layers"], args.dropout)
     )
-    products = Products(shape, batch * length, args.rank, torch.float32 if args.dtype == "fp32" else torch.bfloat16)
     models = {
         name: build(shape, config, dtype, args.compile)
         for name, config in chosen.items()
@@ -155,6 +129,10 @@ def run(args: argparse.Namespace) -> dict:
     }
     if args.compile:
         models["frozen base, eager"] = build(shape, None, dtype, False)
+    elif args.dtype != "autocast":
+        models[f"by hand r={args.rank}"] = floor.adapt(build(shape, None, dtype, False), args.rank)
+        if args.dtype == "fp32":
+            models["frozen base, our products"] = floor.with_our_products(build(shape, None, dtype, False))
 
     def forward(model: nn.Module) -> torch.Tensor:
         with autocast():
@@ -178,11 +156,9 @@ def run(args: argparse.Namespace) -> dict:
     ratios: dict[str, list[float]] = {name: [] for name in models}
     seconds: dict[str, list[float]] = {name: [] for name in models}
     order = list(models)
-    alone: list[float] = []
     for _ in range(args.rounds):
         random.shuffle(order)
         times = {name: step(models[name]) for name in order}
-        alone.append(1 + products() / times["frozen base"])
         for name, t in times.items():
             seconds[name].append(t)
             ratios[name].append(t / times["frozen base"])
@@ -192,9 +168,6 @@ def run(args: argparse.Namespace) -> dict:
         rows.append(
             {"variant": name, "ratio": median, "low": low, "high": high, "saved_mib": saved[name], "seconds": statistics.median(seconds[name])}
         )  # fmt: skip
-    low, median, high = statistics.quantiles(alone, n=4)
-    name = f"products alone r={args.rank}"
-    rows.insert(1, {"variant": name, "ratio": median, "low": low, "high": high, "saved_mib": None, "seconds": None})
     packages = {p: version(p) for p in ("rankfold", "peft", "torch", "transformers")}
     settings = vars(args) | {"threads": torch.get_num_threads()}
     settings |= {k: v for k, v in os.environ.items() if k.startswith("MALLOC_")}
@@ -208,7 +181,7 @@ def draw(path: Path, results: list[dict]) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    colours = {"PEFT LoRA": "#999999", "rankfold LoRA": "#0072b2", "rankfold RaSA": "#009e73", "products": "#e69f00"}
+    colours = {"PEFT LoRA": "#999999", "rankfold LoRA": "#0072b2", "rankfold RaSA": "#009e73", "by hand": "#e69f00"}
     figure, (left, right) = plt.subplots(1, 2, figsize=(max(11, 2.4 * len(results)), 4), layout="constrained")
     place, ticks, labels, seen = 0.0, [], [], set()
     for result in results:
@@ -220,7 +193,7 @@ def draw(path: Path, results: list[dict]) -> None:
             kind = next(k for k in colours if row["variant"].startswith(k))
             rank = row["variant"].partition("=")[2].split(" ")[0]
             low, high = (abs(row[k] - row["ratio"]) * 100 for k in ("low", "high"))
-            label = f"{kind} r={rank}" if kind != "products" else f"six products alone, r={rank}"
+            label = f"{kind} r={rank}"
             hatch = "//" if rank != str(settings["rank"]) else None
             known = label in seen
             seen.add(label)
@@ -280,8 +253,8 @@ def main() -> None:
     table = Table("variant", "ratio to frozen base", "quartiles", "saved MiB", "median s", title=title)
     for row in result["rows"]:
         spread = f"{row['low']:.3f}–{row['high']:.3f}"
-        saved, seconds = ("", "") if row["seconds"] is None else (f"{row['saved_mib']:.0f}", f"{row['seconds']:.3f}")
-        table.add_row(row["variant"], f"{row['ratio']:.3f}", spread, saved, seconds)
+        figures = f"{row['saved_mib']:.0f}", f"{row['seconds']:.3f}"
+        table.add_row(row["variant"], f"{row['ratio']:.3f}", spread, *figures)
     Console(width=110 if not sys.stdout.isatty() else None).print(table)
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)

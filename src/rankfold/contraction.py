@@ -19,8 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,10 +28,11 @@ from torch.autograd.function import once_differentiable
 
 from rankfold.dropout import add_dropped_product_, drop_mask, dropped
 from rankfold.factors import Factors
+from rankfold.products import add_product_, linear, product
+from rankfold.scratch import Scratch, scratch_for, take
 
 
-@dataclass(frozen=True)
-class Term:
+class Term(NamedTuple):
     """What one adapter adds: the sum of its blocks' updates, all reading the same (dropped) input.
 
     Args:
@@ -43,6 +43,9 @@ class Term:
     dropout: float = 0.0
     own_mask: bool = False
 
+
+#: Places in scratch memory (scratch.py) of the dropped input and of W + ΔW; whoever calls `Call` has those above.
+DROPPED, MERGED = 0, 1
 
 _order = "fused"
 
@@ -59,8 +62,7 @@ def separate_order() -> Iterator[None]:
         _order = before
 
 
-@dataclass(frozen=True)
-class Member:
+class Member(NamedTuple):
     """One of the linear layers that read one input.
 
     Args:
@@ -160,28 +162,57 @@ def _separate(y: Tensor, x: Tensor, terms: Sequence[Term]) -> Tensor:
 
 def _apply(x: Tensor, members: Sequence[Member]) -> tuple[Tensor, ...]:
     layout, tensors = flat_arguments(x, members)
-    outputs = _LowRankLinears.apply(x, layout, *tensors)
-    # out here, since autograd forbids writing in place to a view that a Function returns
-    return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in outputs)  # pyright: ignore[reportGeneralTypeIssues, reportOptionalIterable]
+    return _LowRankLinears.apply(x, layout, *tensors)  # pyright: ignore[reportReturnType]
 
 
-Layout = tuple[tuple[float, ...], tuple[tuple[tuple[float, ...], ...], ...]]
+class Placed(NamedTuple):
+    """One `Factors` among the tensors of `flat_arguments`: where its five begin (`DOWN` …), and its numbers."""
+
+    at: int
+    rank: int
+    scale: float
+
+
+DOWN, UP, GATE, DOWN_INDEX, UP_INDEX = range(5)
+
+
+class Layout(NamedTuple):
+    """What is known of members that read one input, besides tensors.
+
+    Args:
+        members: how many.
+        inv_keeps: 1/(1 − p) of each term.
+        blocks: [term][member], each a sequence.
+        ranks: [term][member], summed over the blocks.
+    """
+
+    members: int
+    inv_keeps: tuple[float, ...]
+    blocks: tuple[tuple[tuple[Placed, ...], ...], ...]
+    ranks: tuple[tuple[int, ...], ...]
 
 
 def flat_arguments(x: Tensor, members: Sequence[Member]) -> tuple[Layout, list[Tensor | None]]:
-    """What autograd wants flat, of members that read x: numbers (1/keep of each term, scales[member][term][block]), and
-    tensors (weights, biases, masks drawn here, those of every `Block`). `Call` sorts them again."""
-    terms = [[t for t in m.terms if t.blocks] for m in members]
-    masks: list[Tensor | None] = []
-    keeps: list[float] = []
-    for term in terms[0]:
-        mask, keep = drop_mask(x, term.dropout)
-        masks.append(mask)
-        keeps.append(1.0 / keep if keep else 0.0)
-    scales = tuple(tuple(tuple(f.scale for f in t.blocks) for t in own) for own in terms)
-    # a rank-0 block too: DDP waits for its (empty) gradients
-    blocks = [t for own in terms for term in own for f in term.blocks for t in Block.of(f)]
-    return (tuple(keeps), scales), [*(m.weight for m in members), *(m.bias for m in members), *masks, *blocks]
+    """What autograd wants flat, of members that read x: numbers, and tensors – weights, biases, masks drawn here, five of every
+    block."""
+    terms = list(zip(*[[t for t in m.terms if t.blocks] for m in members], strict=True))
+    tensors: list[Tensor | None] = [m.weight for m in members]
+    tensors += [m.bias for m in members]
+    inv_keeps, blocks, ranks = [], [], []
+    for first, *_ in terms:
+        mask, keep = drop_mask(x, first.dropout)
+        tensors.append(mask)
+        inv_keeps.append(1.0 / keep if keep else 0.0)
+    for term in terms:
+        blocks.append([])
+        for own in term:
+            blocks[-1].append([])
+            for f in own.blocks:  # one of rank 0 too: DDP waits for its (empty) gradients
+                blocks[-1][-1].append(Placed(len(tensors), f.rank, f.scale))
+                tensors += (f.down, f.up, f.gate, f.down_index, f.up_index)
+        ranks.append(tuple([sum([block.rank for block in own]) for own in blocks[-1]]))
+    placed = tuple([tuple([tuple(own) for own in term]) for term in blocks])
+    return Layout(len(members), tuple(inv_keeps), placed, tuple(ranks)), tensors
 
 
 class _LowRankLinears(torch.autograd.Function):
@@ -195,24 +226,32 @@ class _LowRankLinears(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, layout, *tensors):  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx.scratch = scratch_for(x)
         call = Call(layout, tensors)
         with no_autocast([x]):
-            outputs, hidden = call.forward(x.reshape(-1, x.shape[-1]))
+            outputs, hidden = call.forward(x.reshape(-1, x.shape[-1]), ctx.scratch)
         ctx.layout, ctx.shape = layout, x.shape
         ctx.set_materialize_grads(False)  # one of the members may be left unused
         ctx.save_for_backward(x if call.reads_input else None, *hidden, *call.kept)
-        return tuple(outputs)
+        return tuple([shaped(y, x.shape) for y in outputs])
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads):  # pyright: ignore[reportIncompatibleMethodOverride]
         with no_autocast(grads):
             x, *saved = ctx.saved_tensors
-            terms = len(ctx.layout[0])
+            terms = len(ctx.layout.inv_keeps)
             flat = None if x is None else x.reshape(-1, x.shape[-1])
             need_x, _, *needed = ctx.needs_input_grad
-            dx, others = Call(ctx.layout, saved[terms:]).backward(flat, saved[:terms], grads, need_x, needed)
+            scratch = None if flat is None else scratch_for(flat)
+            call = Call(ctx.layout, saved[terms:])
+            dx, others = call.backward(flat, saved[:terms], grads, need_x, needed, scratch)
             return None if dx is None else dx.view(ctx.shape), None, *others
+
+
+def shaped(y: Tensor, like: Sequence[int]) -> Tensor:
+    """N × out as … × out: as a tensor of its own, since autograd forbids writing in place to a view that a Function returns."""
+    return y if len(like) == 2 else torch.ops.aten._unsafe_view(y, (*like[:-1], y.shape[-1]))
 
 
 def no_autocast(tensors: Sequence[Tensor | None]) -> AbstractContextManager:
@@ -221,56 +260,24 @@ def no_autocast(tensors: Sequence[Tensor | None]) -> AbstractContextManager:
     return nullcontext() if t is None or not _autocasts(t) else torch.autocast(t.device.type, enabled=False)
 
 
-class Block(NamedTuple):
-    """The tensors of one `Factors`, or what belongs to each of them: its gradient, whether that is wanted."""
-
-    down: Any
-    up: Any
-    gate: Any
-    down_index: Any
-    up_index: Any
-
-    @classmethod
-    def of(cls, f: Factors) -> Block:
-        return cls(f.down, f.up, f.gate, f.down_index, f.up_index)
-
-
-class Joined(NamedTuple):
-    """The factors of one term of several members, in the dtype of the products.
-
-    Args:
-        down: ΣR × in, the members' one above the other; ups: out × R of each member. Either may be int64 instead, R places:
-            a factor that only selects, for which columns are gathered and scattered, and nothing is multiplied.
-        scales: what is still to be multiplied; ranks: R of each member.
-    """
-
-    down: Tensor
-    ups: Sequence[Tensor]
-    scales: list[float]
-    ranks: list[int]
-
-
 class Call:
-    """One computation of several members: the tensors of `flat_arguments`, sorted, forward and backward."""
+    """One computation of several members: forward and backward, on the tensors of `flat_arguments`."""
 
     def __init__(self, layout: Layout, tensors: Sequence) -> None:
-        self.inv_keeps, self.scales = layout
-        n, terms = len(self.scales), len(self.inv_keeps)
-        self.weights, self.masks = tensors[:n], tensors[2 * n : 2 * n + terms]
-        self.biases = tensors[n : 2 * n]
-        self.kept = (*self.weights, *([None] * n), *tensors[2 * n :])  # all that the backward needs: not the biases
-        self.blocks = self.by_block(tensors[2 * n + terms :])
-        # whether the backward reads x: not where every `down` is frozen
-        downs = [block.down for own in self.blocks for term in own for block in term]
-        self.reads_input = any(t is not None and t.requires_grad for t in (*self.weights, *downs))
+        self.members, self.inv_keeps, self.blocks, self.ranks = layout
+        n = self.members
+        self.tensors, self.weights, self.masks = tensors, tensors[:n], tensors[2 * n : 2 * n + len(self.ranks)]
 
-    def by_block(self, flat: Sequence) -> list[list[list[Block]]]:
-        """`flat` as blocks[member][term] has it."""
-        it = iter(flat)
-        return [[[Block(*(next(it) for _ in Block._fields)) for _ in s] for s in own] for own in self.scales]
+    @property
+    def kept(self) -> tuple:
+        """The tensors as the backward needs them: without biases."""
+        return (*self.weights, *([None] * self.members), *self.tensors[2 * self.members :])
 
-    def joined(self, members: Sequence[int], term: int, dtype: torch.dtype) -> Joined:
-        return _joined([self.blocks[i][term] for i in members], [self.scales[i][term] for i in members], dtype)
+    @property
+    def reads_input(self) -> bool:
+        """Whether the backward reads x: not where every `down` is frozen."""
+        downs = [self.tensors[block.at + DOWN] for term in self.blocks for own in term for block in own]
+        return any(t is not None and t.requires_grad for t in (*downs, *self.weights))
 
     def merges(self, member: int, tokens: int) -> bool:
         """Whether multiplying by W + ΔW is faster than by W and the factors, and as exact: in float32 and up, without dropout,
@@ -278,48 +285,85 @@ class Call:
         weight = self.weights[member]
         if weight is None or weight.dtype not in (torch.float32, torch.float64):
             return False
-        blocks = [block for term in self.blocks[member] for block in term]
-        selecting = any(block.down_index is not None or block.up_index is not None for block in blocks)
+        starts = [block.at for term in self.blocks for block in term[member]]
+        selecting = any(self.tensors[at + i] is not None for at in starts for i in (DOWN_INDEX, UP_INDEX))
         if selecting or any(mask is not None for mask in self.masks):
             return False
-        rank = sum(len(block.down) for block in blocks)
+        rank = sum(ranks[member] for ranks in self.ranks)
         out, into = weight.shape
         # Numbers multiplied: 2·N·R·(in + out) against 2·(R·in·out), and what two passes over W cost; more where a fresh matrix of
         # its size is mapped anew by the allocator. Measured: docs/performance.md.
         passes = 100 if weight.numel() * weight.element_size() <= 32 * 2**20 else 300
         return tokens * rank * (into + out) > into * out * (2 * rank + passes)
 
-    def weight(self, member: int, merge: bool) -> Tensor | None:
+    def dropped(self, flat: Tensor, term: int, scratch: Scratch | None, overwrite: bool) -> Tensor:
+        """What the term sees of the input; in scratch memory or, where that is not needed afterwards, in the input's own."""
+        mask = self.masks[term]
+        if mask is None:
+            return flat
+        last = overwrite and term == len(self.masks) - 1
+        return dropped(flat, mask, flat if last else take(scratch, DROPPED, flat.shape, flat))
+
+    def down(self, members: Sequence[int], term: int, dtype: torch.dtype) -> Tensor:
+        """ΣR × in, every `down` of one term one above the other; or int64, ΣR places, where all of them only select: then
+        columns are gathered and scattered, and nothing is multiplied."""
+        starts = [block.at for i in members for block in self.blocks[term][i]]
+        places = [self.tensors[at + DOWN_INDEX] for at in starts if self.tensors[at + DOWN_INDEX] is not None]
+        if len(places) == len(starts):
+            return _stacked(places)
+        return _stacked([self.tensors[at + DOWN] for at in starts]).to(dtype)
+
+    def up(self, member: int, term: int, dtype: torch.dtype) -> tuple[Tensor, float]:
+        """out × R of one member, gates multiplied into it (in their own float32), and the number still to be multiplied; or
+        int64, R places, as `down`."""
+        blocks, tensors = self.blocks[term][member], self.tensors
+        scale = blocks[0].scale
+        if all(block.scale == scale and tensors[block.at + GATE] is None for block in blocks):
+            places = [tensors[block.at + UP_INDEX] for block in blocks if tensors[block.at + UP_INDEX] is not None]
+            if len(places) == len(blocks):
+                return _stacked(places), scale
+            return _stacked([tensors[block.at + UP] for block in blocks], 1).to(dtype), scale
+        parts = []
+        for block in blocks:
+            up, gate = tensors[block.at + UP], tensors[block.at + GATE]
+            parts.append(up * (block.scale if gate is None else gate * block.scale))
+        return _stacked(parts, 1).to(dtype), 1.0
+
+    def weight(self, member: int, merge: bool, scratch: Scratch | None) -> Tensor | None:
         """out × in: W, or W + ΔW, which is made again in the backward, not kept (RunLoRA, arXiv 2312.03415, calls the product
         X(W + UV)); None for a base that computes its own output."""
         weight = self.weights[member]
         if weight is not None and merge:
+            merged = take(scratch, MERGED, weight.shape, weight)
             for t in range(len(self.masks)):
-                factors = self.joined([member], t, weight.dtype)
-                weight = torch.addmm(weight, factors.ups[0], factors.down, alpha=factors.scales[0])
+                up, scale = self.up(member, t, weight.dtype)
+                weight = torch.addmm(weight, up, self.down([member], t, weight.dtype), alpha=scale, out=merged)
         return weight
 
-    def forward(self, flat: Tensor, scratch: bool = False) -> tuple[list[Tensor], list[Tensor]]:
+    def forward(
+        self, flat: Tensor, scratch: Scratch | None, overwrite: bool = False
+    ) -> tuple[list[Tensor], list[Tensor]]:
         """Outputs (N × out) of all members, and h (N × R) of every term.
 
         Args:
-            scratch: `flat` is not needed afterwards, here as in `backward`, and may be overwritten.
+            overwrite: `flat` is not needed afterwards, here as in `backward`, and may be overwritten.
         """
-        merges = [self.merges(i, len(flat)) for i in range(len(self.weights))]
+        n = self.members
+        merges = [self.merges(i, flat.shape[0]) for i in range(n)]
         outputs = []
-        for i, bias in enumerate(self.biases):
-            weight = self.weight(i, merges[i])
+        for i, bias in enumerate(self.tensors[n : 2 * n]):
+            weight = self.weight(i, merges[i], scratch)
             if weight is not None:
-                outputs.append(F.linear(flat, weight, bias))
+                outputs.append(linear(flat, weight, bias))
             else:
-                outputs.append(flat.new_zeros(len(flat), self.blocks[i][0][0].up.shape[0]))
+                outputs.append(flat.new_zeros(flat.shape[0], self.tensors[self.blocks[0][i][0].at + UP].shape[0]))
         hidden = []
-        for t, (mask, inv_keep) in enumerate(zip(self.masks, self.inv_keeps, strict=True)):
-            factors = self.joined(range(len(outputs)), t, flat.dtype)
-            h = _into(dropped(flat, mask, scratch and t == len(self.masks) - 1), factors.down)
-            for i, (y, part) in enumerate(zip(outputs, h.split(factors.ranks, 1), strict=True)):
+        for t, inv_keep in enumerate(self.inv_keeps):
+            h = _into(self.dropped(flat, t, scratch, overwrite), self.down(range(n), t, flat.dtype))
+            for i, part in enumerate(_parted(h, self.ranks[t])):
                 if not merges[i]:
-                    _add_out_of_(y, part, factors.ups[i], factors.scales[i] * inv_keep)
+                    up, scale = self.up(i, t, flat.dtype)
+                    _add_out_of_(outputs[i], part, up, scale * inv_keep)
             hidden.append(h)
         return outputs, hidden
 
@@ -330,74 +374,92 @@ class Call:
         grads: Sequence[Tensor | None],
         need_x: bool,
         needed: Sequence,
-        scratch: bool = False,
+        scratch: Scratch | None,
+        overwrite: bool = False,
     ) -> tuple[Tensor | None, list[Tensor | None]]:
         """The gradient of the input (N × in), and those of the tensors of `flat_arguments`, in their order.
 
         Args:
             flat: N × in, the input again; None where not `reads_input`.
-            grads: N × out of each member, or None; needed: which of the tensors want theirs.
+            grads: … × out of each member, or None; needed: which of the tensors want theirs.
         """
-        n, terms = len(self.scales), len(self.inv_keeps)
-        need_weights, need_biases, need = needed[:n], needed[n : 2 * n], self.by_block(needed[2 * n + terms :])
-        if all(g is None for g in grads):
-            return None, [None] * len(needed)
-        like = next(t for t in (*hidden, flat, *grads) if t is not None)
-        live = [(i, g.to(like.dtype)) for i, g in enumerate(grads) if g is not None]
-        indices, by_member = [i for i, _ in live], dict(live)
-        d_weights: list[Tensor | None] = [None] * n
-        if flat is not None:
-            d_weights = [by_member[i].T @ flat if w and i in by_member else None for i, w in enumerate(need_weights)]
-        d_biases = [by_member[i].sum(0) if b and i in by_member else None for i, b in enumerate(need_biases)]
+        n = self.members
+        like = next((t for t in (*hidden, flat, *grads) if t is not None), None)
+        found: list[Tensor | None] = [None] * len(needed)
+        if like is None or all(g is None for g in grads):
+            return None, found
+        live = {i: g.reshape(-1, g.shape[-1]).to(like.dtype) for i, g in enumerate(grads) if g is not None}
+        for i, g in live.items():
+            if needed[i] and flat is not None:
+                found[i] = product(g.T, flat)
+            if needed[n + i]:
+                found[n + i] = g.sum(0)
 
-        merges = {i: need_x and self.merges(i, len(like)) for i in indices}
-        apart = [k for k, i in enumerate(indices) if not merges[i]]  # places in `live`
-        out: list[list[list[list[Tensor | None]]]] = [
-            [[[None] * len(Block._fields) for _ in s] for s in own] for own in self.scales
-        ]
+        merges = [need_x and self.merges(i, like.shape[0]) for i in live]
+        apart = [k for k, merge in enumerate(merges) if not merge]  # places in `live`
         to_x: list[tuple[Tensor, Tensor, Tensor | None]] = []  # what each term sends back: N×R, R×in, mask
         for t, (mask, inv_keep, h) in enumerate(zip(self.masks, self.inv_keeps, hidden, strict=True)):
-            h_parts = h.split([sum(len(block.down) for block in own[t]) for own in self.blocks], 1)
-            for i, g in live:
-                if any(w.up or w.gate for w in need[i][t]):
-                    cross = (h_parts[i].T @ g).T  # out×r; as (hᵀg)ᵀ, the faster order (shared/performance.md §3)
-                    _up_gradients(cross, self.blocks[i][t], need[i][t], self.scales[i][t], inv_keep, out[i][t])
-            want_down = any(w.down for i in indices for w in need[i][t])
+            h_parts, want_down = _parted(h, self.ranks[t]), False
+            for i, g in live.items():
+                blocks = self.blocks[t][i]
+                if any(needed[block.at + UP] or needed[block.at + GATE] for block in blocks):
+                    # as hᵀg, the faster order (shared/performance.md §3)
+                    self._up_gradients(product(h_parts[i].T, g), blocks, inv_keep, needed, found)
+                want_down = want_down or any(needed[block.at + DOWN] for block in blocks)
             if not want_down and not (need_x and apart):
                 continue
-            factors = self.joined(indices, t, like.dtype)
-            ghs = [_back_into(g, up) for (_, g), up in zip(live, factors.ups, strict=True)]
-            gh = _side_by_side(ghs, [scale * inv_keep for scale in factors.scales])
+            ups = [self.up(i, t, like.dtype) for i in live]
+            ghs = [_back_into(g, up) for g, (up, _) in zip(live.values(), ups, strict=True)]
+            gh = _side_by_side(ghs, [scale * inv_keep for _, scale in ups])
             if want_down and flat is not None:
-                d = gh.T @ dropped(flat, mask, scratch and t == terms - 1)
-                by_block = [zip(self.blocks[i][t], need[i][t], out[i][t], strict=True) for i in indices]
-                _down_gradients(d, [block for member in by_block for block in member])
+                d = product(gh.T, self.dropped(flat, t, scratch, overwrite))
+                blocks = [block for i in live for block in self.blocks[t][i]]
+                for block, part in zip(blocks, _parted(d, [block.rank for block in blocks], 0), strict=True):
+                    if needed[block.at + DOWN]:
+                        found[block.at + DOWN] = part.to(self.tensors[block.at + DOWN].dtype)
             if need_x and apart:
-                mine = _picked(gh, factors.ranks, apart, 1), _picked(factors.down, factors.ranks, apart, 0)
-                to_x.append((*mine, mask))
+                ranks, down = [self.ranks[t][i] for i in live], self.down(list(live), t, like.dtype)
+                to_x.append((_picked(gh, ranks, apart, 1), _picked(down, ranks, apart, 0), mask))
 
         dx = None
-        for i, g in live if need_x else ():
-            weight = self.weight(i, merges[i])
+        for (i, g), merge in zip(live.items(), merges, strict=True) if need_x else ():
+            weight = self.weight(i, merge, scratch)
             if weight is not None and dx is not None:
-                dx.addmm_(g, weight)
+                add_product_(dx, g, weight)
             elif weight is not None:
-                dx = torch.mm(g, weight, out=flat) if scratch and flat is not None else g @ weight
+                dx = product(g, weight, out=flat if overwrite else None)
         if need_x and dx is None:
-            dx = like.new_zeros(len(like), self.blocks[0][0][0].down.shape[1])
-        if dx is not None:
-            for gh, down, mask in to_x:
-                add_dropped_product_(dx, gh, down, mask)
+            dx = like.new_zeros(like.shape[0], self.tensors[self.blocks[0][0][0].at + DOWN].shape[1])
+        for gh, down, mask in to_x:
+            add_dropped_product_(dx, gh, down, mask)  # pyright: ignore[reportArgumentType]
+        return dx, found
 
-        flat_out = [d for own in out for term in own for block in term for d in block]
-        return dx, [*d_weights, *d_biases, *([None] * terms), *flat_out]
+    def _up_gradients(
+        self, cross: Tensor, blocks: Sequence[Placed], inv_keep: float, needed: Sequence[bool], found: list
+    ) -> None:
+        """The gradients of every `up` and gate of one member's term, out of hᵀg (R × out)."""
+        for (at, _, scale), mine in zip(blocks, _parted(cross, [block.rank for block in blocks], 0), strict=True):
+            up, gate, c = self.tensors[at + UP], self.tensors[at + GATE], scale * inv_keep
+            if needed[at + UP]:
+                # laid out as `up` is: DDP's buckets mind the strides, and at rank 1 autograd does not mend them
+                found[at + UP] = torch.empty_like(up).copy_(mine.T).mul_(c if gate is None else gate * c)
+            if needed[at + GATE] and gate is not None:
+                found[at + GATE] = (mine.T * up.to(mine.dtype)).sum(0, dtype=gate.dtype) * c
+
+
+def _parted(t: Tensor, sizes: Sequence[int], dim: int = 1) -> Sequence[Tensor]:
+    return (t,) if len(sizes) == 1 else torch.split_with_sizes(t, list(sizes), dim)
+
+
+def _stacked(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)
 
 
 def _picked(joined: Tensor, ranks: Sequence[int], places: Sequence[int], dim: int) -> Tensor:
     """What of `joined`, the members' ranks side by side, belongs to the members at `places`."""
     if len(places) == len(ranks):
         return joined
-    parts = joined.split(list(ranks), dim)
+    parts = _parted(joined, ranks, dim)
     return _stacked([parts[k] for k in places], dim)
 
 
@@ -410,72 +472,17 @@ def _side_by_side(parts: Sequence[Tensor], scales: Sequence[float]) -> Tensor:
 
 def _into(x: Tensor, down: Tensor) -> Tensor:
     """x downᵀ, N × R."""
-    return x @ down.T if down.is_floating_point() else x.index_select(1, down)
+    return linear(x, down) if down.is_floating_point() else x.index_select(1, down)
 
 
 def _back_into(g: Tensor, up: Tensor) -> Tensor:
     """g up, N × R."""
-    return g @ up if up.is_floating_point() else g.index_select(1, up)
+    return product(g, up) if up.is_floating_point() else g.index_select(1, up)
 
 
 def _add_out_of_(y: Tensor, h: Tensor, up: Tensor, scale: float) -> None:
     """y += h upᵀ · scale in place: no pass over N × out for the scale, nor for a gate, which is in `up`."""
     if up.is_floating_point():
-        y.addmm_(h, up.T, alpha=scale)
+        add_product_(y, h, up.T, alpha=scale)
     else:
         y.index_add_(1, up, h, alpha=scale)
-
-
-def _down_gradients(d: Tensor, blocks: Sequence[tuple[Block, Block, list]]) -> None:
-    """The gradients of every `down` of one term, out of theirs one above the other (ΣR × in), into each block's list."""
-    downs = [block.down for block, _, _ in blocks]
-    for part, (block, want, into) in zip(d.split([len(down) for down in downs]), blocks, strict=True):
-        into[0] = part.to(block.down.dtype) if want.down else None
-
-
-def _up_gradients(
-    cross: Tensor, blocks: Sequence[Block], needed: Sequence[Block], scales: Sequence[float], inv_keep: float, out: list
-) -> None:
-    """The gradients of every `up` and gate of one term, out of gᵀh (out × r of all its blocks), into `out`."""
-    parts = cross.split([len(block.down) for block in blocks], 1)
-    for block, want, s, mine, into in zip(blocks, needed, scales, parts, out, strict=True):
-        c, b, gate = s * inv_keep, block.up, block.gate
-        if want.up:
-            # laid out as `up` is: DDP's buckets mind the strides, and at rank 1 autograd does not mend them
-            into[1] = torch.mul(mine, c if gate is None else gate * c, out=torch.empty_like(b))
-        if want.gate and gate is not None:
-            into[2] = (mine * b.to(mine.dtype)).sum(0, dtype=gate.dtype) * c
-
-
-def _stacked(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)
-
-
-def _joined(terms: Sequence[Sequence[Block]], scales: Sequence[Sequence[float]], dtype: torch.dtype) -> Joined:
-    """The blocks of each member's term joined, gates multiplied (in their own float32) into `up`."""
-    left = [own[0] if len(set(own)) == 1 else 1.0 for own in scales]
-    blocks = [block for term in terms for block in term]
-    down = _places([block.down_index for block in blocks])
-    if down is None:
-        down = _stacked([block.down for block in blocks]).to(dtype)
-    ups: list[Tensor] = []
-    for term, own, scale in zip(terms, scales, left, strict=True):
-        plain = len(set(own)) == 1 and all(block.gate is None for block in term)
-        up = _places([block.up_index for block in term]) if plain else None
-        if up is None:
-            ratios = [s / scale if scale else 1.0 for s in own]
-            up = _stacked([_scaled(b.up, b.gate, c) for b, c in zip(term, ratios, strict=True)], 1).to(dtype)
-        ups.append(up)
-    return Joined(down, ups, left, [sum(len(block.down) for block in term) for term in terms])
-
-
-def _places(indices: Sequence[Tensor | None]) -> Tensor | None:
-    """The places that factors select, one after the other, if they all do."""
-    found = [index for index in indices if index is not None]
-    return _stacked(found) if len(found) == len(indices) else None
-
-
-def _scaled(up: Tensor, gate: Tensor | None, c: float) -> Tensor:
-    if gate is not None:
-        return up * (gate * c if c != 1.0 else gate)
-    return up * c if c != 1.0 else up

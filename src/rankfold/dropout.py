@@ -14,6 +14,8 @@ import math
 import torch
 from torch import Tensor
 
+from rankfold.products import add_product_, product
+
 #: Up to here a list of places (8 bytes each) is no longer than a mask of a byte an element.
 SPARSE = 1 / 8
 
@@ -61,20 +63,20 @@ def _places(n: int, p: float) -> Tensor:
     return places[: int(torch.searchsorted(places, n))].clone()
 
 
-def dropped(x: Tensor, mask: Tensor | None, in_place: bool = False) -> Tensor:
+def dropped(x: Tensor, mask: Tensor | None, into: Tensor | None = None) -> Tensor:
     """x with zeros where it is dropped; x itself where nothing is.
 
     Args:
         x: N × in, of as many elements as the mask was drawn for.
-        in_place: x, which is contiguous, may be overwritten.
+        into: N × in, contiguous, for the result; it may be x.
     """
     if mask is None:
         return x
+    into = x.new_empty(x.shape) if into is None else into
     if mask.dtype == torch.bool:
-        return torch.where(mask.view(x.shape), x, x.new_zeros(()))
-    kept = x if in_place else x.clone(memory_format=torch.contiguous_format)
-    kept.view(-1).index_fill_(0, mask, 0.0)
-    return kept
+        return torch.where(mask.view(x.shape), x, x.new_zeros(()), out=into)
+    into.copy_(x).view(-1).index_fill_(0, mask, 0.0)
+    return into
 
 
 def add_dropped_product_(out: Tensor, left: Tensor, right: Tensor, mask: Tensor | None) -> None:
@@ -90,7 +92,7 @@ def add_dropped_product_(out: Tensor, left: Tensor, right: Tensor, mask: Tensor 
             kept = mask.view(out.shape).index_select(1, right)
             out.index_add_(1, right, torch.where(kept, left, left.new_zeros(())))
         else:
-            out.add_(dropped(left @ right, mask))
+            out.add_(dropped(product(left, right), mask))
         return
     flat, before = out.view(-1), None
     if mask is not None:
@@ -98,6 +100,6 @@ def add_dropped_product_(out: Tensor, left: Tensor, right: Tensor, mask: Tensor 
     if selects:
         out.index_add_(1, right, left)
     else:
-        out.addmm_(left, right)
+        add_product_(out, left, right)
     if mask is not None and before is not None:
         flat.index_copy_(0, mask, before)

@@ -104,12 +104,12 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
 
     def member(self) -> Member | None:
         """This layer for the fused computation; None where it has nothing to add or its base must compute its own output."""
-        base = self.base_layer
-        adapters = [] if self.merged or self.disable_adapters else self.adapters(self.active_adapters)
-        if not adapters or not _is_plain(base) or not all(a.fixed for a in adapters):
+        if self.merged_adapters or self._disable_adapters:
             return None
-        weight = base.weight.T if self.transposed else base.weight
-        return Member(weight, base.bias, [a.term() for a in adapters])  # pyright: ignore[reportArgumentType]
+        base, adapters = self.base_layer, self.adapters(self.active_adapters)
+        if not adapters or not all(a.fixed for a in adapters) or (weight := _plain_weight(base)) is None:
+            return None
+        return Member(weight.T if self.transposed else weight, base.bias, [a.term() for a in adapters])  # pyright: ignore[reportArgumentType]
 
     def _forward_mixed_batch(self, x: Tensor, *args: Any, adapter_names: list[str], **kwargs: Any) -> Tensor:
         """Row i of the batch through adapter `adapter_names[i]`; "__base__" is no adapter."""
@@ -190,11 +190,11 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
         return adapter_name not in self.lowrank_adapters or self.adapters([adapter_name])[0].fixed
 
 
-def _is_plain(base: nn.Module) -> bool:
-    """Whether the base is nothing but x Wᵀ + b on an ordinary tensor: no subclass, hook, quantisation or shard."""
-    return (
-        type(base) in (nn.Linear, Conv1D)
-        and type(base.weight) in (nn.Parameter, Tensor)
-        and not replaced(base)
-        and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks)
-    )
+def _plain_weight(base: nn.Module) -> Tensor | None:
+    """The weight of a base that is nothing but x Wᵀ + b on an ordinary tensor: no subclass, hook, quantisation or shard."""
+    if type(base) not in (nn.Linear, Conv1D) or replaced(base):
+        return None
+    if base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks:
+        return None
+    weight = base.weight
+    return weight if type(weight) in (nn.Parameter, Tensor) else None  # pyright: ignore[reportReturnType]

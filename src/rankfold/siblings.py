@@ -82,13 +82,19 @@ class Siblings:
 def members_together(layers: Sequence[AdaptedLinear]) -> list[Member] | None:
     """Layers that read one input, for one computation; None where they differ in adapters or dropout, each must have its own
     mask, or one of them computes its own output."""
-    members = [None if replaced(layer) else layer.member() for layer in layers]
-    if any(m is None for m in members):
-        return None
-    names = {tuple(n for n in layer.active_adapters if n in layer.lowrank_adapters) for layer in layers}
-    dropouts = {tuple(t.dropout for t in m.terms if t.blocks) for m in members}  # pyright: ignore[reportOptionalMemberAccess]
-    own_masks = any(t.own_mask and t.dropout for t in members[0].terms)  # pyright: ignore[reportOptionalMemberAccess]
-    return None if len(names) > 1 or len(dropouts) > 1 or own_masks else members  # pyright: ignore[reportReturnType]
+    members: list[Member] = []
+    alike = None
+    for layer in layers:
+        member = None if replaced(layer) else layer.member()
+        if member is None:
+            return None
+        names = [n for n in layer.active_adapters if n in layer.lowrank_adapters]
+        own = names, [(t.dropout, t.own_mask) for t in member.terms if t.blocks]
+        alike = alike or own
+        if own != alike or any(dropout and own_mask for dropout, own_mask in own[1]):
+            return None
+        members.append(member)
+    return members
 
 
 def replaced(module: nn.Module) -> bool:

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from trl.trainer.utils import FusedCausalLMOutput
 
+from rankfold.products import linear, product
+
 #: Logits held at a time: 64 MB of them in float32.
 CHUNK = 2**24
 #: What some models do to their logits besides the head's product; TRL's head knows how, this one does not.
@@ -101,13 +103,14 @@ class _LabelScores(torch.autograd.Function):
             whole = weight.to(h.dtype)
             for i in range(0, len(h), rows):
                 part = slice(i, i + rows)
-                logits, own = (h[part] @ whole.T).float(), labels[part, None]
+                logits, own = linear(h[part], whole).float(), labels[part, None]
                 total = logits.logsumexp(1, keepdim=True)
                 log_probs[part] = (logits.gather(1, own) - total)[:, 0]
                 is_top1[part] = logits.argmax(1) == own[:, 0]
                 if slope is not None:
                     p = logits.sub_(total).exp_().neg_()
-                    slope[part] = p.scatter_add_(1, own, torch.ones_like(own, dtype=p.dtype)).to(h.dtype) @ whole
+                    p = p.scatter_add_(1, own, torch.ones_like(own, dtype=p.dtype)).to(h.dtype)
+                    slope[part] = product(p, whole)
         ctx.save_for_backward(slope)
         ctx.mark_non_differentiable(is_top1)
         return log_probs, is_top1

@@ -1,0 +1,79 @@
+"""Matrix products of float32 on a CPU whose full width MKL does not use.
+
+    y = linear(x, weight, bias)      # x weightᵀ + bias
+    c = product(a, b)                # a b
+    add_product_(c, a, b, alpha)     # c += alpha · a b
+
+Torch's float32 products on x86 are MKL's, and on an AMD processor with AVX-512 MKL runs its AVX2 kernels. The oneDNN that torch has for
+half precision takes less than half the time there; its sums are float32's too, in another order (docs/performance.md). Everywhere
+else, and for small products, these are torch's own operations.
+"""
+
+from __future__ import annotations
+
+import platform
+from functools import cache
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+#: Multiplications from which oneDNN's call is paid for.
+WORTH = 2**21
+#: Inner size from which a product that is added is worth a buffer of its own.
+WIDE = 64
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x weightᵀ + bias, for x N × in, weight out × in."""
+    if _in_onednn(x, weight, x.shape[0] * weight.numel()):
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return F.linear(x, weight, bias)
+
+
+def product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    """a b, for two matrices; `out` is memory that the result may be written to."""
+    if _in_onednn(a, b, a.shape[0] * b.numel()):
+        return torch.ops.mkldnn._linear_pointwise(a, b.T, None, "none", [], "")
+    return torch.mm(a, b, out=out)
+
+
+def add_product_(out: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0) -> None:
+    """out += alpha · a b, in place."""
+    if b.shape[0] >= WIDE and _in_onednn(a, b, a.shape[0] * b.numel()):
+        out.add_(product(a, b), alpha=alpha)
+    else:
+        out.addmm_(a, b, alpha=alpha)
+
+
+def _in_onednn(a: Tensor, b: Tensor, multiplications: int) -> bool:
+    return (
+        multiplications >= WORTH
+        and a.dtype == b.dtype == torch.float32
+        and a.device.type == "cpu"
+        and not torch.compiler.is_compiling()  # inductor chooses for itself, and refuses this operation
+        and _mkl_holds_back()
+        and not (is_subclass(a) or is_subclass(b))
+    )
+
+
+def is_subclass(t: Tensor) -> bool:
+    """Whether t is more than its numbers: sharded, fake, quantised."""
+    return type(t) not in (Tensor, torch.nn.Parameter)
+
+
+@cache
+def _mkl_holds_back() -> bool:
+    """Whether this is a processor with AVX-512 not made by Intel, and this torch has the operation used here."""
+    wide = torch.backends.cpu.get_cpu_capability() == "AVX512"
+    return wide and torch.backends.mkl.is_available() and _has_onednn() and "GenuineIntel" not in _vendor()
+
+
+def _has_onednn() -> bool:
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def _vendor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    return cpuinfo.read_text(encoding="utf-8", errors="replace") if cpuinfo.exists() else platform.processor()
