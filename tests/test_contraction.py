@@ -843,7 +843,7 @@ def test_flops():
     def addmm_(y: torch.Size, a: torch.Size, b: torch.Size, **_: object) -> int:  # torch's table has only addmm
         return 2 * a[0] * a[1] * b[1]
 
-    for n, (r1, r2), p in product((8, 40), ((2, 3), (4, 0)), (0.0, 0.3)):
+    for n, (r1, r2), p in product((8, 20), ((2, 3), (4, 0)), (0.0, 0.3)):
         x = torch.randn(n, IN, requires_grad=True)
         weight, bias = base(torch.float32)
         terms = [Term([_f32(r1), _f32(r2, gate=False)], p)]
@@ -883,13 +883,13 @@ def test_many_tokens_of_float32_multiply_by_the_merged_weight():
     assert merges(x.bfloat16(), wide(40, 20, torch.bfloat16)) == [False]  # W + ΔW would lose small updates
 
 
-@pytest.mark.parametrize("tokens", [100, 800, 3000])
+@pytest.mark.parametrize("tokens", [60, 800, 3000])
 def test_the_merged_order_differs_by_rounding_only(tokens: int):
     """Bound: every output and gradient within 3e-6 of its own size of the same in float64, as the separate order is."""
     torch.manual_seed(0)
     x = torch.randn(tokens, 48, requires_grad=True)
     members = [wide(40, 20), wide(8, 20)]
-    assert merges(x, *members) == [tokens > 100, True]
+    assert merges(x, *members) == [tokens > 60, True]
     tensors = [x, *(t for m in members for f in m.terms[0].blocks for t in (f.down, f.up, f.gate) if t is not None)]
 
     def run(double: bool) -> list[Tensor]:

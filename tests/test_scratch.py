@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import gc
 import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 from weakref import ref
 
 import pytest
@@ -15,6 +18,7 @@ from rankfold import Factors, contraction, gated_mlp, scratch
 from rankfold.contraction import Member, Term, low_rank_linears
 from rankfold.scratch import Scratch, scratch_for, take
 
+T = TypeVar("T")
 WIDTH, INNER = 6, 10
 
 
@@ -63,19 +67,27 @@ def test_places_and_sizes():
     assert take(None, 0, (4, 6), like.to("meta")).device.type == "meta"
 
 
+def in_a_new_thread(run: Callable[[], T]) -> T:
+    """Where no graph of another test holds scratch memory."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(run).result()
+
+
 def test_one_a_thread_and_gone_with_its_holders():
-    x, others = torch.empty(1), []
-    mine = scratch_for(x)
-    assert mine is not None
-    assert scratch_for(x) is mine
-    thread = threading.Thread(target=lambda: others.append(scratch_for(x)))
-    thread.start()
-    thread.join()
-    assert others[0] is not None
-    assert others[0] is not mine
-    gone = [ref(mine), ref(others.pop())]
-    del mine
-    assert [found() for found in gone] == [None, None]
+    x = torch.empty(1)
+
+    def run() -> tuple[ref, Scratch]:
+        mine = scratch_for(x)
+        assert mine is not None
+        assert scratch_for(x) is mine
+        other = in_a_new_thread(lambda: scratch_for(x))
+        assert other is not None
+        assert other is not mine
+        return ref(mine), other
+
+    mine, other = in_a_new_thread(run)
+    assert mine() is None
+    assert not other.buffers
 
 
 def test_not_where_memory_is_kept_or_tensors_are_more_than_numbers():
@@ -137,12 +149,13 @@ def test_two_graphs_at_once_and_a_backward_in_another_thread(net_and_input):
 
 
 def test_freed_with_the_graph():
-    net, x = Net(0.05), torch.randn(2, 4, WIDTH, requires_grad=True)
-    y = net.forward(x)
-    held = ref(scratch_for(x))
-    assert held() is not None
-    assert held().buffers
-    y.sum().backward()
-    del y
-    gc.collect()
-    assert held() is None
+    def run() -> list[bool]:
+        y = Net(0.05).forward(torch.randn(2, 4, WIDTH, requires_grad=True))
+        held = ref(scratch_for(y))
+        filled = bool(held().buffers)
+        y.sum().backward()
+        del y
+        gc.collect()
+        return [filled, held() is None]
+
+    assert in_a_new_thread(run) == [True, True]

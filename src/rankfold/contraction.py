@@ -293,7 +293,7 @@ class Call:
         out, into = weight.shape
         # Numbers multiplied: 2·N·R·(in + out) against 2·(R·in·out), and what two passes over W cost; more where a fresh matrix of
         # its size is mapped anew by the allocator. Measured: docs/performance.md.
-        passes = 100 if weight.numel() * weight.element_size() <= 32 * 2**20 else 300
+        passes = 50 if weight.numel() * weight.element_size() <= 32 * 2**20 else 300
         return tokens * rank * (into + out) > into * out * (2 * rank + passes)
 
     def dropped(self, flat: Tensor, term: int, scratch: Scratch | None, overwrite: bool) -> Tensor:
@@ -334,10 +334,10 @@ class Call:
         X(W + UV)); None for a base that computes its own output."""
         weight = self.weights[member]
         if weight is not None and merge:
-            merged = take(scratch, MERGED, weight.shape, weight)
+            weight = take(scratch, MERGED, weight.shape, weight).copy_(weight)
             for t in range(len(self.masks)):
                 up, scale = self.up(member, t, weight.dtype)
-                weight = torch.addmm(weight, up, self.down([member], t, weight.dtype), alpha=scale, out=merged)
+                add_product_(weight, up, self.down([member], t, weight.dtype), alpha=scale)
         return weight
 
     def forward(
