@@ -283,7 +283,7 @@ class Call:
         """Whether multiplying by W + ΔW is faster than by W and the factors, and as exact: in float32 and up, without dropout,
         for many tokens."""
         weight = self.weights[member]
-        if weight is None or weight.dtype not in (torch.float32, torch.float64):
+        if weight is None or weight.dtype.itemsize < 4:
             return False
         starts = [block.at for term in self.blocks for block in term[member]]
         selecting = any(self.tensors[at + i] is not None for at in starts for i in (DOWN_INDEX, UP_INDEX))
@@ -317,7 +317,9 @@ class Call:
         """out × R of one member, gates multiplied into it (in their own float32), and the number still to be multiplied; or
         int64, R places, as `down`."""
         blocks, tensors = self.blocks[term][member], self.tensors
-        scale = blocks[0].scale
+        at, _, scale = blocks[0]
+        if len(blocks) == 1 and tensors[at + GATE] is None and tensors[at + UP_INDEX] is None:
+            return tensors[at + UP].to(dtype), scale
         if all(block.scale == scale and tensors[block.at + GATE] is None for block in blocks):
             places = [tensors[block.at + UP_INDEX] for block in blocks if tensors[block.at + UP_INDEX] is not None]
             if len(places) == len(blocks):
@@ -333,7 +335,7 @@ class Call:
         """out × in: W, or W + ΔW, which is made again in the backward, not kept (RunLoRA, arXiv 2312.03415, calls the product
         X(W + UV)); None for a base that computes its own output."""
         weight = self.weights[member]
-        if weight is not None and merge:
+        if merge and weight is not None:
             weight = take(scratch, MERGED, weight.shape, weight).copy_(weight)
             for t in range(len(self.masks)):
                 up, scale = self.up(member, t, weight.dtype)
@@ -348,24 +350,25 @@ class Call:
         Args:
             overwrite: `flat` is not needed afterwards, here as in `backward`, and may be overwritten.
         """
-        n = self.members
-        merges = [self.merges(i, flat.shape[0]) for i in range(n)]
-        outputs = []
-        for i, bias in enumerate(self.tensors[n : 2 * n]):
-            weight = self.weight(i, merges[i], scratch)
-            if weight is not None:
-                outputs.append(linear(flat, weight, bias))
-            else:
-                outputs.append(flat.new_zeros(flat.shape[0], self.tensors[self.blocks[0][i][0].at + UP].shape[0]))
-        hidden = []
-        for t, inv_keep in enumerate(self.inv_keeps):
-            h = _into(self.dropped(flat, t, scratch, overwrite), self.down(range(n), t, flat.dtype))
-            for i, part in enumerate(_parted(h, self.ranks[t])):
-                if not merges[i]:
-                    up, scale = self.up(i, t, flat.dtype)
-                    _add_out_of_(outputs[i], part, up, scale * inv_keep)
-            hidden.append(h)
+        members, terms = range(self.members), range(len(self.masks))
+        merges = [self.merges(i, flat.shape[0]) for i in members]
+        late = overwrite and any(mask is not None for mask in self.masks)  # dropout writes over what the base reads
+        outputs = [self._base(i, flat, merges[i], scratch) for i in members] if late else []
+        hidden = [_into(self.dropped(flat, t, scratch, overwrite), self.down(members, t, flat.dtype)) for t in terms]
+        parts = [_parted(h, self.ranks[t]) for t, h in enumerate(hidden)]
+        for i in members:
+            if not late:  # what is added follows at once, while the output is in the processor's caches
+                outputs.append(self._base(i, flat, merges[i], scratch))
+            for t in terms if not merges[i] else ():
+                up, scale = self.up(i, t, flat.dtype)
+                _add_out_of_(outputs[i], parts[t][i], up, scale * self.inv_keeps[t])
         return outputs, hidden
+
+    def _base(self, member: int, flat: Tensor, merge: bool, scratch: Scratch | None) -> Tensor:
+        weight = self.weight(member, merge, scratch)
+        if weight is None:
+            return flat.new_zeros(flat.shape[0], self.tensors[self.blocks[0][member][0].at + UP].shape[0])
+        return linear(flat, weight, self.tensors[self.members + member])
 
     def backward(
         self,
@@ -396,30 +399,29 @@ class Call:
                 found[n + i] = g.sum(0)
 
         merges = [need_x and self.merges(i, like.shape[0]) for i in live]
-        apart = [k for k, merge in enumerate(merges) if not merge]  # places in `live`
-        to_x: list[tuple[Tensor, Tensor, Tensor | None]] = []  # what each term sends back: N×R, R×in, mask
-        for t, (mask, inv_keep, h) in enumerate(zip(self.masks, self.inv_keeps, hidden, strict=True)):
-            h_parts, want_down = _parted(h, self.ranks[t]), False
-            for i, g in live.items():
+        apart = [k for k, merge in enumerate(merges) if not merge] if need_x else []  # places in `live`
+        downs = [[block for i in live for block in term[i]] for term in self.blocks]
+        wants = [flat is not None and any(needed[block.at + DOWN] for block in blocks) for blocks in downs]
+        parts = [_parted(h, self.ranks[t]) for t, h in enumerate(hidden)]
+        ghs: list[list[Tensor]] = [[] for _ in hidden]
+        scales: list[list[float]] = [[] for _ in hidden]
+        for i, g in live.items():
+            for t, inv_keep in enumerate(self.inv_keeps):
                 blocks = self.blocks[t][i]
                 if any(needed[block.at + UP] or needed[block.at + GATE] for block in blocks):
                     # as hᵀg, the faster order (shared/performance.md §3)
-                    self._up_gradients(product(h_parts[i].T, g), blocks, inv_keep, needed, found)
-                want_down = want_down or any(needed[block.at + DOWN] for block in blocks)
-            if not want_down and not (need_x and apart):
-                continue
-            ups = [self.up(i, t, like.dtype) for i in live]
-            ghs = [_back_into(g, up) for g, (up, _) in zip(live.values(), ups, strict=True)]
-            gh = _side_by_side(ghs, [scale * inv_keep for _, scale in ups])
-            if want_down and flat is not None:
+                    self._up_gradients(product(parts[t][i].T, g), blocks, inv_keep, needed, found)
+                if wants[t] or apart:
+                    up, scale = self.up(i, t, like.dtype)
+                    ghs[t].append(_back_into(g, up))
+                    scales[t].append(scale * inv_keep)
+        joined = [_side_by_side(own, by) if own else None for own, by in zip(ghs, scales, strict=True)]
+        for t, gh in enumerate(joined):
+            if wants[t] and gh is not None and flat is not None:
                 d = product(gh.T, self.dropped(flat, t, scratch, overwrite))
-                blocks = [block for i in live for block in self.blocks[t][i]]
-                for block, part in zip(blocks, _parted(d, [block.rank for block in blocks], 0), strict=True):
+                for block, part in zip(downs[t], _parted(d, [block.rank for block in downs[t]], 0), strict=True):
                     if needed[block.at + DOWN]:
                         found[block.at + DOWN] = part.to(self.tensors[block.at + DOWN].dtype)
-            if need_x and apart:
-                ranks, down = [self.ranks[t][i] for i in live], self.down(list(live), t, like.dtype)
-                to_x.append((_picked(gh, ranks, apart, 1), _picked(down, ranks, apart, 0), mask))
 
         dx = None
         for (i, g), merge in zip(live.items(), merges, strict=True) if need_x else ():
@@ -429,9 +431,11 @@ class Call:
             elif weight is not None:
                 dx = product(g, weight, out=flat if overwrite else None)
         if need_x and dx is None:
-            dx = like.new_zeros(like.shape[0], self.tensors[self.blocks[0][0][0].at + DOWN].shape[1])
-        for gh, down, mask in to_x:
-            add_dropped_product_(dx, gh, down, mask)  # pyright: ignore[reportArgumentType]
+            dx = like.new_zeros(like.shape[0], self.tensors[downs[0][0].at + DOWN].shape[1])
+        for t, (gh, mask) in enumerate(zip(joined, self.masks, strict=True)):
+            if dx is not None and gh is not None and apart:
+                ranks, down = [self.ranks[t][i] for i in live], self.down(list(live), t, like.dtype)
+                add_dropped_product_(dx, _picked(gh, ranks, apart, 1), _picked(down, ranks, apart, 0), mask)
         return dx, found
 
     def _up_gradients(
