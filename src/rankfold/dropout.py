@@ -96,7 +96,7 @@ def add_dropped_product_(out: Tensor, left: Tensor, right: Tensor, mask: Tensor 
         return
     flat, before = out.view(-1), None
     if mask is not None:
-        before = flat[mask]  # what is dropped is put back: exact, and no pass over N × in
+        before = flat.index_select(0, mask)  # what is dropped is put back: exact, and no pass over N × in
     if selects:
         out.index_add_(1, right, left)
     else:
