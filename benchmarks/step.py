@@ -181,33 +181,27 @@ def draw(path: Path, results: list[dict]) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    colours = {"PEFT LoRA": "#999999", "rankfold LoRA": "#0072b2", "rankfold RaSA": "#009e73", "by hand": "#e69f00"}
+    colours = {"PEFT LoRA": "#999999", "rankfold LoRA": "#0072b2", "rankfold RaSA": "#009e73", "by hand": "#e69f00",
+               "frozen base, our products": "#56b4e9"}  # fmt: skip
     figure, (left, right) = plt.subplots(1, 2, figsize=(max(11, 2.4 * len(results)), 4), layout="constrained")
     place, ticks, labels, seen = 0.0, [], [], set()
     for result in results:
         settings = result["settings"]
-        bars = [r for r in result["rows"] if not r["variant"].startswith("frozen")]
+        bars = [r for r in result["rows"] if r["variant"].startswith(tuple(colours))]
         base = next(r for r in result["rows"] if r["variant"] == "frozen base")
         begin = place
         for row in bars:
             kind = next(k for k in colours if row["variant"].startswith(k))
             rank = row["variant"].partition("=")[2].split(" ")[0]
             low, high = (abs(row[k] - row["ratio"]) * 100 for k in ("low", "high"))
-            label = f"{kind} r={rank}"
-            hatch = "//" if rank != str(settings["rank"]) else None
+            label = kind + (f" r={rank}" if rank else "") + ", no dropout" * (kind == "by hand")
+            hatch = "//" if rank not in ("", str(settings["rank"])) else None
             known = label in seen
             seen.add(label)
             left.bar(place, (row["ratio"] - 1) * 100, 0.8, yerr=[[low], [high]], color=colours[kind], hatch=hatch,
                      edgecolor="white", label=None if known else label, ecolor="#444444")  # fmt: skip
-            if row["saved_mib"] is not None:
-                right.bar(
-                    place,
-                    row["saved_mib"] / base["saved_mib"],
-                    0.8,
-                    color=colours[kind],
-                    hatch=hatch,
-                    edgecolor="white",
-                )
+            kept = row["saved_mib"] / base["saved_mib"]
+            right.bar(place, kept, 0.8, color=colours[kind], hatch=hatch, edgecolor="white")
             place += 1
         ticks.append((begin + place - 1) / 2)
         tokens = f"{settings['tokens']} tokens" + f", {settings['shape']}" * (settings["shape"] != "smollm2")
@@ -217,6 +211,7 @@ def draw(path: Path, results: list[dict]) -> None:
         place += 1
     left.set(title="Time over the frozen base, %", xticks=ticks, xticklabels=labels)
     right.set(title="Bytes kept for the backward, frozen base = 1", xticks=ticks, xticklabels=labels)
+    left.axhline(0, color="#444444", linewidth=0.8)
     right.axhline(1, color="#444444", linewidth=0.8)
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)

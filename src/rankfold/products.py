@@ -1,12 +1,12 @@
-"""Matrix products of float32 on a CPU whose full width MKL does not use.
+"""Matrix products, of float32 in oneDNN where MKL does not use the whole processor.
 
     y = linear(x, weight, bias)      # x weightᵀ + bias
     c = product(a, b)                # a b
     add_product_(c, a, b, alpha)     # c += alpha · a b
 
-Torch's float32 products on x86 are MKL's, and on an AMD processor with AVX-512 MKL runs its AVX2 kernels. The oneDNN that torch has for
-half precision takes less than half the time there; its sums are float32's too, in another order (docs/performance.md). Everywhere
-else, and for small products, these are torch's own operations.
+Torch's float32 products on x86 are MKL's. On an AMD processor with AVX-512 they take more than twice the time of the oneDNN that torch has
+for half precision (docs/performance.md); its sums are float32's too, in another order. Everywhere else, and for small products,
+these are torch's own operations.
 """
 
 from __future__ import annotations
