@@ -79,6 +79,11 @@ def test_what_stays_with_torch(onednn):
     }
     for name, run in others.items():
         assert OPERATION not in operations(run), name
+    torch.backends.mkldnn.set_flags(False)
+    try:
+        assert OPERATION not in operations(lambda: linear(big, big))
+    finally:
+        torch.backends.mkldnn.set_flags(True)
 
 
 def test_gradients_of_siblings_are_those_of_torchs_products(onednn, monkeypatch):

@@ -54,6 +54,7 @@ def _in_onednn(a: Tensor, b: Tensor, multiplications: int) -> bool:
         and a.device.type == "cpu"
         and not torch.compiler.is_compiling()  # inductor chooses for itself, and refuses this operation
         and _mkl_holds_back()
+        and torch.backends.mkldnn.enabled  # the user's switch: torch.backends.mkldnn.set_flags(False)
         and not (is_subclass(a) or is_subclass(b))
     )
 
