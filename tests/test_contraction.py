@@ -861,6 +861,14 @@ def test_gradients_are_laid_out_as_their_factors(ranks):
     assert sum(t.grad is not None for t in leaves(terms)) >= 2 * len(ranks)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_factors_narrower_than_the_input_round_once(dtype):
+    f = Factors(torch.ones(2, 256, dtype=dtype), torch.randn(256, 2, dtype=dtype, requires_grad=True), scale=1e-3)
+    y = low_rank_linear(torch.ones(64, 256), torch.randn(256, 256), None, [Term([f])])
+    (found,) = torch.autograd.grad(y, f.up, torch.full_like(y, 10.0))
+    assert (found == torch.tensor(64 * 256 * 10 * 1e-3).to(dtype)).all()
+
+
 # The merged order -------------------------------------------------------------------------------------------------------
 
 

@@ -57,6 +57,26 @@ def test_products_are_torchs_wherever_their_operands_lie(onednn, left, right):
     assert_close(y, expected, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize(
+    "bias",
+    [torch.randn(2 * OUT)[::2], torch.tensor([3.0]).expand(OUT), torch.randn(1)],
+    ids=["strided", "expanded", "one"],
+)
+def test_a_bias_wherever_it_lies(onednn, bias):
+    x, weight = torch.randn(N, INTO), torch.randn(OUT, INTO)
+    assert_close(linear(x, weight, bias), x @ weight.T + bias, atol=1e-4, rtol=1e-4)
+
+
+def test_what_does_not_fit_has_torchs_message(onednn):
+    x, weight = torch.randn(N, INTO), torch.randn(OUT, INTO + 1)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        linear(x, weight)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        product(x, weight)
+    with pytest.raises(RuntimeError):
+        linear(x, torch.randn(OUT, INTO), torch.randn(OUT, device="meta"))
+
+
 def test_exact_to_float32_s_own_rounding(onednn):
     torch.manual_seed(0)
     a, b = torch.randn(N, 512), torch.randn(512, OUT)

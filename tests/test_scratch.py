@@ -148,14 +148,28 @@ def test_two_graphs_at_once_and_a_backward_in_another_thread(net_and_input):
         assert_close(got, want, rtol=0, atol=0)
 
 
-def test_freed_with_the_graph():
+@pytest.mark.parametrize("keep_output", [False, True])
+def test_freed_when_the_backward_is_done(keep_output):
     def run() -> list[bool]:
         y = Net(0.05).forward(torch.randn(2, 4, WIDTH, requires_grad=True))
         held = ref(scratch_for(y))
         filled = bool(held().buffers)
         y.sum().backward()
-        del y
+        if not keep_output:
+            del y
         gc.collect()
         return [filled, held() is None]
 
     assert in_a_new_thread(run) == [True, True]
+
+
+@DROPOUTS
+def test_under_another_default_device(net_and_input):
+    net, x = net_and_input
+    expected, alive = net.run(x), net.forward(x)
+    with torch.device("meta"):
+        found = net.run(x)
+    for run in (found, net.run(x)):
+        for got, want in zip(run, expected, strict=True):
+            assert_close(got, want, rtol=0, atol=0)
+    assert alive.isfinite().all()

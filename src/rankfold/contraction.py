@@ -246,6 +246,7 @@ class _LowRankLinears(torch.autograd.Function):
             scratch = None if flat is None else scratch_for(flat)
             call = Call(ctx.layout, saved[terms:])
             dx, others = call.backward(flat, saved[:terms], grads, need_x, needed, scratch)
+            ctx.scratch = None  # who keeps an output keeps its node, but need not keep this
             return None if dx is None else dx.view(ctx.shape), None, *others
 
 
@@ -446,7 +447,9 @@ class Call:
             up, gate, c = self.tensors[at + UP], self.tensors[at + GATE], scale * inv_keep
             if needed[at + UP]:
                 # laid out as `up` is: DDP's buckets mind the strides, and at rank 1 autograd does not mend them
-                found[at + UP] = torch.empty_like(up).copy_(mine.T).mul_(c if gate is None else gate * c)
+                c_up, d = c if gate is None else gate * c, torch.empty_like(up)
+                wider = up.dtype.itemsize >= mine.dtype.itemsize  # then cast first, which is faster; else round once
+                found[at + UP] = d.copy_(mine.T).mul_(c_up) if wider else torch.mul(mine.T, c_up, out=d)
             if needed[at + GATE] and gate is not None:
                 found[at + GATE] = (mine.T * up.to(mine.dtype)).sum(0, dtype=gate.dtype) * c
 

@@ -50,11 +50,11 @@ def _places(n: int, p: float) -> Tensor:
         torch.float32 if p > 0.01 else torch.float64
     )  # a uniform float32 has steps of 6e-8: too coarse for a small p
     if not n:
-        return torch.empty(0, dtype=torch.int64)
+        return torch.empty(0, dtype=torch.int64, device="cpu")
     found, last = [], -1
     while last < n - 1:
         left = n - 1 - last
-        gaps = torch.rand(int(left * p + 6 * math.sqrt(left * p)) + 16, dtype=dtype)
+        gaps = torch.rand(int(left * p + 6 * math.sqrt(left * p)) + 16, dtype=dtype, device="cpu")
         places = gaps.neg_().log1p_().mul_(per_log).to(torch.int64).add_(1).cumsum_(0).add_(last)
         found.append(places)
         last = int(places[-1])

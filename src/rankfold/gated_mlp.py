@@ -95,4 +95,5 @@ class _GatedMlp(torch.autograd.Function):
             de = ctx.activation.backward(da.mul_(u), e)
             flat = None if x is None else x.reshape(-1, x.shape[-1])
             dx, others = first.backward(flat, hidden, [de, du], need_x, needed[: ctx.count], scratch)
+            ctx.scratch = None  # as in contraction.py
             return None if dx is None else dx.view(ctx.shape), None, None, None, None, *others, *others_down

@@ -6,7 +6,7 @@
 
 Torch's float32 products on x86 are MKL's. On an AMD processor with AVX-512 they take more than twice the time of the oneDNN that torch has
 for half precision (docs/performance.md); its sums are float32's too, in another order. Everywhere else, and for small products,
-these are torch's own operations.
+these are torch's own operations. Operands have their final dtype: autocast is not asked.
 """
 
 from __future__ import annotations
@@ -27,36 +27,44 @@ WIDE = 64
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x weightᵀ + bias, for x N × in, weight out × in."""
-    if _in_onednn(x, weight, x.shape[0] * weight.numel()):
+    if _in_onednn(x, weight, weight.shape[1]) and (
+        bias is None or (_is_plain(bias) and bias.shape == weight.shape[:1])
+    ):
+        bias = None if bias is None else bias.contiguous()  # the operation minds no strides of it
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
 
 
 def product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     """a b, for two matrices; `out` is memory that the result may be written to."""
-    if _in_onednn(a, b, a.shape[0] * b.numel()):
+    if _in_onednn(a, b, b.shape[0]):
         return torch.ops.mkldnn._linear_pointwise(a, b.T, None, "none", [], "")
     return torch.mm(a, b, out=out)
 
 
 def add_product_(out: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0) -> None:
     """out += alpha · a b, in place."""
-    if b.shape[0] >= WIDE and _in_onednn(a, b, a.shape[0] * b.numel()):
+    if b.shape[0] >= WIDE and _in_onednn(a, b, b.shape[0]):
         out.add_(product(a, b), alpha=alpha)
     else:
         out.addmm_(a, b, alpha=alpha)
 
 
-def _in_onednn(a: Tensor, b: Tensor, multiplications: int) -> bool:
+def _in_onednn(a: Tensor, b: Tensor, inner: int) -> bool:
+    """Whether oneDNN makes a's product with b, over `inner` columns of a; what does not fit is left to torch and its messages."""
     return (
-        multiplications >= WORTH
-        and a.dtype == b.dtype == torch.float32
-        and a.device.type == "cpu"
+        _is_plain(a)
+        and _is_plain(b)
+        and a.shape[0] * b.numel() >= WORTH
+        and a.shape[1] == inner
         and not torch.compiler.is_compiling()  # inductor chooses for itself, and refuses this operation
         and _mkl_holds_back()
-        and torch.backends.mkldnn.enabled  # the user's switch: torch.backends.mkldnn.set_flags(False)
-        and not (is_subclass(a) or is_subclass(b))
+        and bool(torch.backends.mkldnn.enabled)  # the user's switch: torch.backends.mkldnn.set_flags(False)
     )
+
+
+def _is_plain(t: Tensor) -> bool:
+    return t.dtype == torch.float32 and t.device.type == "cpu" and not is_subclass(t)
 
 
 def is_subclass(t: Tensor) -> bool:

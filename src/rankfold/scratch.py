@@ -4,7 +4,7 @@
     a = take(scratch, 0, x.shape, x)         # contents undefined
 
 A CPU's allocator hands large buffers back to the system as soon as they are freed, and touching a fresh page costs more than the
-arithmetic on its numbers. So the nodes of a thread hold one `Scratch` together; it is freed with the graph of the step.
+arithmetic on its numbers. So the nodes of a thread hold one `Scratch` together, until their backward.
 """
 
 from __future__ import annotations
@@ -52,5 +52,5 @@ def take(scratch: Scratch | None, place: int, shape: Sequence[int], like: Tensor
     n = torch.Size(shape).numel()
     buffer = scratch.buffers.get((place, like.dtype))
     if buffer is None or buffer.numel() < n:
-        buffer = scratch.buffers[place, like.dtype] = torch.empty(n, dtype=like.dtype)
+        buffer = scratch.buffers[place, like.dtype] = torch.empty(n, dtype=like.dtype, device=like.device)
     return buffer[:n].view(shape)
