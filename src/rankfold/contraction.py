@@ -292,8 +292,8 @@ class Call:
             return False
         rank = sum(ranks[member] for ranks in self.ranks)
         out, into = weight.shape
-        # Numbers multiplied: 2·N·R·(in + out) against 2·(R·in·out), and what two passes over W cost; more where a fresh matrix of
-        # its size is mapped anew by the allocator. Measured: docs/performance.md.
+        # Numbers multiplied: 2·N·R·(in + out) against 2·(R·in·out), and what two passes over W cost; more where it is larger than
+        # the processor's caches. Measured: docs/performance.md.
         passes = 50 if weight.numel() * weight.element_size() <= 32 * 2**20 else 300
         return tokens * rank * (into + out) > into * out * (2 * rank + passes)
 

@@ -1,4 +1,5 @@
-"""Promises 3, 5, 6 and 7 where layers that read one input are computed together (siblings.py): every method, every such model."""
+"""Promises 3, 5, 6 and 7 where layers that read one input are computed together (siblings.py): every method, every such model; with
+torch's products and with oneDNN's, which models of this size would not meet (products.py)."""
 
 from __future__ import annotations
 
@@ -23,6 +24,7 @@ from table import (
 )
 from torch import Tensor
 
+from rankfold import products
 from rankfold.fused_mlp import FusedMlp, unfuse_mlps
 
 #: Of each architecture every module that has siblings, and one that has none; patterns of the rows mean the first two.
@@ -34,6 +36,16 @@ TARGETS = {
 }
 WITH_SIBLINGS = {"llama": 3 * 5, "bert": 3 * 3, "t5": 4 * 3, "vit": 3 * 3}
 together = pytest.mark.parametrize("arch", [LLAMA, BERT, T5, VIT], ids=lambda arch: arch.name)
+
+
+@pytest.fixture(autouse=True, params=["torch", "onednn"])
+def multiplied_by(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    onednn = request.param == "onednn"
+    if onednn and not products._has_onednn():
+        pytest.skip("this torch has no oneDNN")
+    monkeypatch.setattr(products, "_mkl_holds_back", lambda: onednn)
+    monkeypatch.setattr(products, "WORTH", 1)
+    monkeypatch.setattr(products, "WIDE", 2)
 
 
 def wide(arch: Arch, row: Row, device: torch.device, **changes: object) -> PeftModel:
