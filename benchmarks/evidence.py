@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from rankfold.compare import wording
+from rankfold.compare.experiment import compare
 from rankfold.compare.file import load
-from rankfold.compare.lines import read
-from rankfold.compare.run import compare
 from rankfold.compare.statistics import Analysis, analyse
+from rankfold.compare.trial_file import read
 
 HERE = Path(__file__).parent
 RESULTS, PAGE = HERE / "results", HERE.parent / "docs" / "evidence.md"

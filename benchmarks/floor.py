@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from rankfold.products import add_product_, linear, product
+from rankfold.kernel.matmul import add_product_, linear, product
 
 
 class _Linear(torch.autograd.Function):

@@ -31,11 +31,12 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from rankfold import RasaConfig
-from rankfold.config import LowRankConfig
-from rankfold.factors import Factors
-from rankfold.fold import fold_model, lowered, ours, peft_adapters
+from rankfold.fold import fold_model, lowered, peft_adapters
+from rankfold.fold import native as ours
 from rankfold.fold.compression import Budget, compress
 from rankfold.fold.proof import prove
+from rankfold.host.config import LowRankConfig
+from rankfold.kernel.factors import Factors
 
 SMOLLM2: dict[str, Any] = {
     "hidden_size": 576,

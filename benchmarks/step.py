@@ -38,7 +38,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaModel
 
 from rankfold import PlainLoraConfig, RasaConfig
-from rankfold.registry import find
+from rankfold.host.registry import find
 
 SHAPES = {
     # SmolLM2-135M's layers, eight of its thirty

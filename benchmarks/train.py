@@ -92,7 +92,7 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
 
 
 def run_file(args: argparse.Namespace, folder: Path) -> Any:
-    from rankfold.train.runfile import parse
+    from rankfold.runfile.schema import parse
 
     return parse(
         {
@@ -109,7 +109,7 @@ def run_file(args: argparse.Namespace, folder: Path) -> Any:
 def rankfold(args: argparse.Namespace, folder: Path) -> tuple[Any, int]:
     """The trainer that `rankfold train` makes."""
     from rankfold.train import model
-    from rankfold.train.plan import prepare
+    from rankfold.train.prepare import prepare
     from rankfold.train.trainers import make_trainer
 
     prepared = prepare(run_file(args, folder))

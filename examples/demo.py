@@ -33,9 +33,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 import rankfold.methods  # noqa: F401  (its adapters are PEFT adapters from here on)
 from rankfold.cli import _quiet
 from rankfold.fold import fold_adapter
-from rankfold.train import bundled
+from rankfold.io import assets as bundled
+from rankfold.runfile.schema import parse
 from rankfold.train.run import TrainResult, train
-from rankfold.train.runfile import parse
 
 console = Console(width=None if sys.stdout.isatty() else 110)
 

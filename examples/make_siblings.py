@@ -26,12 +26,12 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 from peft import PeftModel
 
 from rankfold.cli import _quiet
-from rankfold.folders import whole_folder
-from rankfold.subspace import build_subspace
-from rankfold.train import bundled
+from rankfold.io import assets as bundled
+from rankfold.io.files import whole_folder
+from rankfold.methods.cora_subspace import build_subspace
+from rankfold.runfile.schema import parse
 from rankfold.train.model import load_config, load_model, load_tokenizer, locate
 from rankfold.train.run import train
-from rankfold.train.runfile import parse
 
 KINDS = {
     "vowel": "aa ae ah ao aw ay eh er ey ih iy ow oy uh uw",

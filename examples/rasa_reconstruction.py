@@ -19,11 +19,11 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import torch
+from reconstruction import coordinate_descent, lora_error
 from safetensors import safe_open
 from torch import Tensor
 
-from rankfold.adapter import module_type
-from rankfold.reconstruction import coordinate_descent, lora_error
+from rankfold.host.adapter import module_type
 
 
 def by_type(base: Mapping[str, Tensor], tuned: Mapping[str, Tensor]) -> dict[str, list[Tensor]]:
@@ -50,7 +50,7 @@ def fine_tuned(steps: int) -> tuple[str, dict[str, Tensor], dict[str, Tensor]]:
     """The bundled encoder before and after full fine-tuning on the bundled film reviews, and what was done."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    from rankfold.train.bundled import dataset, model_path
+    from rankfold.io.assets import dataset, model_path
 
     torch.manual_seed(0)
     folder = model_path("all-minilm-l6-v2")

@@ -37,6 +37,6 @@ def masks_of_peft(monkeypatch: pytest.MonkeyPatch) -> None:
     def bernoulli(x: Tensor, p: float) -> tuple[Tensor | None, float]:
         return (torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(1 - p) if p else None), 1 - p
 
-    monkeypatch.setattr("rankfold.contraction.drop_mask", bernoulli)
-    monkeypatch.setattr("rankfold.siblings.Siblings.output", lambda *_: None)
-    monkeypatch.setattr("rankfold.fused_mlp._members", lambda _: None)
+    monkeypatch.setattr("rankfold.kernel.linears.drop_mask", bernoulli)
+    monkeypatch.setattr("rankfold.host.siblings.Siblings.output", lambda *_: None)
+    monkeypatch.setattr("rankfold.host.fused_mlp._members", lambda _: None)

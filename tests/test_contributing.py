@@ -27,8 +27,8 @@ def test_add_a_method_in_one_file(tmp_path: Path) -> None:
 
 
 def test_the_readme_runs(tmp_path: Path) -> None:
-    from rankfold.train import bundled
-    from rankfold.train.cache import MissingAssetError
+    from rankfold.io import assets as bundled
+    from rankfold.io.cache import MissingAssetError
 
     try:
         bundled.model_path("smollm2-135m-instruct")
@@ -43,7 +43,7 @@ def test_the_readme_runs(tmp_path: Path) -> None:
 
 
 def test_the_readme_lists_every_method_and_each_has_a_page() -> None:
-    from rankfold import registry
+    from rankfold.host import registry
 
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     for method in registry.find():

@@ -1,58 +1,73 @@
-"""Imports point downwards only (docs/architecture.md)."""
+"""Imports point downwards only, between rooms and inside them (docs/architecture.md); `if TYPE_CHECKING` counts too."""
 
 from __future__ import annotations
 
 import ast
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 SRC = Path(__file__).parent.parent / "src" / "rankfold"
 
-#: Lower number, lower room; a module may import its own room or one below. Packages count as one room.
+#: Lower number, lower room; a module may import its own room or one below.
 FLOOR = {
-    "factors": 0, "peft_types": 0, "folders": 0, "model_folder": 0, "products": 0, "scratch": 0, "dropout": 0, "contraction": 1, "gated_mlp": 1, "reconstruction": 1, "config": 2, "adapter": 3, "siblings": 4, "fused_mlp": 4, "layer": 4, "tuner": 5,
-    "registry": 6, "subspace": 6, "control": 7, "methods": 7, "fold": 8, "doctor": 9, "inspect": 8, "plan": 9, "train": 9, "compare": 10, "cli": 11, "__main__": 12,
+    "errors": 0, "text": 0, "kernel": 0, "host": 1, "io": 2, "control": 3, "optim": 3, "methods": 4, "tasks": 5, "runfile": 6,
+    "fold": 7, "inspect": 8, "train": 9, "gelora": 10, "plan": 11, "compare": 12, "doctor": 12, "commands": 13, "cli": 14, "__main__": 15,
 }  # fmt: skip
-TORCH_ALONE = {"factors", "products", "scratch", "dropout", "contraction", "gated_mlp"}
 
 
-def room(module: str) -> str:
-    parts = module.split(".")
-    return parts[1] if len(parts) > 1 else "rankfold"
+def module_of(path: Path) -> str:
+    parts = ["rankfold", *path.relative_to(SRC).with_suffix("").parts]
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+FILES = {module_of(p): p for p in sorted(SRC.rglob("*.py"))}
 
 
 def imports(path: Path) -> set[str]:
-    """rankfold modules a file imports at run time; `if TYPE_CHECKING` does not count, imports inside functions do."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    skipped = {
-        id(n) for b in ast.walk(tree) if isinstance(b, ast.If) and getattr(b.test, "id", "") == "TYPE_CHECKING" for n in ast.walk(b)
-    }  # fmt: skip
-    found = set()
-    for node in ast.walk(tree):
-        if id(node) in skipped:
-            continue
-        if isinstance(node, ast.ImportFrom) and node.module:
-            found |= {f"{node.module}.{a.name}" if node.module == "rankfold" else node.module for a in node.names}
+    """The rankfold modules that a file imports, at its top, inside functions and under TYPE_CHECKING."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "rankfold":
+            found |= {f"{node.module}.{a.name}" if f"{node.module}.{a.name}" in FILES else node.module for a in node.names}
         elif isinstance(node, ast.Import):
-            found |= {a.name for a in node.names}
+            found |= {a.name for a in node.names if a.name.split(".")[0] == "rankfold"}
+    return found - {module_of(path)}
+
+
+def outside(path: Path) -> set[str]:
+    """The packages that a file imports, by their first name."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module.split(".")[0])
+        elif isinstance(node, ast.Import):
+            found |= {a.name.split(".")[0] for a in node.names}
     return found
 
 
-FILES = sorted(p for p in SRC.rglob("*.py") if p != SRC / "__init__.py")
+def room(module: str) -> str:
+    return (module.split(".") + ["rankfold"])[1]
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SRC)))
-def test_downwards_only(path: Path) -> None:
-    own = path.relative_to(SRC).parts[0].removesuffix(".py")
-    for module in imports(path):
-        if module.startswith("rankfold."):
-            assert FLOOR[room(module)] <= FLOOR[own], f"{own} imports {module}, which is above it"
+@pytest.mark.parametrize("module", [m for m in FILES if m != "rankfold"])
+def test_downwards_only(module: str) -> None:
+    for other in imports(FILES[module]) - {"rankfold"}:
+        assert FLOOR[room(other)] <= FLOOR[room(module)], f"{module} imports {other}, which is above it"
 
 
-@pytest.mark.parametrize("name", sorted(TORCH_ALONE))
-def test_the_algebra_imports_torch_alone(name: str) -> None:
-    outside = {m.split(".")[0] for m in imports(SRC / f"{name}.py")} - {
-        "__future__", "collections", "contextlib", "dataclasses", "functools", "math", "pathlib", "platform", "threading", "typing", "weakref",
-    }  # fmt: skip
-    assert outside <= {"torch", "rankfold"}
+def test_no_circles() -> None:
+    graph = {m: {i for i in imports(p) if i in FILES} for m, p in FILES.items() if m != "rankfold"}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(" -> ".join(error.args[1]))
+
+
+@pytest.mark.parametrize("module", [m for m in FILES if room(m) == "kernel"])
+def test_the_kernel_imports_torch_alone(module: str) -> None:
+    import sys
+
+    assert outside(FILES[module]) <= {"torch", "rankfold", *sys.stdlib_module_names}
+    assert {room(m) for m in imports(FILES[module])} <= {"kernel"}

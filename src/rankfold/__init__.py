@@ -4,11 +4,11 @@ from rankfold import RasaConfig
 model = peft.get_peft_model(model, RasaConfig(r=8, target_modules="all-linear"))
 """
 
-from rankfold.peft_types import check_peft
+from rankfold.host.peft_api import check_peft
 
 check_peft()
 
-from rankfold.factors import Factors  # noqa: E402
+from rankfold.kernel.factors import Factors  # noqa: E402
 from rankfold.methods import (  # noqa: E402
     AdaSvdConfig,
     CoraConfig,

@@ -10,6 +10,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from rankfold.errors import RankfoldError
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
@@ -32,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _is_users(error: Exception) -> bool:
     """Ours and the libraries' complaints about input and machine; anything else is a bug and shows its traceback."""
-    if isinstance(error, ValueError | OSError | ImportError):
+    if isinstance(error, RankfoldError | OSError | ImportError):
         return True
     return type(error).__name__ in ("OutOfMemoryError", "SafetensorError")
 
@@ -50,17 +52,17 @@ def _missing_extra(error: Exception) -> str | None:
 def _train(a: argparse.Namespace) -> None:
     if not a.debug:
         _quiet()
-    from rankfold.train.runfile import load
+    from rankfold.runfile.schema import load
 
     run = load(a.run_file, a.overrides)
     if a.dry_run:
-        from rankfold.train.plan import make_plan, prepare
+        from rankfold.train.prepare import make_plan, prepare
 
         plan = make_plan(prepare(run))
         _print_table("plan (nothing was trained or written)", plan.lines())
         print(*plan.notes, sep="\n")
         return
-    from rankfold.train.profile import Profile
+    from rankfold.train.profiler import Profile
     from rankfold.train.run import train
 
     extra = [Profile(Path(run.output))] if a.profile else []
@@ -73,7 +75,7 @@ def _sparsify(a: argparse.Namespace) -> None:
     if not a.debug:
         _quiet()
     from rankfold.methods.sora import thresholds
-    from rankfold.train.runfile import load
+    from rankfold.runfile.schema import load
     from rankfold.train.sparsify import sparsify
 
     schedule = thresholds(a.first, a.last, a.stages, a.schedule)
@@ -104,7 +106,7 @@ def _compare(a: argparse.Namespace) -> int:
 
 
 def _validate(a: argparse.Namespace) -> None:
-    from rankfold.train.runfile import load
+    from rankfold.runfile.schema import load
 
     run = load(a.run_file, a.overrides)
     print(f"{a.run_file} is valid: {run.method.name} on {run.model.name} for {run.task}, into {run.output}")
@@ -112,7 +114,7 @@ def _validate(a: argparse.Namespace) -> None:
 
 def _init(a: argparse.Namespace) -> None:
     from rankfold.compare.template import template as compare_template
-    from rankfold.train.init import template
+    from rankfold.runfile.template import template
 
     path = Path(a.run_file)
     if path.exists() and not a.force:
@@ -122,7 +124,7 @@ def _init(a: argparse.Namespace) -> None:
 
 
 def _methods(a: argparse.Namespace) -> int:
-    from rankfold import registry
+    from rankfold.host import registry
 
     found = registry.find(a.pattern)
     if a.json:
@@ -171,20 +173,20 @@ def _plan(a: argparse.Namespace) -> None:
     _quiet()
     gelora = {n: v for n in _OF_GELORA if (v := getattr(a, n)) is not None}
     if a.method == ["gelora"]:
-        from rankfold.plan.command import run_gelora
+        from rankfold.gelora.command import run_gelora
 
         if foreign := [n for n in _OF_COSTS if getattr(a, n) is not None]:
-            raise ValueError(f"--{foreign[0].replace('_', '-')} is not of --method gelora; leave one of the two out")
+            raise RankfoldError(f"--{foreign[0].replace('_', '-')} is not of --method gelora; leave one of the two out")
         if a.data is None:
-            raise ValueError("--method gelora measures your texts: give --data (as data.source in a run file)")
+            raise RankfoldError("--method gelora measures your texts: give --data (as data.source in a run file)")
         run_gelora(a.model, targets=a.targets, json=a.json, force=a.force, **gelora)
         return
     if gelora or a.force:
         first = next(iter(gelora), "force").replace("_", "-")
-        raise ValueError(
+        raise RankfoldError(
             f"--{first} is of --method gelora, which chooses ranks from your texts; add it, or leave this out"
         )
-    from rankfold.plan.budgets import run_costs
+    from rankfold.plan.costs import run_costs
 
     costs = {n: v for n in _OF_COSTS if (v := getattr(a, n)) is not None}
     run_costs(a.model, methods=a.method, targets=a.targets, json=a.json, **costs)
@@ -202,7 +204,7 @@ def _inspect(a: argparse.Namespace) -> None:
 
 
 def _subspace(a: argparse.Namespace) -> None:
-    from rankfold.subspace import build_subspace
+    from rankfold.methods.cora_subspace import build_subspace
 
     targets = {"targets": a.targets} if a.targets else {}
     found = build_subspace(

@@ -16,9 +16,9 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
-from rankfold.compare import run as run_module
-from rankfold.compare.lines import TrialLine
-from rankfold.compare.trial import JOB, measure
+from rankfold.compare import experiment as run_module
+from rankfold.compare.trial_file import TrialLine
+from rankfold.compare.trial_process import JOB, measure
 from rankfold.train.trainers import DivergedError
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "train"))

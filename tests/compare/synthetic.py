@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from rankfold.compare.lines import TrialLine
+from rankfold.compare.trial_file import TrialLine
 
 RATES = (5e-4, 1e-3, 2e-3, 5e-3)
 KINDS = ("attn.q_proj", "attn.k_proj", "attn.v_proj", "attn.o_proj", "mlp.up", "mlp.down")

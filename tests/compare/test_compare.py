@@ -17,14 +17,14 @@ import torch
 from safetensors.torch import load_file
 
 from rankfold.cli import main
-from rankfold.compare import trial as trial_module
+from rankfold.compare import trial_process as trial_module
 from rankfold.compare.command import run_compare
 from rankfold.compare.contenders import Entry, resolve
-from rankfold.compare.estimate import Estimate
+from rankfold.compare.experiment import compare
 from rankfold.compare.file import CompareFile, parse
-from rankfold.compare.lines import TrialLine, append, read
-from rankfold.compare.run import compare
-from rankfold.compare.trials import make, wanted
+from rankfold.compare.time_left import Estimate
+from rankfold.compare.trial_file import TrialLine, append, read
+from rankfold.compare.trial_list import make, wanted
 from rankfold.train.datafile import DataError
 from rankfold.train.folder import FolderError
 from rankfold.train.metrics import read_metrics

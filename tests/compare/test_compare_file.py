@@ -11,7 +11,7 @@ import yaml
 from rankfold.cli import main
 from rankfold.compare.file import load, number, parse
 from rankfold.compare.template import template
-from rankfold.train.problems import RunFileError
+from rankfold.runfile.problems import RunFileError
 
 Values = dict[str, Any]
 

@@ -13,10 +13,10 @@ import torch
 from filelock import FileLock
 
 from rankfold.compare.executors import executor, run_process
+from rankfold.compare.experiment import compare
 from rankfold.compare.file import parse
-from rankfold.compare.lines import TrialLine, read
-from rankfold.compare.run import compare
-from rankfold.compare.trial import JOB
+from rankfold.compare.trial_file import TrialLine, read
+from rankfold.compare.trial_process import JOB
 from rankfold.train.folder import FolderError
 
 Values = dict[str, Any]

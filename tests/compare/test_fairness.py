@@ -10,9 +10,9 @@ from transformers import TrainerCallback
 
 from rankfold.compare.contenders import Entry
 from rankfold.compare.file import parse
-from rankfold.compare.trials import make
+from rankfold.compare.trial_list import make
+from rankfold.runfile.schema import parse as parse_run
 from rankfold.train.run import train
-from rankfold.train.runfile import parse as parse_run
 from rankfold.train.trainers import CarefulTrainer
 
 Values = dict[str, Any]

@@ -18,10 +18,10 @@ from browser import Browser, find
 from synthetic import METHODS, Method, as_loss, fail, halving, lines
 
 from rankfold.compare.command import run_compare
-from rankfold.compare.lines import TrialLine, append
 from rankfold.compare.report import write_report
 from rankfold.compare.report.charts import _apart, _limits
 from rankfold.compare.report.svg import SERIES
+from rankfold.compare.trial_file import TrialLine, append
 
 HOSTILE = '<script>alert("x")</script> & "Ω" '
 LONG = "a contender whose name is far longer than a phone is wide · and its place"

@@ -10,11 +10,11 @@ import pytest
 from rich.console import Console
 from synthetic import METHODS, RATES, Method, as_loss, fail, halving, lines
 
-from rankfold.compare.lines import TrialLine
 from rankfold.compare.pareto import front
 from rankfold.compare.selection import choose, contenders
 from rankfold.compare.statistics import Analysis, analyse
 from rankfold.compare.table import show
+from rankfold.compare.trial_file import TrialLine
 from rankfold.compare.wording import answer, method
 
 FEW = {"draws": 2000}

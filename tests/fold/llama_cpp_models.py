@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-from rankfold.fold.gguf import ARCHITECTURES, row_order, tensor_names
+from rankfold.fold.profiles.gguf import ARCHITECTURES, row_order, tensor_names
 
 
 def write_float32(model: PreTrainedModel, path: Path) -> None:

@@ -15,12 +15,12 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 
 from rankfold import RasaConfig
 from rankfold.cli import main
-from rankfold.factors import Factors
 from rankfold.fold import fold_adapter, fold_model
 from rankfold.fold.calibration import read_texts, second_moments, tokenise
 from rankfold.fold.compression import Budget, compress, weighted_error
 from rankfold.fold.proof import prove
 from rankfold.fold.source import Update
+from rankfold.kernel.factors import Factors
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 TEXTS = ["w7 w9 w30 w12 w5", "w40 w41 w42 w43 w9 w9", "w3 w7 w61 w20"]

@@ -26,11 +26,11 @@ from transformers import (
 
 from rankfold import PlainLoraConfig, RasaConfig, SoraConfig
 from rankfold.fold import fold_adapter, fold_model
-from rankfold.fold.ours import from_folder
+from rankfold.fold.native import from_folder
+from rankfold.fold.profiles.uniform import serve_rank, target_suffixes
 from rankfold.fold.proof import prove
 from rankfold.fold.source import read_config
-from rankfold.fold.uniform import serve_rank, target_suffixes
-from rankfold.folders import whole_folder
+from rankfold.io.files import whole_folder
 
 TOKENS = torch.arange(5, 21)[None]
 
@@ -194,7 +194,7 @@ def test_a_dead_module_is_written_as_zeros(llama: Path, tmp_path: Path) -> None:
 
 
 def test_the_proof_sees_a_wrong_fold() -> None:
-    from rankfold.factors import Factors
+    from rankfold.kernel.factors import Factors
 
     good = Factors(torch.randn(3, 8, dtype=torch.float64), torch.randn(6, 3, dtype=torch.float64))
     bad = Factors(good.down, good.up * 1.01)
@@ -308,7 +308,7 @@ def test_a_full_disk_leaves_nothing(llama: Path, tmp_path: Path, monkeypatch: py
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("rankfold.fold.uniform.save_file", full)
+    monkeypatch.setattr("rankfold.fold.profiles.uniform.save_file", full)
     with pytest.raises(OSError, match="No space left"):
         fold_adapter(adapter, tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir()] == ["adapter"]

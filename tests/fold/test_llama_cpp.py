@@ -31,9 +31,9 @@ from transformers import (
 
 from rankfold import RasaConfig, SoraConfig
 from rankfold.fold import fold_adapter, fold_model
-from rankfold.fold.gguf import ARCHITECTURES
-from rankfold.train import bundled
-from rankfold.train.cache import MissingAssetError, cached_folder
+from rankfold.fold.profiles.gguf import ARCHITECTURES
+from rankfold.io import assets as bundled
+from rankfold.io.cache import MissingAssetError, cached_folder
 
 pytest.importorskip("llama_cpp", reason="llama.cpp is not installed: `make llama` builds it in some minutes")
 pytest.importorskip("gguf", reason="pip install 'rankfold[gguf]'")

@@ -25,7 +25,7 @@ from transformers import (
 from rankfold import PlainLoraConfig, RasaConfig, SoraConfig
 from rankfold.cli import main
 from rankfold.fold import PROFILES, fold_adapter, fold_model
-from rankfold.fold.compact import exact_pattern
+from rankfold.fold.profiles.compact import exact_pattern
 
 TOKENS = torch.arange(5, 21)[None]
 LLAMA = LlamaConfig(
@@ -150,7 +150,7 @@ def test_a_pattern_matches_one_module(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("base", ["llama", "gpt2"])
 def test_merged_is_a_whole_model(base: str, tmp_path: Path, request: pytest.FixtureRequest, monkeypatch) -> None:
-    monkeypatch.setattr("rankfold.fold.merged.MAX_SHARD", "50KB")
+    monkeypatch.setattr("rankfold.fold.profiles.merged.MAX_SHARD", "50KB")
     folder = request.getfixturevalue(base)
     config = rasa(target_modules=["c_attn", "mlp.c_proj"], fan_in_fan_out=True) if base == "gpt2" else rasa()
     model = live(folder, config)
@@ -325,7 +325,7 @@ def test_an_architecture_that_is_not_known_is_refused(profile: str, gpt2: Path, 
 
 
 def test_gguf_without_its_package(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rankfold.fold.gguf.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("rankfold.fold.profiles.gguf.importlib.util.find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"pip install 'rankfold\[gguf\]'"):
         fold_model(live(llama, rasa()), tmp_path / "out", profile="gguf")
     assert list(tmp_path.iterdir()) == []
@@ -341,8 +341,8 @@ def test_an_unknown_profile(llama: Path, tmp_path: Path) -> None:
 
 
 SAVERS = {
-    "compact": "rankfold.fold.compact.save_file",
-    "mlx": "rankfold.fold.mlx.save_file",
+    "compact": "rankfold.fold.profiles.compact.save_file",
+    "mlx": "rankfold.fold.profiles.mlx.save_file",
     "gguf": "gguf.GGUFWriter.write_tensors_to_file",
     "merged": "transformers.PreTrainedModel.save_pretrained",
 }

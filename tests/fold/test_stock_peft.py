@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from rankfold import SoraConfig
 from rankfold.fold import fold_adapter
-from rankfold.train.cache import cache_root
+from rankfold.io.cache import cache_root
 
 TOKENS = torch.arange(5, 21)[None]
 

@@ -20,10 +20,11 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from rankfold import attach, registry
-from rankfold.config import LowRankConfig
-from rankfold.layer import AdaptedLinear
-from rankfold.subspace import content_hash, write_subspace
+from rankfold import attach
+from rankfold.host import registry
+from rankfold.host.config import LowRankConfig
+from rankfold.host.layer import AdaptedLinear
+from rankfold.methods.cora_subspace import content_hash, write_subspace
 
 State = dict[str, Tensor]
 

@@ -19,7 +19,7 @@ from torch import nn
 
 from rankfold import CoraConfig, PlainLoraConfig
 from rankfold.fold import fold_adapter
-from rankfold.subspace import build_subspace, load_subspace
+from rankfold.methods.cora_subspace import build_subspace, load_subspace
 
 QKV = {
     "bert": ("query", "key", "value"),

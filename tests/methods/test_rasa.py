@@ -27,10 +27,10 @@ from transformers import (
     ViTModel,
 )
 
-import rankfold.adapter
+import rankfold.host.adapter
 from rankfold import RasaConfig
-from rankfold.adapter import module_type
-from rankfold.layer import AdaptedLinear
+from rankfold.host.adapter import module_type
+from rankfold.host.layer import AdaptedLinear
 from rankfold.methods.rasa import Pool, Rasa
 
 # PEFT 0.21 asks transformers 5.23 under the attribute's old name
@@ -420,7 +420,7 @@ def test_module_type(name, expected):
 def test_examples_in_docstrings():
     finder = doctest.DocTestFinder()
     runner = doctest.DocTestRunner()
-    for test in finder.find(module_type, globs=vars(rankfold.adapter)):
+    for test in finder.find(module_type, globs=vars(rankfold.host.adapter)):
         runner.run(test)
     assert runner.summarize().failed == 0
     assert runner.tries == 2

@@ -27,8 +27,9 @@ from table import (
 )
 from torch import nn
 
-from rankfold import PlainLoraConfig, RasaConfig, registry
-from rankfold.contraction import separate_order
+from rankfold import PlainLoraConfig, RasaConfig
+from rankfold.host import registry
+from rankfold.kernel.linears import separate_order
 
 
 def test_every_method_is_in_the_table() -> None:

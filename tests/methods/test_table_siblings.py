@@ -24,8 +24,8 @@ from table import (
 )
 from torch import Tensor
 
-from rankfold import products
-from rankfold.fused_mlp import FusedMlp, unfuse_mlps
+from rankfold.host.fused_mlp import FusedMlp, unfuse_mlps
+from rankfold.kernel import matmul as products
 
 #: Of each architecture every module that has siblings, and one that has none; patterns of the rows mean the first two.
 TARGETS = {

@@ -31,7 +31,7 @@ from transformers import PreTrainedTokenizerFast, Trainer, TrainerCallback, Trai
 from trl import SFTConfig, SFTTrainer
 
 from rankfold import AdapterCallback
-from rankfold.contraction import separate_order
+from rankfold.kernel.linears import separate_order
 
 
 def gradients(arch: Arch, model: nn.Module, batches: list[dict[str, Tensor]] | None = None) -> dict[str, Tensor]:

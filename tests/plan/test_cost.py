@@ -12,14 +12,15 @@ import transformers as hf
 from peft import LoHaConfig, LoraConfig, PeftConfig, PeftModel, VeraConfig, get_peft_model
 from shapes import CONFIGS, folder, real
 
-from rankfold import AdaSvdConfig, PlainLoraConfig, RasaConfig, registry
+from rankfold import AdaSvdConfig, PlainLoraConfig, RasaConfig
 from rankfold.fold import fold_adapter
-from rankfold.plan.base import describe
+from rankfold.host import registry
+from rankfold.methods.cora_subspace import content_hash, write_subspace
+from rankfold.plan.base_facts import describe
 from rankfold.plan.contenders import everyone
 from rankfold.plan.cost import cost
 from rankfold.plan.folding import Fold
 from rankfold.plan.meta import meta_model
-from rankfold.subspace import content_hash, write_subspace
 from rankfold.train import budget
 from rankfold.train.model import ModelError
 

@@ -8,9 +8,9 @@ import pytest
 from datasets import Dataset
 from tiny import byte_tokenizer, sentiment, write_jsonl
 
+from rankfold.runfile.schema import parse
 from rankfold.train.data import load_rows
 from rankfold.train.datafile import DataError, read_file
-from rankfold.train.runfile import parse
 from rankfold.train.tokens import longest_row, note_cut_off, token_counts
 
 

@@ -26,6 +26,7 @@ from transformers import (
     TrainerCallback,
 )
 
+from rankfold.runfile.schema import parse
 from rankfold.train import run as run_module
 from rankfold.train.chats import template_marks_turns, with_labels
 from rankfold.train.checkpoints import last_whole, what_is_damaged
@@ -33,10 +34,9 @@ from rankfold.train.datafile import DataError
 from rankfold.train.folder import FolderError, SaveError
 from rankfold.train.metrics import read_metrics
 from rankfold.train.model import ModelError
-from rankfold.train.plan import make_plan, prepare
-from rankfold.train.profile import PARTS, Profile
+from rankfold.train.prepare import make_plan, prepare
+from rankfold.train.profiler import PARTS, Profile
 from rankfold.train.run import train
-from rankfold.train.runfile import parse
 from rankfold.train.trainers import CarefulTrainer, DivergedError
 
 Values = dict[str, Any]
@@ -213,7 +213,7 @@ def test_peft_methods(language_model: Values, tmp_path: Path):
 
 
 def test_a_scheduled_method_of_ours(classification: Values, tmp_path: Path):
-    from rankfold import registry
+    from rankfold.host import registry
 
     scheduled = [method.name for method in registry.METHODS.values() if method.controller]
     assert scheduled

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from rankfold.compare.lines import TrialLine
+from rankfold.compare.trial_file import TrialLine
 
 if TYPE_CHECKING:
     from rankfold.compare.statistics import Analysis

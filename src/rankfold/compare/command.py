@@ -6,10 +6,10 @@ from pathlib import Path
 
 from rankfold.compare.contenders import Field, resolve
 from rankfold.compare.executors import Executor
+from rankfold.compare.experiment import check_folder, compare
 from rankfold.compare.file import CompareFile
-from rankfold.compare.lines import FILE, read
-from rankfold.compare.run import check_folder, compare
-from rankfold.compare.trials import wanted
+from rankfold.compare.trial_file import FILE, read
+from rankfold.compare.trial_list import wanted
 
 
 def run_compare(

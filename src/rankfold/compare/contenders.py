@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rankfold.compare.file import THIRDS, CompareFile, Contender, Place, SameAs, number, with_targets
+from rankfold.errors import RankfoldError
+from rankfold.runfile.checks import config_fields, peft_config
 from rankfold.train import budget, model
-from rankfold.train.checks import config_fields, peft_config
 from rankfold.train.datafile import DataError
-from rankfold.train.plan import Prepared, make_plan, prepare
+from rankfold.train.prepare import Prepared, make_plan, prepare
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -76,14 +77,14 @@ def resolve(file: CompareFile) -> Field:
     entries = [bench.entry(*one, limit) for one in bench.all()]
     first = next((e for e in entries if e.reason is None), None)
     if first is None:
-        raise ValueError("no contender can be trained: " + "; ".join(f"{e.name()}: {e.reason}" for e in entries))
+        raise RankfoldError("no contender can be trained: " + "; ".join(f"{e.name()}: {e.reason}" for e in entries))
     plan = make_plan(dataclasses.replace(prepared, run=file.run_file(first.method, file.rates[0], file.seeds[0], "-")))
     same: dict[str, Entry] = {}
     for entry in entries:
         other = same.setdefault(json.dumps(entry.method, sort_keys=True, default=str), entry)
         if other is not entry:
             names = f"'{other.name()}' and '{entry.name()}'"
-            raise ValueError(f"methods: {names} are the same method with the same fields; remove one")
+            raise RankfoldError(f"methods: {names} are the same method with the same fields; remove one")
     rows = {split: len(prepared.rows.splits[split]) for split in ("train", "validation", "test")}
     return Field(entries, limit, plan.steps, rows, prepared.rows.notes)
 
@@ -142,7 +143,7 @@ class _Bench:
         if place.layers is None:
             return fields
         if isinstance(targets, str) and targets.lower() != "all-linear":
-            raise ValueError(f"where: layers cannot be chosen beside the regex '{targets}'; list the modules' names")
+            raise RankfoldError(f"where: layers cannot be chosen beside the regex '{targets}'; list the modules' names")
         # PEFT counts layers only where the names of the modules are listed.
         names = self.linear() if isinstance(targets, str) else targets
         return {"target_modules": names, "layers_to_transform": self.layers(place.layers)}
@@ -156,12 +157,12 @@ class _Bench:
     def layers(self, wanted: str | list[int]) -> list[int]:
         count = getattr(self.prepared.config.get_text_config(), "num_hidden_layers", None)
         if count is None:
-            raise ValueError("where: layers: the model's config does not say how many layers it has")
+            raise RankfoldError("where: layers: the model's config does not say how many layers it has")
         if isinstance(wanted, str):
             part = THIRDS.index(wanted)
             return list(range(round(part * count / 3), round((part + 1) * count / 3)))
         if outside := [layer for layer in wanted if not 0 <= layer < count]:
-            raise ValueError(f"where: layers: {outside[0]} is no layer; the model has layers 0 to {count - 1}")
+            raise RankfoldError(f"where: layers: {outside[0]} is no layer; the model has layers 0 to {count - 1}")
         return wanted
 
 

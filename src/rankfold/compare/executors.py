@@ -15,8 +15,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from rankfold.compare.lines import TrialLine
-from rankfold.compare.trial import JOB
+from rankfold.compare.trial_file import TrialLine
+from rankfold.compare.trial_process import JOB
+from rankfold.errors import RankfoldError
 
 Executor = Literal["local", "ray"]
 Submit = Callable[[Path, TrialLine], "Future[TrialLine]"]
@@ -72,7 +73,7 @@ def _local(workers: int, threads: int, launch: str | None) -> Iterator[Submit]:
 @contextmanager
 def _ray(threads: int, launch: str | None) -> Iterator[Submit]:
     if launch is not None:
-        raise ValueError(
+        raise RankfoldError(
             "launch: trials of several processes run on the local executor only; remove launch, or --executor ray"
         )
     try:
@@ -122,7 +123,7 @@ def run_process(
     if not (folder / JOB).is_file():
         reason = f"{folder} is not visible on {platform.node()}; put output on storage that all machines share"
         return replace(line, status="failed", reason=reason)
-    arguments = ["-m", "rankfold.compare.trial", str(folder)]
+    arguments = ["-m", "rankfold.compare.trial_process", str(folder)]
     command = [*shlex.split(launch), *arguments] if launch else [sys.executable, *arguments]
     began = time.monotonic()
     with (folder / LOG).open("ab") as log:

@@ -16,9 +16,9 @@ import yaml
 from pydantic import Field, ValidationError
 
 from rankfold.plan.match import parse_budget
-from rankfold.train.checks import check, config_class, config_fields
-from rankfold.train.problems import Problem, RunFileError, explain, short
-from rankfold.train.runfile import (
+from rankfold.runfile.checks import check, config_class, config_fields
+from rankfold.runfile.problems import Problem, RunFileError, explain, short
+from rankfold.runfile.schema import (
     Data,
     Method,
     Model,
@@ -29,7 +29,7 @@ from rankfold.train.runfile import (
     overridden,
     read_values,
 )
-from rankfold.train.yamlfile import KeyPath
+from rankfold.runfile.yaml import KeyPath
 
 THIRDS = ("first third", "middle third", "last third")
 

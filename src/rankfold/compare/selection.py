@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Literal
 
-from rankfold.compare.lines import TrialLine
+from rankfold.compare.trial_file import TrialLine
 
 Edge = Literal["lowest", "highest", "only"]
 

@@ -12,9 +12,10 @@ from typing import Any, Literal
 
 from rankfold.compare.bootstrap import CONFIDENCE, DRAWS, Array, Draws, interval, simultaneous
 from rankfold.compare.cautions import cautions
-from rankfold.compare.lines import TrialLine
 from rankfold.compare.pareto import front
 from rankfold.compare.selection import Sensitivity, Trials, choose, contenders
+from rankfold.compare.trial_file import TrialLine
+from rankfold.errors import RankfoldError
 
 Verdict = Literal["better", "worse", "no difference shown", "not tested"]
 Over = Literal["seeds and rows", "rows", "seeds", "nothing"]
@@ -158,11 +159,13 @@ def analyse(lines: Sequence[TrialLine], *, reference: str | None = None, seed: i
         ValueError: no lines, lines of several metrics, or a reference that is no contender.
     """
     if not lines:
-        raise ValueError("there are no trials yet; run `rankfold compare` first")
+        raise RankfoldError("there are no trials yet; run `rankfold compare` first")
     kinds = {(line.metric, line.greater_is_better) for line in lines}
     if len(kinds) > 1:
         names = ", ".join(sorted(metric for metric, _ in kinds))
-        raise ValueError(f"the trials have several metrics ({names}); compare in one folder only what has one metric")
+        raise RankfoldError(
+            f"the trials have several metrics ({names}); compare in one folder only what has one metric"
+        )
     metric, greater = kinds.pop()
     groups = contenders(lines)
     several = len({g.where for g in groups}) > 1
@@ -318,7 +321,7 @@ def _with_fronts(found: list[Contender], greater: bool) -> list[Contender]:
 def _reference(found: Sequence[Contender], asked: str | None) -> str | None:
     if asked is not None:
         if asked not in {c.name for c in found}:
-            raise ValueError(f"reference '{asked}' is no contender; there are {', '.join(c.name for c in found)}")
+            raise RankfoldError(f"reference '{asked}' is no contender; there are {', '.join(c.name for c in found)}")
         return asked
     for method in ("peft:lora", "lora"):
         for c in found:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rankfold.train.runfile import Task
+from rankfold.runfile.schema import Task
 
 _START = {
     "classification": """\

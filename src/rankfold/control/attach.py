@@ -13,9 +13,9 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from rankfold import registry
 from rankfold.control.controller import Controller
-from rankfold.layer import AdaptedLinear
+from rankfold.host import registry
+from rankfold.host.layer import AdaptedLinear
 
 #: Where a controller's state lives inside the optimiser: param_groups are saved and restored whole by every torch
 #: optimiser, so the state needs no file of its own and is in step with the moments it belongs to.

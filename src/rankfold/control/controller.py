@@ -16,8 +16,9 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from rankfold.adapter import Adapter
-from rankfold.config import LowRankConfig
+from rankfold.errors import RankfoldError
+from rankfold.host.adapter import Adapter
+from rankfold.host.config import LowRankConfig
 
 A = TypeVar("A", bound=Adapter)
 C = TypeVar("C", bound=LowRankConfig)
@@ -60,14 +61,14 @@ class Controller(Generic[A, C]):
     def load_state(self, state: dict[str, Any]) -> None:
         """Adopts a saved state; raises ValueError where it is another adapter's."""
         if state.get("sites") != self.state["sites"]:
-            raise ValueError(
+            raise RankfoldError(
                 f"{type(self).__name__}: the optimiser's checkpoint holds the schedule of {len(state.get('sites', ()))} "
                 f"modules, and this model has {len(self.adapters)} others; resume with the config it was saved with"
             )
         try:
             self.state = _fitted(self.state, state)
         except ValueError as e:
-            raise ValueError(
+            raise RankfoldError(
                 f"{type(self).__name__}: the optimiser's checkpoint holds the schedule of another method, rank or version "
                 f"({e}); resume with the config it was saved with"
             ) from e
@@ -89,7 +90,7 @@ def run_length(config: Any, total_steps: int | None) -> int:
     """Steps of a schedule: the config's `total_step`, else the run's; raises ValueError where neither is known."""
     steps = config.total_step or total_steps
     if not steps or steps < 1:
-        raise ValueError(
+        raise RankfoldError(
             f"{type(config).__name__}: total_step is not known; give it in the config or to attach(total_steps=...)"
         )
     if total_steps and steps > total_steps:
@@ -105,15 +106,15 @@ def _fitted(now: Any, saved: Any, where: str = "state") -> Any:
     """`saved` on the devices of `now`; raises ValueError where it is not built alike."""
     if isinstance(now, Tensor):
         if not isinstance(saved, Tensor) or saved.shape != now.shape:
-            raise ValueError(f"{where} is not of shape {tuple(now.shape)}")
+            raise RankfoldError(f"{where} is not of shape {tuple(now.shape)}")
         return saved.to(now.device, now.dtype)
     if isinstance(now, dict):
         if not isinstance(saved, dict) or saved.keys() != now.keys():
-            raise ValueError(f"{where} does not have {', '.join(now)}")
+            raise RankfoldError(f"{where} does not have {', '.join(now)}")
         return {k: _fitted(v, saved[k], f"{where}.{k}") for k, v in now.items()}
     if isinstance(now, list):
         if not isinstance(saved, list) or len(saved) != len(now):
-            raise ValueError(f"{where} does not have {len(now)} entries")
+            raise RankfoldError(f"{where} does not have {len(now)} entries")
         return [_fitted(v, s, f"{where}[{i}]") for i, (v, s) in enumerate(zip(now, saved, strict=True))]
     return saved
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from rankfold.doctor import gguf_file, jsonlines
 from rankfold.doctor.findings import Finding, Status, one_line
+from rankfold.errors import RankfoldError
 
 #: Formats by the file that holds the weights. The order decides where a folder has several.
 WEIGHTS = {
@@ -82,7 +83,7 @@ class AdapterFile:
                 try:
                     yield name, file.get_tensor(name)
                 except (SafetensorError, AttributeError, RuntimeError, KeyError, TypeError) as error:
-                    raise ValueError(f"tensor {name!r} cannot be read: {error}") from None
+                    raise RankfoldError(f"tensor {name!r} cannot be read: {error}") from None
 
 
 def open_adapter(path: Path) -> AdapterFile:
@@ -109,9 +110,9 @@ def open_adapter(path: Path) -> AdapterFile:
         if (folder / CONFIG).exists():
             return _read(folder, "peft", None)
     if not any(path.iterdir()):
-        raise ValueError(f"'{path}' is an empty folder; give the folder that has {CONFIG}")
+        raise RankfoldError(f"'{path}' is an empty folder; give the folder that has {CONFIG}")
     model = "; its config.json says that it is a whole model" if (path / "config.json").exists() else ""
-    raise ValueError(f"'{path}' is not an adapter: it has none of {CONFIG}, {', '.join(WEIGHTS)}{model}")
+    raise RankfoldError(f"'{path}' is not an adapter: it has none of {CONFIG}, {', '.join(WEIGHTS)}{model}")
 
 
 def _from_file(path: Path) -> AdapterFile:
@@ -124,7 +125,7 @@ def _from_file(path: Path) -> AdapterFile:
     if path.suffix in (".bin", ".pt", ".pth", ".ckpt"):
         return _read(path.parent, "peft", path)
     if path.suffix != ".safetensors":
-        raise ValueError(f"'{path}' is no adapter: it must be a folder, a .safetensors, a .gguf or a {CONFIG}")
+        raise RankfoldError(f"'{path}' is no adapter: it must be a folder, a .safetensors, a .gguf or a {CONFIG}")
     file = _read(path.parent, "peft", path)
     names = list(file.tensors)
     if any(n.endswith((".lora_a", ".lora_b")) for n in names):
@@ -164,10 +165,10 @@ def _read_config(path: Path, file: AdapterFile) -> None:
 def _read_headers(path: Path, file: AdapterFile) -> None:
     try:
         if path.stat().st_size == 0:
-            raise ValueError("it is empty")
+            raise RankfoldError("it is empty")
         with open(path, "rb") as raw:
             if raw.read(24) == b"version https://git-lfs.":
-                raise ValueError("it is a git-lfs pointer and not the weights (git lfs pull)")
+                raise RankfoldError("it is a git-lfs pointer and not the weights (git lfs pull)")
         if file.kind == "gguf":
             header = gguf_file.read_header(path)
             file.config = header.metadata
@@ -180,7 +181,7 @@ def _read_headers(path: Path, file: AdapterFile) -> None:
             if file.kind == "diffusers":
                 file.config = dict(opened.metadata() or {})
         if not file.tensors:
-            raise ValueError("it has no tensors")
+            raise RankfoldError("it has no tensors")
     except (SafetensorError, ValueError, OSError) as error:
         file.tensors = {}
         problem = f"the weights cannot be read, they are truncated or not {path.suffix[1:]}: {one_line(error)}"

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from rankfold.doctor.adapter_file import AdapterFile, Header
-from rankfold.doctor.base import Base
+from rankfold.doctor.base_shapes import Base
 from rankfold.doctor.settings import Settings
 
 _PEFT = re.compile(r"^base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight$")

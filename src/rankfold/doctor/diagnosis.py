@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rankfold.doctor.adapter_file import AdapterFile, open_adapter
-from rankfold.doctor.base import Base, read_base
+from rankfold.doctor.base_shapes import Base, read_base
 from rankfold.doctor.case import Case, make_case
 from rankfold.doctor.checks import check
 from rankfold.doctor.engines import ENGINES, FORMATS, Verdict, judge
 from rankfold.doctor.findings import Finding, Status
 from rankfold.doctor.settings import read_settings
-from rankfold.doctor.weights import check_numbers
+from rankfold.doctor.tensor_values import check_numbers
+from rankfold.errors import RankfoldError
 
 #: What the verdicts are, and are not; printed with them.
 BASIS = "rules read from the engines' sources at these versions, in November 2026; nothing was started"
@@ -93,7 +94,7 @@ def diagnose(path: str | Path, base: str | Path | None = None, engines: Sequence
     """
     unknown = sorted(set(engines) - {e.key for e in ENGINES})
     if unknown:
-        raise ValueError(f"engine={unknown[0]!r} must be one of {', '.join(e.key for e in ENGINES)}")
+        raise RankfoldError(f"engine={unknown[0]!r} must be one of {', '.join(e.key for e in ENGINES)}")
     path = Path(path)
     file = open_adapter(path)
     settings, ill_typed = (

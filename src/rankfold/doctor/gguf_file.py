@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rankfold.errors import RankfoldError
+
 #: GGUF's scalar types of metadata, by number; 8 is a string and 9 an array.
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 #: Tensor types whose numbers can be looked at, and their size.
@@ -43,7 +45,7 @@ class _Reader:
     def scalar(self, code: str) -> Any:
         size = struct.calcsize("<" + code)
         if self.at + size > len(self.data):
-            raise ValueError(f"it ends inside its header, at byte {len(self.data)}")
+            raise RankfoldError(f"it ends inside its header, at byte {len(self.data)}")
         (value,) = struct.unpack_from("<" + code, self.data, self.at)
         self.at += size
         return value
@@ -51,14 +53,14 @@ class _Reader:
     def text(self) -> str:
         size = self.scalar("Q")
         if self.at + size > len(self.data):
-            raise ValueError(f"a name of {size} bytes reaches beyond its end")
+            raise RankfoldError(f"a name of {size} bytes reaches beyond its end")
         self.at += size
         return self.data[self.at - size : self.at].decode("utf-8", "replace")
 
     def count(self, what: str) -> int:
         number = self.scalar("Q")
         if number > _LARGEST:
-            raise ValueError(f"it claims {number} {what}")
+            raise RankfoldError(f"it claims {number} {what}")
         return number
 
     def value(self, kind: int, depth: int = 0) -> Any:
@@ -68,7 +70,7 @@ class _Reader:
             inner = self.scalar("I")
             return [self.value(inner, depth + 1) for _ in range(self.count("entries in one array"))]
         if kind not in _SCALARS:
-            raise ValueError(f"metadata of the unknown type {kind}")
+            raise RankfoldError(f"metadata of the unknown type {kind}")
         return self.scalar(_SCALARS[kind])
 
 
@@ -82,30 +84,30 @@ def read_header(path: Path) -> GgufHeader:
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         reader = _Reader(data)
         if data[:4] != b"GGUF":
-            raise ValueError("it does not start with GGUF")
+            raise RankfoldError("it does not start with GGUF")
         reader.at = 4
         version = reader.scalar("I")
         if version not in (2, 3):
-            raise ValueError(f"GGUF version {version}, not 2 or 3")
+            raise RankfoldError(f"GGUF version {version}, not 2 or 3")
         n_tensors, n_keys = reader.count("tensors"), reader.count("keys")
         metadata = {reader.text(): reader.value(reader.scalar("I")) for _ in range(n_keys)}
         found = {}
         for _ in range(n_tensors):
             name, dims = reader.text(), reader.scalar("I")
             if dims > 4:
-                raise ValueError(f"tensor {name!r} with {dims} dimensions")
+                raise RankfoldError(f"tensor {name!r} with {dims} dimensions")
             shape = tuple(reader.scalar("Q") for _ in range(dims))[::-1]
             found[name] = (shape, reader.scalar("I"), reader.scalar("Q"))
         alignment = metadata.get("general.alignment", 32)
         if not isinstance(alignment, int) or not 0 < alignment <= 1 << 16:
-            raise ValueError(f"general.alignment={alignment!r}")
+            raise RankfoldError(f"general.alignment={alignment!r}")
         data_start = -(-reader.at // alignment) * alignment
         tensors = {}
         for name, (shape, kind, offset) in found.items():
             dtype, _, size = _FLOATS.get(kind, (f"quantised ({kind})", None, 0))
             start = data_start + offset
             if start + size * _numel(shape) > len(data):
-                raise ValueError(f"it is truncated: tensor {name!r} reaches beyond its end")
+                raise RankfoldError(f"it is truncated: tensor {name!r} reaches beyond its end")
             tensors[name] = GgufTensor(shape, dtype, start)
         return GgufHeader(metadata, tensors)
 

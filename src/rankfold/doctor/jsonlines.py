@@ -6,6 +6,8 @@ import json
 import re
 from typing import Any
 
+from rankfold.errors import RankfoldError
+
 _TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[{}\[\]:\n]', re.DOTALL)
 
 
@@ -18,9 +20,9 @@ def parse(text: str) -> tuple[dict[str, Any], dict[str, int]]:
     try:
         value = json.loads(text)
     except RecursionError:
-        raise ValueError("nested too deeply") from None
+        raise RankfoldError("nested too deeply") from None
     if not isinstance(value, dict):
-        raise ValueError(f"a {type(value).__name__}, not an object")
+        raise RankfoldError(f"a {type(value).__name__}, not an object")
     return value, _lines(text)
 
 

@@ -15,17 +15,20 @@ from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from rankfold.config import LowRankConfig
-from rankfold.factors import Factors
-from rankfold.fold import compact, gguf, merged, mlx, ours, peft_adapters, uniform
+from rankfold.errors import RankfoldError
+from rankfold.fold import native as ours
+from rankfold.fold import peft_adapters
 from rankfold.fold.calibration import read_texts, second_moments, tokenise
 from rankfold.fold.compression import Budget, compress
 from rankfold.fold.probe import probe as run_probe
 from rankfold.fold.probe import trained_model
-from rankfold.fold.profile import Folded, Profile
+from rankfold.fold.profiles import compact, gguf, merged, mlx, uniform
+from rankfold.fold.profiles.profile import Folded, Profile
 from rankfold.fold.proof import FoldReport, LayerProof, prove, prove_sum, sha256
 from rankfold.fold.source import Source, Update, read_config
-from rankfold.folders import whole_folder
+from rankfold.host.config import LowRankConfig
+from rankfold.io.files import whole_folder
+from rankfold.kernel.factors import Factors
 
 __all__ = ["PROFILES", "FoldReport", "fold_adapter", "fold_model"]
 
@@ -136,7 +139,7 @@ def _keep_inputs(out: Path, adapter: Path | None, base: str | None) -> None:
     """Raises ValueError where `out` is or holds what the fold is made from: `force` would delete it."""
     for what, path in (("the adapter", adapter), ("the base model", Path(base) if base else None)):
         if path is not None and path.exists() and path.resolve().is_relative_to(out.resolve()):
-            raise ValueError(
+            raise RankfoldError(
                 f"out={str(out)!r} holds {what} itself, which the fold would replace; choose another folder"
             )
 
@@ -149,7 +152,7 @@ def _source(adapter: Path, config: PeftConfig, base: str | None) -> Source:
 
 def _weighed(budget: Budget, model: nn.Module, source: Source, texts: list[str], base: str | None) -> Budget:
     if not budget:
-        raise ValueError("calibration weighs what compression cuts off; give rank or error with it")
+        raise RankfoldError("calibration weighs what compression cuts off; give rank or error with it")
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
     batches = tokenise(texts, base, inner.config)  # pyright: ignore[reportArgumentType]
     return replace(budget, moments=second_moments(inner, source.adapted, batches))
@@ -168,13 +171,13 @@ class _Options:
 
     def __post_init__(self) -> None:
         if self.profile not in PROFILES:
-            raise ValueError(f"profile={self.profile!r} must be one of {', '.join(PROFILES)}")
+            raise RankfoldError(f"profile={self.profile!r} must be one of {', '.join(PROFILES)}")
         if self.pad != "serve" and self.profile != "uniform":
-            raise ValueError(f"pad={self.pad!r} is of profile uniform; profile={self.profile!r} pads nothing")
+            raise RankfoldError(f"pad={self.pad!r} is of profile uniform; profile={self.profile!r} pads nothing")
         if self.dtype is not None and self.dtype not in DTYPES:
-            raise ValueError(f"dtype={self.dtype!r} must be one of {', '.join(DTYPES)}")
+            raise RankfoldError(f"dtype={self.dtype!r} must be one of {', '.join(DTYPES)}")
         if self.strict is not None and not self.strict > 0:
-            raise ValueError(f"strict={self.strict} must be a positive relative error, for instance {STRICT}")
+            raise RankfoldError(f"strict={self.strict} must be a positive relative error, for instance {STRICT}")
 
 
 def _write(source: Source, folder: Path, out: Path, origin: str, base: str | None, options: _Options) -> FoldReport:
@@ -184,7 +187,7 @@ def _write(source: Source, folder: Path, out: Path, origin: str, base: str | Non
         to = torch.float32  # a quantised base: its integers are no dtype for factors
 
     if source.output_head and options.profile != "merged":
-        raise ValueError(
+        raise RankfoldError(
             f"target_modules: {source.output_head} is the output head, whose LoRA engines do not load; fold with profile "
             "merged"
         )
@@ -204,7 +207,7 @@ def _write(source: Source, folder: Path, out: Path, origin: str, base: str | Non
     layers = [_on_disk(proof, source, rounded[proof.module], written.read(proof.module)) for proof in layers]
     worst = max(layers, key=lambda p: p.frobenius)
     if strict is not None and not worst.frobenius <= strict:
-        raise ValueError(
+        raise RankfoldError(
             f"strict={strict}: the relative error of {worst.module} is {worst.frobenius:.1e} on disk, of which compression "
             f"{worst.truncation:.1e} and rounding to {to} {worst.rounding:.1e}; nothing was written. Give more rank, less "
             "error or dtype float32"
@@ -237,9 +240,9 @@ def _fold(
     trained = source.update(name)
     values = trained if isinstance(trained, Tensor) else trained.baked().up
     if not torch.isfinite(values).all():
-        raise ValueError(f"{name}: its update is not finite; that training diverged, use an earlier checkpoint")
+        raise RankfoldError(f"{name}: its update is not finite; that training diverged, use an earlier checkpoint")
     if isinstance(trained, Tensor) and not budget:
-        raise ValueError(
+        raise RankfoldError(
             f"{source.method}: its update is no product of small matrices, so a LoRA can only come near it; say how near "
             "with --error 0.01, or how large with --rank N"
         )

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PretrainedConfig
 
+from rankfold.errors import RankfoldError
+
 #: How much of a file is read; second moments settle long before.
 TEXTS, TOKENS = 256, 512
 
@@ -23,14 +25,14 @@ def read_texts(path: str | Path) -> list[str]:
     try:
         content = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"calibration={str(path)!r} cannot be read: {error}") from None
+        raise RankfoldError(f"calibration={str(path)!r} cannot be read: {error}") from None
     if path.suffix != ".jsonl":
         texts = [part.strip() for part in content.split("\n\n")]
     else:
         texts = [_text(line, f"calibration={str(path)!r}, line {i}") for i, line in enumerate(content.splitlines(), 1)]
     texts = [t for t in texts if t][:TEXTS]
     if not texts:
-        raise ValueError(f"calibration={str(path)!r} holds no text")
+        raise RankfoldError(f"calibration={str(path)!r} holds no text")
     return texts
 
 
@@ -42,7 +44,7 @@ def _text(line: str, where: str) -> str:
     except (json.JSONDecodeError, KeyError, TypeError):
         text = None
     if not isinstance(text, str):
-        raise ValueError(f'{where}: every line must be like {{"text": "…"}}')
+        raise RankfoldError(f'{where}: every line must be like {{"text": "…"}}')
     return text
 
 
@@ -56,17 +58,21 @@ def tokenise(texts: list[str], base: str | None, model: PretrainedConfig) -> lis
         tokenizer = AutoTokenizer.from_pretrained(base)
     except (OSError, ValueError, TypeError, AttributeError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"base={base!r} has no tokenizer, which calibration needs ({reason}); give --base") from None
+        raise RankfoldError(
+            f"base={base!r} has no tokenizer, which calibration needs ({reason}); give --base"
+        ) from None
     longest = min(TOKENS, getattr(model, "max_position_embeddings", None) or TOKENS)
     batches = [tokenizer(t, truncation=True, max_length=longest, return_tensors="pt")["input_ids"] for t in texts]
     batches = [b for b in batches if b.numel()]
     if not batches:
-        raise ValueError(
+        raise RankfoldError(
             f"base={base!r}: its tokenizer makes no tokens of the calibration's texts; are its files whole?"
         )
     largest, words = max(int(b.max()) for b in batches), getattr(model, "vocab_size", None)
     if words is not None and largest >= words:
-        raise ValueError(f"base={base!r}: its tokenizer gives id {largest}, and the model has {words}; it is another's")
+        raise RankfoldError(
+            f"base={base!r}: its tokenizer gives id {largest}, and the model has {words}; it is another's"
+        )
     return batches
 
 
@@ -105,5 +111,5 @@ def second_moments(model: nn.Module, modules: list[str], batches: list[Tensor]) 
             hook.remove()
     unseen = [name for name in modules if name not in sums]
     if unseen:
-        raise ValueError(f"calibration: no input reached {unseen[0]}; use texts that run through it")
+        raise RankfoldError(f"calibration: no input reached {unseen[0]}; use texts that run through it")
     return {name: total / seen[name] for name, total in sums.items()}

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rankfold.factors import Factors
+from rankfold.errors import RankfoldError
 from rankfold.fold.source import Update
+from rankfold.kernel.factors import Factors
 
 #: Share of the mean input power that every direction is given, so that what the calibration never saw still counts a little.
 RIDGE = 1e-4
@@ -40,11 +41,11 @@ class Budget:
 
     def __post_init__(self) -> None:
         if self.rank is not None and self.rank < 1:
-            raise ValueError(f"rank={self.rank} must be at least 1")
+            raise RankfoldError(f"rank={self.rank} must be at least 1")
         if self.error is not None and not 0 <= self.error < 1:
-            raise ValueError(f"error={self.error} is relative and must be in [0, 1), for instance 0.01")
+            raise RankfoldError(f"error={self.error} is relative and must be in [0, 1), for instance 0.01")
         if self.moments is not None and not self:
-            raise ValueError("calibration weighs what compression cuts off; give rank or error with it")
+            raise RankfoldError("calibration weighs what compression cuts off; give rank or error with it")
 
     def __bool__(self) -> bool:
         return self.rank is not None or self.error is not None

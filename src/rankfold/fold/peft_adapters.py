@@ -16,7 +16,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from rankfold.adapter import Site
+from rankfold.errors import RankfoldError
 from rankfold.fold.peft_updates import REFUSED, STARTS, UPDATES, kind, update_of
 from rankfold.fold.source import (
     Source,
@@ -28,7 +28,8 @@ from rankfold.fold.source import (
     output_head,
     read_tensors,
 )
-from rankfold.fold.weights import weight_reader
+from rankfold.fold.weight_reader import weight_reader
+from rankfold.host.adapter import Site
 
 _CONVERT = "fold what save_pretrained(path_initial_model_for_weight_conversion=…) writes, which is relative to the base"
 #: Fields of any config that make it more than an update of linear weights, and what to do.
@@ -59,18 +60,20 @@ def check_foldable(config: PeftConfig) -> None:
     name = kind(config)
     if name not in UPDATES:
         reason = REFUSED.get(name, "this version has no fold for it; merge it with PEFT if it can")
-        raise ValueError(f"peft_type={name} cannot be folded into a LoRA: {reason}")
+        raise RankfoldError(f"peft_type={name} cannot be folded into a LoRA: {reason}")
     bias = getattr(config, "bias", "none")
     if isinstance(bias, str) and bias != "none":
-        raise ValueError(f"bias={bias!r}: trained biases have no place in a served LoRA; merge it or train bias='none'")
+        raise RankfoldError(
+            f"bias={bias!r}: trained biases have no place in a served LoRA; merge it or train bias='none'"
+        )
     for field, reason in FIELDS.items():
         value = getattr(config, field, None)
         if value:
-            raise ValueError(f"{field}={value!r} cannot be folded into a LoRA: {reason}")
+            raise RankfoldError(f"{field}={value!r} cannot be folded into a LoRA: {reason}")
     start = str(getattr(config, "init_lora_weights", ""))
     for begin, reason in UNKNOWN_STARTS.items():
         if start.startswith(begin):
-            raise ValueError(
+            raise RankfoldError(
                 f"init_lora_weights={start!r}: {reason}, so its update of the base is not known; {_CONVERT}"
             )
 
@@ -84,11 +87,11 @@ def from_model(model: nn.Module, adapter_name: str = "default") -> Source:
     configs: dict[str, PeftConfig] = getattr(model, "peft_config", {})
     config = configs.get(adapter_name)
     if config is None:
-        raise ValueError(f"adapter_name={adapter_name!r}: the model has {sorted(configs)}")
+        raise RankfoldError(f"adapter_name={adapter_name!r}: the model has {sorted(configs)}")
     check_foldable(config)
     others = [n for n, c in configs.items() if n != adapter_name and _start(c).startswith((*STARTS, *UNKNOWN_STARTS))]
     if others:
-        raise ValueError(
+        raise RankfoldError(
             f"adapter {others[0]!r} took its start out of this model's base, so {adapter_name!r} is not relative to the base "
             "itself; save it and fold its folder"
         )
@@ -98,7 +101,7 @@ def from_model(model: nn.Module, adapter_name: str = "default") -> Source:
     def live(name: str) -> Tensor:
         weight: Tensor = layers[name].get_base_layer().weight  # pyright: ignore[reportAssignmentType]
         if not weight.is_floating_point():
-            raise ValueError(
+            raise RankfoldError(
                 f"{name}: this adapter's update depends on the base's weights, which are quantised here; "
                 "save the adapter and fold its folder with --base of the unquantised model"
             )
@@ -124,7 +127,9 @@ def from_folder(folder: Path, config: PeftConfig, base: str | None = None) -> So
     tensors = read_tensors(folder)
     broken = [key for key, tensor in tensors.items() if not torch.isfinite(tensor).all()]
     if broken:
-        raise ValueError(f"{folder}: NaN or infinity in {broken[0]}; that training diverged, use an earlier checkpoint")
+        raise RankfoldError(
+            f"{folder}: NaN or infinity in {broken[0]}; that training diverged, use an earlier checkpoint"
+        )
     bare = copy(config)
     bare.task_type, bare.inference_mode, bare.base_model_name_or_path = None, True, None
     for field, plain in (("modules_to_save", None), ("init_lora_weights", True)):
@@ -158,7 +163,7 @@ def _load(model: nn.Module, config: PeftConfig, tensors: dict[str, Tensor], fold
     expected = get_peft_model_state_dict(model, adapter_name="default", save_embedding_layers=False)
     missing = sorted(expected.keys() - tensors.keys())
     if missing:
-        raise ValueError(
+        raise RankfoldError(
             f"{folder} lacks {len(missing)} of the {len(expected)} tensors that its config asks for on this base, such as "
             f"{missing[0]}; it is damaged, or of another base model (--base)"
         )
@@ -166,7 +171,7 @@ def _load(model: nn.Module, config: PeftConfig, tensors: dict[str, Tensor], fold
     heads = {key: tensor for key, tensor in tensors.items() if key not in expected}
     foreign = [key for key in heads if not kept & set(key.split("."))]
     if foreign:
-        raise ValueError(
+        raise RankfoldError(
             f"{folder} holds {len(foreign)} tensors that do not belong to its config on this base, such as {foreign[0]}; "
             "it is of another base model (--base), or has trained embeddings or biases, which no LoRA can hold"
         )
@@ -178,7 +183,7 @@ def _load(model: nn.Module, config: PeftConfig, tensors: dict[str, Tensor], fold
     shapes = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
     for key, tensor in loaded.items():
         if key in shapes and shapes[key] != tuple(tensor.shape):
-            raise ValueError(
+            raise RankfoldError(
                 f"{folder}: {key} is {tuple(tensor.shape)}, and on this base it would be {shapes[key]}; "
                 "give the base it was trained on with --base FOLDER"
             )
@@ -194,14 +199,14 @@ def _layers(base: nn.Module, adapter_name: str) -> dict[str, BaseTunerLayer]:
             continue
         linear = module.get_base_layer()
         if type(linear).__name__.endswith(("Embedding", "Conv1d", "Conv2d", "Conv3d", "MultiheadAttention")):
-            raise ValueError(f"target_modules: {name} is a {type(linear).__name__}; only adapted linear layers fold")
+            raise RankfoldError(f"target_modules: {name} is a {type(linear).__name__}; only adapted linear layers fold")
         if module.merged:
-            raise ValueError(f"{name}: adapter {adapter_name!r} is merged; call unmerge_adapter() first")
+            raise RankfoldError(f"{name}: adapter {adapter_name!r} is merged; call unmerge_adapter() first")
         found[name] = module
     if not found:
-        raise ValueError(f"adapter_name={adapter_name!r}: no layer of the model has it")
+        raise RankfoldError(f"adapter_name={adapter_name!r}: no layer of the model has it")
     if head := output_head(base, found):
-        raise ValueError(f"target_modules: {head} is the output head, whose LoRA engines do not load; merge it")
+        raise RankfoldError(f"target_modules: {head} is the output head, whose LoRA engines do not load; merge it")
     return found
 
 
@@ -231,7 +236,7 @@ def _source(
             found = stored(name).double()
             found = found.T if isinstance(linear, Conv1D) else found
             if tuple(found.shape) != shapes[name]:
-                raise ValueError(
+                raise RankfoldError(
                     f"{name}: the base's weight is {tuple(found.shape)}, not {shapes[name]} as its config says"
                 )
             return found

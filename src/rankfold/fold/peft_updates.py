@@ -16,8 +16,9 @@ from peft import PeftConfig
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from rankfold.factors import Factors
+from rankfold.errors import RankfoldError
 from rankfold.fold.source import Update, folding_device
+from rankfold.kernel.factors import Factors
 
 #: The base's weight, out × in in float64, from before the adapter; read only when called.
 Weight = Callable[[], Tensor]
@@ -47,7 +48,7 @@ def lora(layer: Any, name: str, config: Any, weight: Weight) -> Update:
     if start is None:
         return trained
     if start is olora_start and isinstance(layer.get_base_layer(), Conv1D):
-        raise ValueError("init_lora_weights='olora': its start on a Conv1D cannot be folded; save it converted")
+        raise RankfoldError("init_lora_weights='olora': its start on a Conv1D cannot be folded; save it converted")
     both = trained.minus(start(weight().float(), layer.r[name], layer.scaling[name]))
     # The two nearly cancel: without this, rounding would be relative to them and not to their difference
     return both.compress(rank=both.rank)
@@ -161,7 +162,7 @@ def merged(layer: Any, name: str, config: Any, weight: Weight) -> Tensor:
         alone.merge(safe_merge=True, adapter_names=[name])
     base = alone.get_base_layer()
     if bias is not None and not torch.equal(base.bias, bias):
-        raise ValueError(f"peft_type={kind(config)}: it changes the layer's bias too, which no LoRA can hold")
+        raise RankfoldError(f"peft_type={kind(config)}: it changes the layer's bias too, which no LoRA can hold")
     return (base.weight.T if isinstance(base, Conv1D) else base.weight) - before
 
 

@@ -8,8 +8,8 @@ import torch
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 
-from rankfold.fold.base import load_base, quiet
-from rankfold.fold.profile import Profile
+from rankfold.fold.base_model import load_base, quiet
+from rankfold.fold.profiles.profile import Profile
 from rankfold.fold.proof import logit_error
 from rankfold.fold.source import base_class, read_tensors
 

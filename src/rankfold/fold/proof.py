@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rankfold.factors import Factors
 from rankfold.fold.compression import weighted_error
 from rankfold.fold.source import Update
+from rankfold.kernel.factors import Factors
 
 
 @dataclass(frozen=True)

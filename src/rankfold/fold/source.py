@@ -26,8 +26,9 @@ from transformers import (
 )
 
 import rankfold.methods  # noqa: F401  (registers the methods with PEFT)
-from rankfold.adapter import Site, module_type
-from rankfold.factors import Factors
+from rankfold.errors import RankfoldError
+from rankfold.host.adapter import Site, module_type
+from rankfold.kernel.factors import Factors
 
 AUTO = {"CAUSAL_LM": AutoModelForCausalLM, "SEQ_CLS": AutoModelForSequenceClassification}
 
@@ -100,17 +101,17 @@ def read_config(folder: Path) -> PeftConfig:
     if not folder.exists():
         raise FileNotFoundError(f"{folder} does not exist; give the folder of an adapter")
     if folder.is_file():
-        raise ValueError(f"{folder} is a file; give the folder that has it and its adapter_config.json")
+        raise RankfoldError(f"{folder} is a file; give the folder that has it and its adapter_config.json")
     if not path.is_file():
         run = (folder / "adapter" / path.name).is_file()
         hint = f"; that of a run is in {folder / 'adapter'}" if run else ""
-        raise ValueError(f"{folder} is not an adapter folder: it has no adapter_config.json{hint}")
+        raise RankfoldError(f"{folder} is not an adapter folder: it has no adapter_config.json{hint}")
     try:
         kind = json.loads(path.read_text(encoding="utf-8")).get("peft_type")
     except (json.JSONDecodeError, AttributeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid: {error}") from None
+        raise RankfoldError(f"{path} is not valid: {error}") from None
     if kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
-        raise ValueError(f"{path}: peft_type={kind!r} is not known to PEFT or rankfold")
+        raise RankfoldError(f"{path}: peft_type={kind!r} is not known to PEFT or rankfold")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT's advice about training
         return PeftConfig.from_pretrained(str(folder))
@@ -122,11 +123,11 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     if not path.is_file():
         pickled = Path(folder) / "adapter_model.bin"
         hint = " (only a pickled adapter_model.bin, which is never opened)" if pickled.exists() else ""
-        raise ValueError(f"{folder} has no adapter_model.safetensors{hint}")
+        raise RankfoldError(f"{folder} has no adapter_model.safetensors{hint}")
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} cannot be read; it is truncated or not a safetensors file: {error}") from None
+        raise RankfoldError(f"{path} cannot be read; it is truncated or not a safetensors file: {error}") from None
 
 
 @contextmanager
@@ -135,13 +136,13 @@ def fitting(folder: Path, config: PeftConfig, base: str | None) -> Iterator[None
     try:
         yield
     except (TypeError, AttributeError, KeyError) as error:
-        raise ValueError(f"{folder}/adapter_config.json: PEFT cannot use a value in it ({error})") from error
+        raise RankfoldError(f"{folder}/adapter_config.json: PEFT cannot use a value in it ({error})") from error
     except ValueError as error:
         if "not found in the base model" not in str(error):
             raise
         targets = getattr(config, "target_modules", None)
         first = repr(targets if isinstance(targets, str) else min(targets or [""]))
-        raise ValueError(
+        raise RankfoldError(
             f"{folder}: base={base!r} has no module of its target_modules, such as {first}; give the base it was trained "
             "on with --base FOLDER"
         ) from None
@@ -150,14 +151,16 @@ def fitting(folder: Path, config: PeftConfig, base: str | None) -> Iterator[None
 def base_config(name: str | None) -> PretrainedConfig:
     """The base model's config; raises ValueError where it cannot be had."""
     if not name:
-        raise ValueError("the adapter's config does not name its base model; give it with --base FOLDER")
+        raise RankfoldError("the adapter's config does not name its base model; give it with --base FOLDER")
     if (Path(name).is_absolute() or name.startswith(".")) and not Path(name).exists():
-        raise ValueError(f"base={name!r} does not exist, it may have been moved; give its new place with --base FOLDER")
+        raise RankfoldError(
+            f"base={name!r} does not exist, it may have been moved; give its new place with --base FOLDER"
+        )
     try:
         return AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"base={name!r}: its config.json cannot be read ({reason}); give --base FOLDER") from None
+        raise RankfoldError(f"base={name!r}: its config.json cannot be read ({reason}); give --base FOLDER") from None
 
 
 def base_skeleton(config: PeftConfig, base: str | None) -> nn.Module:

@@ -20,12 +20,14 @@ from peft.tuners.lora import LoraLayer
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
-from rankfold import registry
-from rankfold.config import LowRankConfig
-from rankfold.factors import Factors
-from rankfold.fold import ours, source
+from rankfold.errors import RankfoldError
+from rankfold.fold import native as ours
+from rankfold.fold import source
+from rankfold.host import registry
+from rankfold.host.config import LowRankConfig
+from rankfold.host.layer import AdaptedLinear
 from rankfold.inspect.grid import Grid, grid
-from rankfold.layer import AdaptedLinear
+from rankfold.kernel.factors import Factors
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -152,7 +154,7 @@ def inspect_adapter(
     if isinstance(adapter, nn.Module):
         configs = getattr(adapter, "peft_config", {})
         if adapter_name not in configs:
-            raise ValueError(f"adapter_name={adapter_name!r}: the model has {', '.join(configs) or 'no adapter'}")
+            raise RankfoldError(f"adapter_name={adapter_name!r}: the model has {', '.join(configs) or 'no adapter'}")
         return _inspection(type(adapter).__name__, configs[adapter_name], _of_model(adapter, adapter_name))
     folder = Path(adapter).absolute()
     config = source.read_config(folder)
@@ -192,7 +194,7 @@ def _of_peft_folder(tensors: dict[str, Tensor], config: LoraConfig) -> dict[str,
         name = key.removesuffix(".lora_A.weight").removeprefix("base_model.model.")
         up = tensors.get(key.replace(".lora_A.", ".lora_B."))
         if up is None:
-            raise ValueError(f"adapter_model.safetensors has {key} without its lora_B; the file is incomplete")
+            raise RankfoldError(f"adapter_model.safetensors has {key} without its lora_B; the file is incomplete")
         pattern = config.alpha_pattern or {}
         alpha = pattern.get(get_pattern_key(list(pattern), name), config.lora_alpha)
         r = len(down)
@@ -202,7 +204,7 @@ def _of_peft_folder(tensors: dict[str, Tensor], config: LoraConfig) -> dict[str,
 
 def _pair(name: str, down: Tensor, up: Tensor, scale: float) -> Factors:
     if down.ndim != 2:
-        raise ValueError(f"{name}: a LoRA of a convolution; only those of linear layers are looked at")
+        raise RankfoldError(f"{name}: a LoRA of a convolution; only those of linear layers are looked at")
     return Factors(down, up, scale=scale)
 
 
@@ -216,20 +218,20 @@ def _check_plain(config: LoraConfig) -> None:
     kind = getattr(config.peft_type, "value", config.peft_type)
     if kind != "LORA" or config.use_dora:
         what = "DoRA" if config.use_dora else kind
-        raise ValueError(
+        raise RankfoldError(
             f"peft_type={what}: its update is not a pair of factors; fold it with --rank or --error and look at the fold"
         )
 
 
 def _inspection(name: str, config: PeftConfig, updates: dict[str, Found]) -> Inspection:
     if not updates:
-        raise ValueError(f"{name}: it has no linear layer with this adapter")
+        raise RankfoldError(f"{name}: it has no linear layer with this adapter")
     method = registry.get(config.method).title if isinstance(config, LowRankConfig) else "LoRA (PEFT)"
     return Inspection(name, method, tuple(_update(module, *found) for module, found in updates.items()))
 
 
 def _update(module: str, factors: Factors, start: int) -> Update:
     if not (torch.isfinite(factors.up).all() and torch.isfinite(factors.down).all()):
-        raise ValueError(f"{module}: NaN or infinity in its update; it was saved from a diverged run")
+        raise RankfoldError(f"{module}: NaN or infinity in its update; it was saved from a diverged run")
     sigma = factors.svd()[1].tolist() if factors.rank else []
     return Update(module, *factors.shape, start=start, rank=factors.rank, sigma=tuple(sigma))

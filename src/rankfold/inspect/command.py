@@ -5,9 +5,10 @@ from __future__ import annotations
 import json as jsonlib
 from pathlib import Path
 
+from rankfold.errors import RankfoldError
 from rankfold.inspect.adapter import Inspection, inspect_adapter
+from rankfold.inspect.history import RankHistory, find_ranks, inspect_run
 from rankfold.inspect.pictures import check_picture
-from rankfold.inspect.run import RankHistory, find_ranks, inspect_run
 
 
 def run_inspect(
@@ -63,7 +64,7 @@ def _look(path: Path, base: str | None, adapter_name: str) -> tuple[Inspection |
     folder = next((f for f in (path, path / "adapter") if (f / "adapter_config.json").is_file()), None)
     ranks = find_ranks(path)
     if folder is None and ranks is None:
-        raise ValueError(
+        raise RankfoldError(
             f"'{path}' is neither an adapter (no adapter_config.json in it or in adapter/) nor a run that logged ranks "
             "(no ranks.jsonl in it or in checkpoints/)"
         )

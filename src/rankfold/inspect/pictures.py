@@ -9,9 +9,11 @@ from itertools import pairwise, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rankfold.errors import RankfoldError
+
 if TYPE_CHECKING:
     from rankfold.inspect.adapter import Inspection
-    from rankfold.inspect.run import RankHistory
+    from rankfold.inspect.history import RankHistory
 
 INK, NOTHING = "#2f2f2f", "#ececec"
 PICTURES = (".svg", ".png", ".pdf")
@@ -22,7 +24,7 @@ FLOOR = 1e-6
 def check_picture(path: Path) -> None:
     """Raises ValueError unless the file's ending is one that is drawn."""
     if path.suffix.lower() not in PICTURES:
-        raise ValueError(f"picture: '{path}' must end in {', '.join(PICTURES)}")
+        raise RankfoldError(f"picture: '{path}' must end in {', '.join(PICTURES)}")
 
 
 def draw_adapter(found: Inspection, path: Path) -> None:

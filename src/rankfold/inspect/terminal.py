@@ -16,7 +16,7 @@ from rankfold.inspect.grid import Grid
 
 if TYPE_CHECKING:
     from rankfold.inspect.adapter import Inspection, Update
-    from rankfold.inspect.run import RankHistory
+    from rankfold.inspect.history import RankHistory
 
 BARS = "▁▂▃▄▅▆▇█"
 #: From the least to the largest value; a cell sets its own background, so light and dark terminals show the same.

@@ -19,11 +19,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from rankfold.adapter import Site
 from rankfold.control.controller import Controller, finite, run_length
 from rankfold.control.sharded import whole, zero_
+from rankfold.errors import RankfoldError
+from rankfold.host.adapter import Site
+from rankfold.host.registry import Method, register
 from rankfold.methods.gated import BudgetConfig, Gated, check_budget, lowest
-from rankfold.registry import Method, register
 
 
 @dataclass
@@ -97,7 +98,7 @@ class AdaSvdController(Controller[AdaSvd, AdaSvdConfig]):
         c, room = self.config, self.total_steps - config.tfinal - config.tinit
         check_budget(config, self.adapters)
         if room <= 0:
-            raise ValueError(
+            raise RankfoldError(
                 f"AdaSvdConfig: tinit={c.tinit} + tfinal={c.tfinal} leave no step to cut ranks in a run of "
                 f"{self.total_steps}; choose tinit + tfinal < {self.total_steps}"
             )

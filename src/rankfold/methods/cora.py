@@ -25,11 +25,12 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from rankfold.adapter import Adapter, Group, Shared, Site, kaiming_
-from rankfold.config import LowRankConfig
-from rankfold.factors import Factors
-from rankfold.registry import Method, register
-from rankfold.subspace import Subspace, load_subspace
+from rankfold.errors import RankfoldError
+from rankfold.host.adapter import Adapter, Group, Shared, Site, kaiming_
+from rankfold.host.config import LowRankConfig
+from rankfold.host.registry import Method, register
+from rankfold.kernel.factors import Factors
+from rankfold.methods.cora_subspace import Subspace, load_subspace
 
 
 @dataclass
@@ -82,12 +83,12 @@ class CoraConfig(LowRankConfig):
             found = _load(path, (state.st_mtime_ns, state.st_size, state.st_ino))
         except (OSError, ValueError) as error:
             why = "there is no such file" if isinstance(error, FileNotFoundError) else error
-            raise ValueError(
+            raise RankfoldError(
                 f"CoraConfig: basis={self.basis!r}: {why}; bring the file there, or change basis in the config "
                 "(adapter_config.json of a saved adapter)"
             ) from None
         if self.basis_hash is not None and self.basis_hash != found.hash:
-            raise ValueError(
+            raise RankfoldError(
                 f"CoraConfig: basis={self.basis!r} is another basis than this adapter was trained with (its hash is "
                 f"{found.hash[:12]}…, not basis_hash={self.basis_hash[:12]}…); restore that file, or name it in basis"
             )

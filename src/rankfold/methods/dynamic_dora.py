@@ -18,11 +18,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from rankfold.adapter import kaiming_
 from rankfold.control.controller import Controller, finite, run_length
 from rankfold.control.sharded import whole, zero_
+from rankfold.errors import RankfoldError
+from rankfold.host.adapter import kaiming_
+from rankfold.host.registry import Method, register
 from rankfold.methods.gated import BudgetConfig, Gated, check_budget, lowest
-from rankfold.registry import Method, register
 
 
 @dataclass
@@ -81,7 +82,7 @@ class DynamicDoraController(Controller[DynamicDora, DynamicDoraConfig]):
         check_budget(config, self.adapters)
         self.tau_max = int(self.total_steps * (1 - config.start - config.end))
         if self.tau_max < 1:
-            raise ValueError(
+            raise RankfoldError(
                 f"DynamicDoraConfig: start={config.start} and end={config.end} leave no step to cut ranks in a run of "
                 f"{self.total_steps}; train longer or make them smaller"
             )

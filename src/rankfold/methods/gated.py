@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from rankfold.adapter import Adapter, Site, kaiming_
-from rankfold.config import LowRankConfig
-from rankfold.factors import Factors
+from rankfold.errors import RankfoldError
+from rankfold.host.adapter import Adapter, Site, kaiming_
+from rankfold.host.config import LowRankConfig
+from rankfold.kernel.factors import Factors
 
 
 class Gated(Adapter):
@@ -61,7 +62,7 @@ def check_budget(config: BudgetConfig, adapters: Sequence[Gated]) -> None:
     """Raises ValueError where the start ranks (`rank_pattern` included) are below the budget."""
     start, goal = sum(a.r for a in adapters), config.target_r * len(adapters)
     if start < goal:
-        raise ValueError(
+        raise RankfoldError(
             f"{type(config).__name__}: target_r={config.target_r} asks for {goal} ranks over {len(adapters)} modules, which "
             f"start with {start}; choose a smaller target_r or larger ranks"
         )

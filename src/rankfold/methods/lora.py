@@ -12,10 +12,10 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from rankfold.adapter import Adapter, Site, kaiming_
-from rankfold.config import LowRankConfig
-from rankfold.factors import Factors
-from rankfold.registry import Method, register
+from rankfold.host.adapter import Adapter, Site, kaiming_
+from rankfold.host.config import LowRankConfig
+from rankfold.host.registry import Method, register
+from rankfold.kernel.factors import Factors
 
 
 @dataclass

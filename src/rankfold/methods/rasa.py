@@ -20,10 +20,11 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from rankfold.adapter import Adapter, Group, Shared, Site, group_by_type, kaiming_
-from rankfold.config import LowRankConfig, is_whole
-from rankfold.factors import Factors
-from rankfold.registry import Method, register
+from rankfold.errors import RankfoldError
+from rankfold.host.adapter import Adapter, Group, Shared, Site, group_by_type, kaiming_
+from rankfold.host.config import LowRankConfig, is_whole
+from rankfold.host.registry import Method, register
+from rankfold.kernel.factors import Factors
 
 
 @dataclass
@@ -50,7 +51,7 @@ class RasaConfig(LowRankConfig):
         for r in {self.r, *self.rank_pattern.values()}:
             k = self.pooled(r)
             if k > r:
-                raise ValueError(f"RasaConfig: shared_rank={k} exceeds r={r}; choose 0 <= shared_rank <= r")
+                raise RankfoldError(f"RasaConfig: shared_rank={k} exceeds r={r}; choose 0 <= shared_rank <= r")
 
     def pooled(self, r: int) -> int:
         """k for a module of rank r."""
@@ -85,7 +86,7 @@ class Rasa(Adapter):
     def check_group(cls, config: RasaConfig, group: Group) -> None:
         ranks = {config.rank_at(s.name) for s in group.sites}
         if len(ranks) > 1:
-            raise ValueError(
+            raise RankfoldError(
                 f"RasaConfig: rank_pattern gives {group.key} the ranks {sorted(ranks)}, and layers that pool must agree; "
                 "give the whole module type one rank"
             )

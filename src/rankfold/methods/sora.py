@@ -21,11 +21,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from rankfold.adapter import kaiming_
-from rankfold.config import LowRankConfig
 from rankfold.control.controller import Controller, finite
+from rankfold.errors import RankfoldError
+from rankfold.host.adapter import kaiming_
+from rankfold.host.config import LowRankConfig
+from rankfold.host.registry import Method, register
 from rankfold.methods.gated import Gated
-from rankfold.registry import Method, register
 
 PRESETS = {
     "paper": {"prox": "soft", "l1": 0.0, "clip": None},
@@ -103,7 +104,9 @@ def thresholds(first: float, last: float, count: int, kind: str = "linear") -> l
         ValueError: a kind, count or range that makes no schedule.
     """
     if count < 2 or last <= first or first < 0:
-        raise ValueError(f"thresholds: first={first}, last={last}, count={count} need 0 <= first < last and count >= 2")
+        raise RankfoldError(
+            f"thresholds: first={first}, last={last}, count={count} need 0 <= first < last and count >= 2"
+        )
     steps = [i / (count - 1) for i in range(count)]
     if kind == "linear":
         return [first + (last - first) * s for s in steps]
@@ -111,9 +114,9 @@ def thresholds(first: float, last: float, count: int, kind: str = "linear") -> l
         return [math.log(math.exp(first) + (math.exp(last) - math.exp(first)) * s) for s in steps]
     if kind == "exp_linear":
         if first <= 0:
-            raise ValueError(f"thresholds: first={first} must be > 0 for a geometric schedule")
+            raise RankfoldError(f"thresholds: first={first} must be > 0 for a geometric schedule")
         return [first * (last / first) ** s for s in steps]
-    raise ValueError(f'thresholds: kind={kind!r} must be "linear", "log_linear" or "exp_linear"')
+    raise RankfoldError(f'thresholds: kind={kind!r} must be "linear", "log_linear" or "exp_linear"')
 
 
 class SoraController(Controller[Sora, SoraConfig]):
@@ -157,7 +160,7 @@ class SoraController(Controller[Sora, SoraConfig]):
                 continue
             lr = self.config.gate_lr or group_lr.get(id(gate))
             if lr is None:
-                raise ValueError(
+                raise RankfoldError(
                     f"SoRA: the gate at {adapter.site.name} is in no group of this optimiser, so it has no learning rate; put "
                     "it in one, or set gate_lr"
                 )

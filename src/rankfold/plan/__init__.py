@@ -1,15 +1,5 @@
-"""What can be said before training: ranks from the geometry of hidden states (GeLoRA)."""
+"""What each method costs on a model, before any weight is loaded."""
 
-from rankfold.plan.dimension import two_nn
-from rankfold.plan.gelora import GeloraPlan, assign_ranks, gelora_plan, gelora_ranks
-from rankfold.plan.states import Dimensions, intrinsic_dimensions
+from rankfold.gelora import gelora_plan, gelora_ranks
 
-__all__ = [
-    "Dimensions",
-    "GeloraPlan",
-    "assign_ranks",
-    "gelora_plan",
-    "gelora_ranks",
-    "intrinsic_dimensions",
-    "two_nn",
-]
+__all__ = ["gelora_plan", "gelora_ranks"]

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from rankfold.adapter import Site
+from rankfold.host.adapter import Site
 from rankfold.methods.cora import CoraConfig
-from rankfold.subspace import Subspace
+from rankfold.methods.cora_subspace import Subspace
 
 NOTE = "counted without a basis: `rankfold subspace` builds it, and its file goes with the adapter"
 

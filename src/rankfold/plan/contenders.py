@@ -10,10 +10,11 @@ import yaml
 from peft import PeftConfig
 from torch import nn
 
-from rankfold import registry
+from rankfold.errors import RankfoldError
+from rankfold.host import registry
 from rankfold.plan.basis import PlannedCoraConfig
-from rankfold.train.checks import SET_BY_THE_RUN, config_class, config_fields
-from rankfold.train.problems import nearest
+from rankfold.runfile.checks import SET_BY_THE_RUN, config_class, config_fields
+from rankfold.runfile.problems import nearest
 
 #: Names that PEFT's users know, for a field of its LoRA.
 ALIASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -65,7 +66,7 @@ class Contender:
         try:
             config = cls(task_type=_TASK_TYPES.get(task or ""), **given)
         except (TypeError, AttributeError) as error:
-            raise ValueError(f"{self.label}: {error}") from None
+            raise RankfoldError(f"{self.label}: {error}") from None
         if task == "classification":
             from rankfold.train import model
 
@@ -99,9 +100,9 @@ def parse(text: str) -> Contender:
     for pair in filter(None, (part.strip() for part in given.split(","))):
         key, equals, value = pair.partition("=")
         if not equals or not value:
-            raise ValueError(f"'{text}': '{pair}' must look like field=value, as in lora:r=8")
+            raise RankfoldError(f"'{text}': '{pair}' must look like field=value, as in lora:r=8")
         if key not in known or key in SET_BY_THE_RUN:
-            raise ValueError(f"'{text}': {label} has no field '{key}'{nearest(key, known)}")
+            raise RankfoldError(f"'{text}': {label} has no field '{key}'{nearest(key, known)}")
         fields[key] = yaml.safe_load(value)
     return Contender(label, name, fields)
 

@@ -11,7 +11,8 @@ import torch
 from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from torch import nn
 
-from rankfold.config import LowRankConfig
+from rankfold.errors import RankfoldError
+from rankfold.host.config import LowRankConfig
 from rankfold.plan.flops import adapter_flops, base_flops
 from rankfold.plan.folding import Fold, forecast
 from rankfold.plan.meta import meta_copy
@@ -114,5 +115,5 @@ def adapted(base: nn.Module, config: PeftConfig) -> PeftModel:
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, AssertionError) as error:
         message = (str(error).strip().splitlines() or [type(error).__name__])[0]
         title = type(config).__name__
-        raise ValueError(message if message.startswith(title) else f"{title}: {message}") from error
+        raise RankfoldError(message if message.startswith(title) else f"{title}: {message}") from error
     return model

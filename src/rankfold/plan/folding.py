@@ -8,10 +8,11 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from rankfold.config import LowRankConfig
-from rankfold.fold import ours, peft_adapters
+from rankfold.fold import native as ours
+from rankfold.fold import peft_adapters
+from rankfold.fold.profiles.uniform import SERVE_RANKS, serve_rank
 from rankfold.fold.source import Source
-from rankfold.fold.uniform import SERVE_RANKS, serve_rank
+from rankfold.host.config import LowRankConfig
 from rankfold.plan.layers import adapted_layers, alike
 
 

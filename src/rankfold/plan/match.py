@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from peft import PeftConfig
 from torch import nn
 
+from rankfold.errors import RankfoldError
 from rankfold.plan.cost import Cost, adapted, adapter_parameters, cost, trained
 from rankfold.plan.layers import adapted_layers, in_and_out
 from rankfold.plan.ranks import Setting, setting
@@ -69,7 +70,7 @@ def match(base: nn.Module, config: PeftConfig, budget: int) -> Match:
     n, full = largest(count, most, budget, guess=found.value)
     full = full or n + 1 in refused
     if n == 0:
-        raise ValueError(
+        raise RankfoldError(
             f"{type(config).__name__}: even {found.field}=1 trains {count(1):,} numbers, and the budget is {budget:,}"
         )
     solved = found.at(n)
@@ -132,5 +133,5 @@ def parse_budget(text: str) -> int:
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmb]?)", text.strip().replace(",", "").replace("_", "").lower())
     count = round(float(found[1]) * _UNITS[found[2]]) if found else 0
     if count < 1:
-        raise ValueError(f"{text!r} is no number of parameters, such as 1200000, 1.2M or 300k")
+        raise RankfoldError(f"{text!r} is no number of parameters, such as 1200000, 1.2M or 300k")
     return count

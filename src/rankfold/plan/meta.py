@@ -19,6 +19,7 @@ from transformers import (
     PretrainedConfig,
 )
 
+from rankfold.errors import RankfoldError
 from rankfold.train.model import ModelError, locate
 
 TASKS: dict[str, tuple[Any, ...]] = {
@@ -40,7 +41,7 @@ def meta_model(model_name: str, task: str | None = None, revision: str | None = 
         ModelError: no such model, a config that cannot be read, or an architecture without such a head.
     """
     if task is not None and task not in TASKS:
-        raise ValueError(f"task={task!r} must be one of {', '.join(TASKS)}")
+        raise RankfoldError(f"task={task!r} must be one of {', '.join(TASKS)}")
     config = _config(model_name, revision)
     if task == "classification":
         config.num_labels = labels

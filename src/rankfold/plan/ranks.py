@@ -9,6 +9,7 @@ from typing import Any
 
 from peft import PeftConfig
 
+from rankfold.errors import RankfoldError
 from rankfold.methods.gated import BudgetConfig
 from rankfold.methods.rasa import RasaConfig
 
@@ -59,7 +60,7 @@ def setting(config: PeftConfig) -> Setting:
     kind = str(getattr(config.peft_type, "value", config.peft_type))
     name = "r" if hasattr(config, "share_dropout") else FIELDS.get(kind)
     if name is None:
-        raise ValueError(
+        raise RankfoldError(
             f"{type(config).__name__}: it has no rank that grows with its parameters; set its fields by hand"
         )
     value: int = getattr(config, name)

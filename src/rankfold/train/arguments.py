@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rankfold.train.runfile import RunFile, Task
+    from rankfold.runfile.schema import RunFile, Task
 
 LOGGED_AS = {"token_accuracy": "mean_token_accuracy"}
 """Our metrics that the trainer logs under another name."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import yaml
 
 if TYPE_CHECKING:
-    from rankfold.train.plan import Prepared
+    from rankfold.train.prepare import Prepared
     from rankfold.train.result import TrainResult
 
 PACKAGES = ("rankfold", "peft", "transformers", "trl", "torch", "datasets")
@@ -28,7 +28,7 @@ def versions() -> dict[str, str]:
 
 def model_card(prepared: Prepared, result: TrainResult) -> str:
     """The README.md of the adapter's folder."""
-    from rankfold.train import bundled
+    from rankfold.io import assets as bundled
 
     run, rows = prepared.run, prepared.rows
     ours = not run.method.name.startswith("peft:")
@@ -60,7 +60,7 @@ def model_card(prepared: Prepared, result: TrainResult) -> str:
     classes = f"| classes | {', '.join(rows.labels)} |\n" if rows.labels else ""
     title = run.method.name
     if ours:
-        from rankfold import registry
+        from rankfold.host import registry
 
         title = registry.get(run.method.name).title
     use = f"import rankfold  # makes {title} known to PEFT\n" if ours else ""
@@ -113,7 +113,7 @@ def _citation(data: str, method: str) -> str:
     if data:
         lines.append(f"Data: {data}")
     if not method.startswith("peft:"):
-        from rankfold import registry
+        from rankfold.host import registry
 
         row = registry.get(method)
         lines.append(f"Method: {row.title}, [arXiv {row.paper}](https://arxiv.org/abs/{row.paper}).")

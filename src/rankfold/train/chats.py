@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from rankfold.runfile.problems import nearest, short
 from rankfold.train.datafile import DataError
-from rankfold.train.problems import nearest, short
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -14,14 +14,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rankfold.runfile.problems import nearest, short
 from rankfold.train.chats import not_a_chat
 from rankfold.train.datafile import SUFFIXES, DataError, is_data_file, read_file
-from rankfold.train.problems import nearest, short
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from rankfold.train.runfile import Data, RunFile
+    from rankfold.runfile.schema import Data, RunFile
 
 SPLITS = ("train", "validation", "test")
 
@@ -103,7 +103,7 @@ def _find(data: Data) -> dict[str, Dataset]:
 
 
 def _source(name: str, subset: str | None) -> dict[str, Dataset]:
-    from rankfold.train import bundled
+    from rankfold.io import assets as bundled
 
     if name in bundled.DATASETS:
         return {str(split): rows for split, rows in bundled.dataset(name).items()}

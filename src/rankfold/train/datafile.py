@@ -7,13 +7,15 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rankfold.errors import RankfoldError
+
 if TYPE_CHECKING:
     from datasets import Dataset
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 
 
-class DataError(ValueError):
+class DataError(RankfoldError):
     """The rows cannot be trained on; the message names file, row or column, and the fix."""
 
 

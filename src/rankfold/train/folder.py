@@ -10,13 +10,14 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from rankfold.train.problems import RunFileError
-from rankfold.train.runfile import RunFile, load
+from rankfold.errors import RankfoldError
+from rankfold.runfile.problems import RunFileError
+from rankfold.runfile.schema import RunFile, load
 
 OURS = ("adapter", "checkpoints", "run.yaml", "metrics.jsonl", "result.json", "metrics.png", "metrics.svg")
 
 
-class FolderError(ValueError):
+class FolderError(RankfoldError):
     """The output folder cannot be used; the message says what to do."""
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from trl.trainer.utils import FusedCausalLMOutput
 
-from rankfold.products import linear, product
+from rankfold.kernel.matmul import linear, product
 
 #: Logits held at a time: 64 MB of them in float32.
 CHUNK = 2**24

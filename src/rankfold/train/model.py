@@ -17,23 +17,24 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from rankfold.errors import RankfoldError
 from rankfold.fold.source import read_config, read_tensors
-from rankfold.train import bundled
-from rankfold.train.checks import peft_config
-from rankfold.train.gguf_folder import load_gguf_folder
-from rankfold.train.problems import nearest
+from rankfold.io import assets as bundled
+from rankfold.io.gguf_models import load_gguf_folder
+from rankfold.runfile.checks import peft_config
+from rankfold.runfile.problems import nearest
 
 if TYPE_CHECKING:
     from peft import PeftConfig
     from transformers import PreTrainedConfig
 
-    from rankfold.train.runfile import Model, RunFile
+    from rankfold.runfile.schema import Model, RunFile
 
 # PEFT trains and saves modules of these names by itself.
 _HEADS_OF_PEFT = {"classifier", "score"}
 
 
-class ModelError(ValueError):
+class ModelError(RankfoldError):
     """The model cannot be found, read or adapted; the message names it and the fix."""
 
 

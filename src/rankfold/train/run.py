@@ -16,20 +16,20 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, set_seed
 
-from rankfold.folders import whole_folder
+from rankfold.io.files import whole_folder
+from rankfold.runfile.checks import check
+from rankfold.runfile.problems import RunFileError
+from rankfold.runfile.schema import RunFile
 from rankfold.train import budget, checkpoints, folder, model
 from rankfold.train.arguments import LOGGED_AS
 from rankfold.train.callbacks import Clock, MetricsFile, StopEarly
 from rankfold.train.card import model_card, versions
-from rankfold.train.checks import check
 from rankfold.train.datafile import DataError
 from rankfold.train.folder import saving
 from rankfold.train.metrics import read_metrics, tidy
-from rankfold.train.plan import Prepared, prepare, processes
 from rankfold.train.plot import plot_metrics
-from rankfold.train.problems import RunFileError
+from rankfold.train.prepare import Prepared, prepare, processes
 from rankfold.train.result import TrainResult
-from rankfold.train.runfile import RunFile
 from rankfold.train.trainers import CarefulTrainer, make_trainer
 
 Measure = Callable[[CarefulTrainer, str, Any], dict[str, float]]

@@ -15,13 +15,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from rankfold.errors import RankfoldError
 from rankfold.inspect import inspect_adapter
+from rankfold.runfile.problems import Problem, RunFileError
+from rankfold.runfile.schema import RunFile, parse
 from rankfold.train import folder
 from rankfold.train.datafile import DataError
 from rankfold.train.plot import INK, TRAIN, VALIDATION, save_figure
-from rankfold.train.problems import Problem, RunFileError
 from rankfold.train.run import train
-from rankfold.train.runfile import RunFile, parse
 
 FILES = ("stages.jsonl", "stages.png", "stages.svg")
 
@@ -74,7 +75,7 @@ def sparsify(
     if run.method.name != "sora":
         raise RunFileError([Problem(("method", "name"), f"'{run.method.name}' has no threshold to raise; use sora")])
     if list(schedule) != sorted(set(schedule)):
-        raise ValueError(f"sparsify: the thresholds must increase: {', '.join(f'{xi:g}' for xi in schedule)}")
+        raise RankfoldError(f"sparsify: the thresholds must increase: {', '.join(f'{xi:g}' for xi in schedule)}")
     output = Path(run.output)
     stages: list[Stage] = []
     if overwrite:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-    from rankfold.train.runfile import RunFile
+    from rankfold.runfile.schema import RunFile
 
 
 def longest_row(run: RunFile, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int:

@@ -13,15 +13,16 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from trl.trainer.sft_trainer import SFTTrainer
 
 from rankfold.control import AdapterCallback
+from rankfold.errors import RankfoldError
 from rankfold.train.arguments import arguments_class, trainer_arguments
 from rankfold.train.callbacks import Progress, RankAllocation
 from rankfold.train.folder import saving
 from rankfold.train.loss import score_labels_only
 from rankfold.train.metrics import classification_metrics
-from rankfold.train.plan import Prepared
+from rankfold.train.prepare import Prepared
 
 
-class DivergedError(ValueError):
+class DivergedError(RankfoldError):
     """The loss is NaN or infinite; the message says at which step and what to try."""
 
 

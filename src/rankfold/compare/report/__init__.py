@@ -7,9 +7,10 @@ import os
 import tempfile
 from pathlib import Path
 
-from rankfold.compare.lines import read
 from rankfold.compare.report.page import render
 from rankfold.compare.statistics import analyse
+from rankfold.compare.trial_file import read
+from rankfold.errors import RankfoldError
 
 __all__ = ["write_report"]
 
@@ -33,7 +34,7 @@ def write_report(out: str | Path, *, reference: str | None = None) -> Path:
         raise FileNotFoundError(f"'{out}' is no folder; give the output folder of a comparison")
     lines = read(out)
     if not lines:
-        raise ValueError(f"{out / 'trials.jsonl'}: there are no trials yet; run `rankfold compare` first")
+        raise RankfoldError(f"{out / 'trials.jsonl'}: there are no trials yet; run `rankfold compare` first")
     analysis = analyse(lines, reference=reference)
     file = out / "compare.yaml"
     specification = file.read_text(encoding="utf-8") if file.is_file() else None

@@ -9,9 +9,9 @@ from statistics import fmean, median
 from typing import Any
 
 from rankfold.compare import wording as say
-from rankfold.compare.lines import TrialLine
 from rankfold.compare.report.svg import FONT, INK, LINE, MUTED, WIDTH, colour, inline, marker, new_figure, size
 from rankfold.compare.statistics import Analysis, Contender
+from rankfold.compare.trial_file import TrialLine
 from rankfold.inspect.grid import grid
 
 #: As many letters as fit in a row: a name, a gap and its number.

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
 
-from rankfold import registry
 from rankfold.compare import wording as say
-from rankfold.compare.lines import TrialLine
 from rankfold.compare.report import charts
 from rankfold.compare.report.svg import badge
 from rankfold.compare.statistics import Analysis, Contender
+from rankfold.compare.trial_file import TrialLine
+from rankfold.host import registry
 
 
 def render(analysis: Analysis, lines: Sequence[TrialLine], specification: str | None) -> str:

@@ -1,0 +1,140 @@
+"""A rankfold adapter as the source of a fold: a live model, or a folder put on a weightless copy of its base."""
+
+from __future__ import annotations
+
+from copy import copy
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from rankfold.errors import RankfoldError
+from rankfold.fold.source import (
+    Source,
+    base_skeleton,
+    fitting,
+    folding_device,
+    of_adapted_types,
+    output_head,
+    read_tensors,
+)
+from rankfold.host import registry
+from rankfold.host.config import LowRankConfig
+from rankfold.host.layer import AdaptedLinear
+from rankfold.host.tuner import LAYERS, SHARED, site_of
+from rankfold.kernel.factors import Factors
+
+
+def from_model(model: nn.Module, adapter_name: str = "default", heads: dict[str, Tensor] | None = None) -> Source:
+    """Reads a live model, PeftModel or injected.
+
+    Raises:
+        ValueError: no adapter of that name, one that is not rankfold's, a schedule that never ran, or an update that is
+            not a fixed matrix.
+    """
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    config = getattr(model, "peft_config", {}).get(adapter_name)
+    if config is None:
+        raise RankfoldError(f"adapter_name={adapter_name!r}: the model has {sorted(getattr(model, 'peft_config', {}))}")
+    config = check_foldable(config)
+    layers, sites, modules = {}, [], []
+    for name, module in base.named_modules():
+        if f".{LAYERS}." in f".{name}." or name.startswith(SHARED) or name.endswith(".base_layer"):
+            continue
+        modules.append(name)
+        if isinstance(module, AdaptedLinear) and adapter_name in module.lowrank_adapters:
+            layers[name] = module
+        if isinstance(module, (AdaptedLinear, nn.Linear, Conv1D)):
+            sites.append(site_of(name, module))
+
+    def update(name: str) -> Factors:
+        trained = layers[name].adapters([adapter_name])[0].factors().detach()
+        return trained.to(folding_device(trained.down), torch.float64)
+
+    schedule = config.schedule or {}
+    unfinished = schedule and not schedule.get("finished")
+    first = next(iter(layers.values())).get_base_layer()
+    return Source(
+        method=config.method,
+        config=config,
+        update=update,
+        adapted=list(layers),
+        sites=of_adapted_types(sites, list(layers)),
+        modules=modules,
+        heads=_heads(model, adapter_name) if heads is None else heads,
+        dtype=getattr(base, "dtype", first.weight.dtype),
+        transposed=any(layer.transposed for layer in layers.values()),
+        output_head=output_head(base, layers),
+        notes=[f"the schedule had not finished: step {schedule['step']} of {schedule['total_steps']}"]
+        if unfinished
+        else [],
+    )
+
+
+def from_folder(folder: Path, config: PeftConfig, base: str | None = None) -> Source:
+    """Reads an adapter folder; arguments and errors as `weightless`."""
+    model = weightless(folder, config, base)
+    # PEFT saves the base's own weight with an adapted output head; it is no trained one
+    heads = {k: v for k, v in read_tensors(folder).items() if not _is_ours(k) and ".base_layer." not in k}
+    # of the skeleton, the config knows the dtype of the weights it was saved with; its tensors do not
+    dtype = getattr(model.get_base_model().config, "dtype", None) or torch.float32
+    return replace(from_model(model, heads=heads), config=config, dtype=dtype)
+
+
+def weightless(folder: Path, config: PeftConfig, base: str | None = None) -> PeftModel:
+    """An adapter folder on its base, whose weights are on the meta device: only its config.json is needed.
+
+    Args:
+        folder: what `save_pretrained` wrote.
+        config: its config.
+        base: folder or hub id of the base model, if not the one in the config.
+
+    Raises:
+        ValueError: tensors that are truncated, foreign or not finite; a base that cannot be read; as `from_model`.
+    """
+    config = check_foldable(config)
+    ours = {k: v for k, v in read_tensors(folder).items() if _is_ours(k)}
+    bare: LowRankConfig = copy(config)
+    # The head is copied as it is; leaving it out here makes the number of labels irrelevant
+    bare.modules_to_save, bare.task_type, bare.inference_mode = None, None, True
+    bare.base_model_name_or_path = None  # PEFT warns when a base moves
+    skeleton = base_skeleton(config, base)
+    with fitting(folder, config, base or config.base_model_name_or_path):
+        model = get_peft_model(skeleton, bare, low_cpu_mem_usage=True, autocast_adapter_dtype=False)  # pyright: ignore
+    # PEFT's own loader would move the tensors to the base's device, which is meta
+    tuner = PEFT_TYPE_TO_TUNER_MAPPING[bare.peft_type]  # pyright: ignore[reportArgumentType]
+    renamed = tuner._remap_adapter_state_dict_for_load(model, bare, "default", ours)
+    model.load_state_dict(renamed, strict=False, assign=True)
+    return model  # pyright: ignore[reportReturnType]
+
+
+def _is_ours(key: str) -> bool:
+    return f".{LAYERS}." in key or f".{SHARED}." in key
+
+
+def check_foldable(config: PeftConfig) -> LowRankConfig:
+    """The config, if its adapter has a fold; raises ValueError that says why not."""
+    if not isinstance(config, LowRankConfig):
+        raise RankfoldError(
+            f"peft_type={getattr(config.peft_type, 'value', config.peft_type)} is not one of rankfold's methods"
+        )
+    method = registry.get(config.method)
+    if not method.foldable:
+        raise RankfoldError(
+            f"{method.title}: its update depends on the input, so no LoRA equals it; merge or serve it live"
+        )
+    if method.controller is not None and not config.schedule and not config.allow_unscheduled:
+        raise RankfoldError(
+            f"this {config.method} adapter was saved without its schedule having run, so its ranks were never chosen; "
+            "train it with rankfold.attach or AdapterCallback, or set allow_unscheduled in its config"
+        )
+    return config
+
+
+def _heads(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
+    saved = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
+    return {k: v for k, v in saved.items() if f".{LAYERS}." not in k and f"{SHARED}." not in k}

@@ -1,0 +1,147 @@
+"""Profile `merged`: the whole model with the update added to its weights, for what cannot load adapters at all.
+
+The sum is made in float64 and rounded once to the file's dtype. In half precision that rounding is of the order of a
+small update itself; the proof is about what was saved: ‖W′ − W − ΔW‖ / ‖ΔW‖.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+from transformers.utils.hub import cached_file
+
+from rankfold.errors import RankfoldError
+from rankfold.fold.base_model import load_base, quiet
+from rankfold.fold.profiles.profile import Folded, Profile, Written
+from rankfold.fold.weight_reader import weight_reader
+from rankfold.kernel.factors import Factors
+
+#: Files larger than this are split.
+MAX_SHARD = "5GB"
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "tokenizer.model",
+    "spiece.model",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+)
+
+
+def rounded(exact: Factors, dtype: torch.dtype) -> Factors:
+    """float32, whatever the file's dtype: the sum is rounded, not its terms."""
+    return exact.to(torch.float32)
+
+
+def write(folded: Folded, folder: Path) -> Written:
+    """config.json, generation_config.json, safetensors and the tokenizer, as `save_pretrained` writes them."""
+    model = _base(folded)
+    with torch.no_grad():
+        for name in folded.source.adapted:
+            module = _linear(model, name)
+            delta = folded.factors[name].to(torch.float64).delta()  # out × in
+            added = module.weight.double() + (delta.T if isinstance(module, Conv1D) else delta)
+            module.weight = nn.Parameter(added.to(folded.dtype), requires_grad=False)
+        _load_heads(model, {k.removeprefix("base_model.model."): v for k, v in folded.source.heads.items()})
+    model.to(folded.dtype)
+    with quiet():
+        model.save_pretrained(folder, max_shard_size=MAX_SHARD)  # pyright: ignore[reportCallIssue]
+    parameters = sum(p.numel() for p in model.parameters())
+    notes = _copy_tokenizer(str(folded.base), folder)
+    if folded.dtype != torch.float32:
+        notes.append(
+            "the error on disk is that of W+ΔW rounded, relative to ΔW: 1 means that a layer's update is lost; "
+            "--dtype float32, or a fold that stays an adapter, keeps it"
+        )
+    return Written(
+        rank=folded.rank,
+        parameters=parameters,
+        read=_reader(folded, folder, model),
+        serve={
+            "vLLM": f"vllm serve {folded.out}",
+            "transformers": f"{type(model).__name__}.from_pretrained({str(folded.out)!r})",
+            "llama.cpp": f"convert_hf_to_gguf.py {folded.out}",
+        },
+        notes=notes,
+    )
+
+
+def _base(folded: Folded) -> nn.Module:
+    """The base in the dtype of its own files."""
+    if not folded.base:
+        raise RankfoldError(
+            "profile merged needs the weights of the base model, which is not known; give --base FOLDER"
+        )
+    model = load_base(folded.source.config, folded.base, "auto", folded.source.heads)
+    if getattr(model, "is_quantized", False):
+        raise RankfoldError(
+            f"profile merged: base={folded.base!r} is quantised and cannot hold a sum; give --base the float weights"
+        )
+    return model
+
+
+def _linear(model: nn.Module, name: str) -> nn.Linear:
+    """The module of this name; raises ValueError where there is none, or where another layer uses its weight."""
+    module = dict(model.named_modules()).get(name)
+    if not isinstance(module, nn.Linear | Conv1D):
+        raise RankfoldError(
+            f"profile merged: {type(model).__name__} has no linear layer {name!r}; was the adapter's another?"
+        )
+    embeddings = model.get_input_embeddings()  # pyright: ignore[reportCallIssue]
+    if module.weight is getattr(embeddings, "weight", None):
+        raise RankfoldError(f"profile merged: {name} shares its weight with the embeddings, which would change too")
+    return module  # pyright: ignore[reportReturnType]
+
+
+def _load_heads(model: nn.Module, heads: Mapping[str, Tensor]) -> None:
+    """Puts the trained heads in; raises ValueError for one that the base lacks, or has in common with another layer."""
+    own = dict(model.named_parameters(remove_duplicate=False))
+    for key, head in heads.items():
+        shared = [k for k, p in own.items() if k != key and p is own.get(key)]
+        other = next((k for k in shared if k not in heads or not torch.equal(heads[k], head)), None)
+        if other is not None:
+            raise RankfoldError(
+                f"profile merged: {key}, which the adapter saved in modules_to_save, shares its weight with {other}, which "
+                "would change too; use --profile uniform, which PEFT loads"
+            )
+    unknown = model.load_state_dict(heads, strict=False).unexpected_keys
+    if unknown:
+        raise RankfoldError(f"profile merged: the base has no {unknown[0]}, which the adapter saved in modules_to_save")
+
+
+def _copy_tokenizer(base: str, folder: Path) -> list[str]:
+    """Copies the files: transformers 5 makes an empty tokenizer of some types where there is none to load."""
+    quietly = {
+        f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors", "gated_repo")
+    }
+    found = [cached_file(base, name, **quietly) for name in TOKENIZER_FILES]
+    for path in filter(None, found):
+        shutil.copy(path, folder)
+    return [] if any(found) else ["no tokenizer was found beside the base; add its files before serving"]
+
+
+def _reader(folded: Folded, folder: Path, model: nn.Module) -> Callable[[str], Tensor]:
+    """What was added to a module's weight: the saved one minus the base's, out × in in float64, one at a time."""
+    prefix, config = str(getattr(model, "base_model_prefix", "")), folded.source.config
+    before = weight_reader(folded.base, config.revision, prefix)
+    after = weight_reader(str(folder), None, prefix)
+    transposed = {n for n in folded.source.adapted if isinstance(model.get_submodule(n), Conv1D)}
+
+    def read(name: str) -> Tensor:
+        added = after(name).double() - before(name).double()
+        return added.T if name in transposed else added
+
+    return read
+
+
+PROFILE = Profile(write, rounded, noun="a merged model", library="transformers", loads_as="model")

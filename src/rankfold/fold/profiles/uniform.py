@@ -1,0 +1,144 @@
+"""Profile `uniform`: one rank, lora_alpha = r, everything baked in. It meets every engine's rules (shared/field.md §3.3)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from rankfold.errors import RankfoldError
+from rankfold.fold.profiles.profile import Folded, Profile, Written
+from rankfold.fold.source import Source
+from rankfold.kernel.factors import Factors
+
+#: vLLM's legal values of max_lora_rank from 8 on: padding to one of them costs nothing at serving time.
+SERVE_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+
+
+def serve_rank(rank: int, pad: str = "serve") -> int:
+    """The rank that every module gets.
+
+    Args:
+        rank: the largest rank of any module.
+        pad: "serve" rounds up to a rank that engines name in their flags; "none" keeps it.
+    """
+    if pad not in ("serve", "none"):
+        raise RankfoldError(f'pad={pad!r} must be "serve" or "none"')
+    rank = max(rank, 1)
+    return next((r for r in SERVE_RANKS if r >= rank), rank) if pad == "serve" else rank
+
+
+def write(folded: Folded, folder: Path) -> Written:
+    """adapter_config.json and adapter_model.safetensors, every module zero-padded to one rank."""
+    source, rank = folded.source, serve_rank(folded.rank, folded.pad)
+    tensors: dict[str, Tensor] = {}
+    for name, factors in folded.factors.items():
+        padded = factors.pad(rank)
+        tensors[f"base_model.model.{name}.lora_A.weight"] = padded.down.contiguous()  # rank × in
+        tensors[f"base_model.model.{name}.lora_B.weight"] = padded.up.contiguous()  # out × rank
+    parameters = sum(t.numel() for t in tensors.values())
+    tensors |= {k: v.detach().to("cpu", folded.dtype).contiguous() for k, v in source.heads.items()}
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    written = {**config(source, rank), "base_model_name_or_path": folded.base}
+    (folder / "adapter_config.json").write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
+    return Written(
+        rank=rank,
+        parameters=parameters,
+        read=reader(folder, {}),
+        serve=loaders(source, serve_flags(rank, serve_rank(rank), folded.out)),
+        notes=_notes(source, rank),
+    )
+
+
+def loaders(source: Source, flags: dict[str, str]) -> dict[str, str]:
+    """Those that load the fold: a trained head is for PEFT, and for vLLM where it is a classifier's."""
+    if not source.heads:
+        return flags
+    classifier = set(getattr(source.config, "modules_to_save", None) or []) <= {"classifier", "score"}
+    return {engine: f for engine, f in flags.items() if engine == "PEFT" or (classifier and engine.startswith("vLLM"))}
+
+
+def reader(folder: Path, scales: dict[str, float]) -> Callable[[str], Factors]:
+    """Reads a module's factors back from a folder in PEFT's layout; `scales` holds α/r where it is not 1."""
+    tensors = load_file(folder / "adapter_model.safetensors")
+
+    def read(name: str) -> Factors:
+        key = f"base_model.model.{name}.lora_"
+        return Factors(tensors[key + "A.weight"], tensors[key + "B.weight"], scale=scales.get(name, 1.0))
+
+    return read
+
+
+def _notes(source: Source, rank: int) -> list[str]:
+    notes = []
+    if rank > SERVE_RANKS[-1]:
+        notes.append(f"rank {rank} exceeds 512, the largest that vLLM takes; compress it with --rank 512 or less")
+    zeros = len(source.sites) - len(source.adapted)
+    if zeros:
+        notes.append(f"{zeros} modules of adapted types have no adapter and were written as zeros (TGI wants them)")
+    if source.heads:
+        notes.append("the trained head is kept in modules_to_save; only PEFT reads it, and vLLM a classifier or score")
+    return notes
+
+
+def serve_flags(rank: int, largest: int, out: Path) -> dict[str, str]:
+    """The flags with which each engine loads the fold; vLLM takes only certain values, `largest` is one."""
+    return {
+        "vLLM": f"vllm serve BASE --enable-lora --max-lora-rank {largest} --lora-modules fold={out}",
+        "SGLang": f"python -m sglang.launch_server --model-path BASE --max-lora-rank {rank} --lora-paths fold={out}",
+        "TGI": f"text-generation-launcher --model-id BASE --lora-adapters fold={out}",
+        "PEFT": f"PeftModel.from_pretrained(base, {str(out)!r})",
+    }
+
+
+def config(source: Source, rank: int) -> dict[str, object]:
+    """adapter_config.json: only keys that PEFT has had for years, so that older readers do not choke."""
+    task = source.config.task_type
+    return {
+        "peft_type": "LORA",
+        "base_model_name_or_path": source.config.base_model_name_or_path,
+        "revision": source.config.revision,
+        "task_type": getattr(task, "value", task),
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": rank,
+        "lora_dropout": 0.0,
+        "target_modules": target_suffixes([s.name for s in source.sites], source.modules),
+        "modules_to_save": sorted(getattr(source.config, "modules_to_save", None) or []) or None
+        if source.heads
+        else None,
+        "bias": "none",
+        "lora_bias": False,
+        "use_rslora": False,
+        "use_dora": False,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        "init_lora_weights": True,
+        "fan_in_fan_out": source.transposed,
+        "layers_to_transform": None,
+        "layers_pattern": None,
+        "layer_replication": None,
+    }
+
+
+def target_suffixes(targets: list[str], modules: list[str]) -> list[str]:
+    """The shortest name suffixes that match all targets and no other module, sorted.
+
+    >>> target_suffixes(["h.0.attn.out", "h.1.attn.out"], ["h.0.attn.out", "h.1.attn.out", "h.0.mlp.out", "h.1.mlp.out"])
+    ['attn.out']
+    """
+    wanted, found = set(targets), set()
+    for name in targets:
+        parts = name.split(".")
+        for k in range(1, len(parts) + 1):
+            suffix = ".".join(parts[-k:])
+            if k == len(parts) or all(m in wanted for m in modules if m == suffix or m.endswith("." + suffix)):
+                found.add(suffix)
+                break
+    return sorted(found)
+
+
+PROFILE = Profile(write, loads_as="adapter")

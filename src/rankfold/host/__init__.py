@@ -1,0 +1,1 @@
+"""What PEFT sees: one layer, one tuner, one config for all methods."""

@@ -1,0 +1,245 @@
+"""One adapter on one linear layer: its parameters, what it shares, and the one question it answers.
+
+    class Lora(Adapter):
+        def __init__(self, config, site, shared=None):
+            super().__init__(config, site, shared)
+            self.down = nn.Parameter(torch.empty(self.r, site.in_features))
+            self.up = nn.Parameter(torch.empty(site.out_features, self.r))
+
+        def blocks(self):
+            return (Factors(self.down, self.up, scale=self.scaling),)
+
+Training, merging, the dense delta, folding and compression all read `blocks()`, so they cannot disagree.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+from weakref import WeakSet
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from rankfold.kernel.factors import Factors
+from rankfold.kernel.linears import Term, low_rank_update
+
+if TYPE_CHECKING:
+    from rankfold.host.config import LowRankConfig
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where an adapter sits: the module's full name in the model, and its weight's shape."""
+
+    name: str
+    in_features: int
+    out_features: int
+
+
+@dataclass(frozen=True)
+class Group:
+    """The sites of one model that share state, in depth order; `key` is unique in the model."""
+
+    key: str
+    sites: tuple[Site, ...]
+
+    def __len__(self) -> int:
+        return len(self.sites)
+
+
+#: Every adapter that has a schedule. A hook on all optimisers sees one that is stepped without its controller: a parameter's
+#: version counter would not (fused kernels leave it alone, loading moves it).
+_WATCHED: WeakSet[Adapter] = WeakSet()
+
+
+def _notice_unscheduled(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+    waiting = [a for a in _WATCHED if not a.scheduled and not a._stepped_unscheduled]
+    if not waiting:
+        return
+    stepped = {id(p) for g in optimizer.param_groups for p in g["params"] if p.requires_grad and p.grad is not None}
+    found = [a for a in waiting if any(id(p) in stepped for p in a.parameters())]
+    for adapter in found:
+        adapter._stepped_unscheduled = True
+    if found:
+        warnings.warn(
+            f"{type(found[0]).__name__} at {found[0].site.name} is being trained without its controller, so its ranks will "
+            "never change: call rankfold.attach(model, optimizer, total_steps=...) before the loop, or give "
+            "Trainer callbacks=[rankfold.AdapterCallback()]",
+            stacklevel=2,
+        )
+
+
+register_optimizer_step_post_hook(_notice_unscheduled)
+
+
+class Adapter(nn.Module):
+    """Base of every method's adapter. Trainable tensors are parameters, frozen ones buffers; both are saved.
+
+    Args:
+        config: the method's config.
+        site: where it sits.
+        shared: what `make_shared` returned for its group, or None.
+    """
+
+    #: Whether the update is a fixed matrix. A method with an input-dependent update overrides `forward` and sets False.
+    fixed: ClassVar[bool] = True
+    #: Whether the method has a schedule (its registry row sets this), and whether a controller runs it here.
+    has_schedule: ClassVar[bool] = False
+    scheduled: bool = False
+    _stepped_unscheduled: bool = False
+
+    def __init__(self, config: LowRankConfig, site: Site, shared: nn.Module | None = None) -> None:
+        super().__init__()
+        self.site = site
+        self.r = config.rank_at(site.name)
+        self.lora_alpha = config.alpha_at(site.name)
+        # α/r of the *initial* rank: it must survive pruning, so it is never recomputed
+        self.scaling = self.lora_alpha / (math.sqrt(self.r) if config.use_rslora else self.r)
+        self.dropout, self.own_mask = float(config.lora_dropout), not config.share_dropout
+        # In a tuple, out of the module registry: the model owns shared state once (tuner.py), each adapter only reads it
+        self._shared = (shared,)
+        if self.has_schedule:
+            _WATCHED.add(self)
+
+    @property
+    def shared(self) -> Any:
+        """What `make_shared` returned; a method narrows the type."""
+        return self._shared[0]
+
+    # What a method says about sharing -------------------------------------------------------------------------------
+
+    @classmethod
+    def group_key(cls, config: LowRankConfig, site: Site) -> str | None:
+        """The name of the group that the site shares state with; None (the default) shares nothing."""
+        return None
+
+    @classmethod
+    def check_group(cls, config: LowRankConfig, group: Group) -> None:
+        """Raises ValueError where the sites of a group cannot share as the config asks; called before any is changed."""
+
+    @classmethod
+    def make_shared(cls, config: LowRankConfig, group: Group) -> nn.Module | None:
+        """The state that one group shares, made once, with its first values."""
+        return None
+
+    # What a method answers ------------------------------------------------------------------------------------------
+
+    def blocks(self) -> Sequence[Factors]:
+        """The update as a sum of factors, differentiable in the parameters."""
+        raise NotImplementedError(f"{type(self).__name__} does not say what its update is")
+
+    def reset_parameters(self, init: bool | str) -> None:
+        """First values. `init` is the config's `init_lora_weights`: True as the paper says, False random everywhere
+        (an update that is not zero, for tests), or a scheme that the method names."""
+
+    def factors(self) -> Factors:
+        """The whole update as one pair; raises TypeError where it is not a fixed matrix."""
+        if not self.fixed:
+            raise TypeError(
+                f"{type(self).__name__} at {self.site.name}: its update depends on the input, "
+                "so no pair of factors equals it"
+            )
+        first, *rest = self.blocks()
+        return first.concat(*rest)
+
+    # What the layer runs --------------------------------------------------------------------------------------------
+
+    def alive(self) -> int:
+        """The rank of the update now."""
+        return sum(block.rank for block in self.blocks())
+
+    def term(self) -> Term:
+        return Term(self.blocks(), self.dropout if self.training else 0.0, self.own_mask)
+
+    def forward(self, y: Tensor, x: Tensor) -> Tensor:
+        """y + update(x), for layers that cannot take the fused path.
+
+        Args:
+            y: … × out, the base's output.
+            x: … × in.
+        """
+        return low_rank_update(y, x, [self.term()])
+
+    # The trap of a schedule that nobody runs ------------------------------------------------------------------------
+
+    def trained_unscheduled(self) -> bool:
+        """Whether an optimiser stepped it with no controller attached."""
+        return not self.scheduled and self._stepped_unscheduled
+
+    # Following the model --------------------------------------------------------------------------------------------
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        """Own parameters and those of the group: what PEFT freezes, unfreezes and casts with this adapter."""
+        yield from super().parameters(recurse)
+        if self.shared is not None:
+            yield from self.shared.parameters(recurse)
+
+    def to(self, *args, **kwargs) -> Self:
+        if self.shared is not None:
+            self.shared.to(*args, **kwargs)
+        return super().to(*args, **kwargs)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        return super()._apply(lambda t: _keep_vectors_wide(fn, t), recurse)
+
+    def extra_repr(self) -> str:
+        return f"r={self.r}, scaling={self.scaling:g}, dropout={self.dropout:g}"
+
+
+class Shared(nn.Module):
+    """State that a group shares. Owned by the model, once; see `Adapter.make_shared`."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        return super()._apply(lambda t: _keep_vectors_wide(fn, t), recurse)
+
+
+class SharedState(nn.ModuleDict):
+    """All shared state of a model: adapter name → group → `Shared`. As a module it does nothing, because an
+    `nn.Sequential` that is adapted runs every child it has."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+def _keep_vectors_wide(fn: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
+    """Gates, thresholds and magnitudes never go below float32: steps of 1e-4 vanish in half precision."""
+    out = fn(t)
+    if t.ndim <= 1 and t.is_floating_point() and out.is_floating_point() and out.dtype.itemsize < 4:
+        return t.to(out.device, torch.float32)
+    return out
+
+
+_INDEX = re.compile(r"\d+")
+
+
+def module_type(name: str) -> str:
+    """The name with its depth taken out, so that the same projection of every layer has the same one.
+
+    >>> module_type("model.layers.3.self_attn.q_proj")
+    'model.layers.*.self_attn.q_proj'
+    >>> module_type("decoder.block.0.layer.1.EncDecAttention.q"), module_type("h.0.mlp.experts.7.w1"), module_type("4")
+    ('decoder.block.*.layer.*.EncDecAttention.q', 'h.*.mlp.experts.7.w1', '*')
+
+    An expert's index is not a depth; a last index is one only where no earlier one is (`h.0.mlp.2` stays `h.*.mlp.2`).
+    """
+    parts = name.split(".")
+    depth = [i for i, p in enumerate(parts) if _INDEX.fullmatch(p) and not (i and parts[i - 1] == "experts")]
+    if len(depth) > 1 and depth[-1] == len(parts) - 1:
+        depth.pop()
+    return ".".join("*" if i in depth else p for i, p in enumerate(parts))
+
+
+def group_by_type(config: LowRankConfig, site: Site) -> str:
+    """Group key of RaSA and its like: the same projection in every layer, and the same shape."""
+    return f"{module_type(site.name)}:{site.out_features}x{site.in_features}"
+
+
+def kaiming_(t: Tensor, a: float = math.sqrt(5)) -> Tensor:
+    """LoRA's first values of `down`: U(−1/√in, +1/√in) at the default a. Nothing to do on an empty factor."""
+    return nn.init.kaiming_uniform_(t, a=a) if t.numel() else t

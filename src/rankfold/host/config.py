@@ -1,0 +1,138 @@
+"""The fields every method has, named as PEFT's LoraConfig names them: changing the class name changes the method."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from peft import PeftConfig
+from peft.utils import PeftType
+from peft.utils.other import get_pattern_key
+
+from rankfold.errors import RankfoldError
+from rankfold.host.peft_api import peft_name
+
+
+@dataclass
+class LowRankConfig(PeftConfig):
+    """Base of every method's config.
+
+    Args:
+        r: rank, > 0.
+        lora_alpha: numerator of the scale α/r (α/√r with `use_rslora`).
+        lora_dropout: dropout on the adapter's input, 0 ≤ p < 1.
+        target_modules: names (suffixes), a regex, or "all-linear"; by default those PEFT adapts with LoRA.
+        rank_pattern, alpha_pattern: per-module exceptions, as in LoraConfig.
+
+    Raises:
+        ValueError: a field out of its range; the message names field, value and range.
+    """
+
+    r: int = field(default=8, metadata={"help": "Rank of the update."})
+    lora_alpha: float = field(default=8, metadata={"help": "Numerator of the scale alpha/r."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the adapter's input while training."})
+    target_modules: list[str] | str | None = field(
+        default=None, metadata={"help": 'Module name suffixes, a regular expression, or "all-linear".'}
+    )
+    exclude_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Names or a regular expression of modules to leave alone."}
+    )
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Modules trained in full and saved beside the adapter, such as a new head."}
+    )
+    layers_to_transform: list[int] | int | None = field(
+        default=None, metadata={"help": "Only these layer indices; needs a list in target_modules."}
+    )
+    layers_pattern: list[str] | str | None = field(
+        default=None, metadata={"help": "Name of the layer list that layers_to_transform counts, if not the usual."}
+    )
+    use_rslora: bool = field(default=False, metadata={"help": "Scale by alpha/sqrt(r) (rsLoRA, arXiv 2312.03732)."})
+    rank_pattern: dict[str, int] = field(
+        default_factory=dict, metadata={"help": "Module name (suffix or regex) to rank, where it differs from r."}
+    )
+    alpha_pattern: dict[str, float] = field(
+        default_factory=dict, metadata={"help": "Module name (suffix or regex) to lora_alpha, where it differs."}
+    )
+    init_lora_weights: bool | str = field(
+        default=True, metadata={"help": "true: as the paper says (the update starts at 0); false: random, for tests."}
+    )
+    fan_in_fan_out: bool = field(
+        default=False, metadata={"help": "Taken for LoraConfig's sake; the weight's layout is seen from the module."}
+    )
+    bias: str = field(default="none", metadata={"help": 'Only "none": a trained bias cannot be folded into a LoRA.'})
+
+    share_dropout: bool = field(
+        default=True, metadata={"help": "Layers that read one input (q, k, v; gate, up) drop the same elements of it."}
+    )
+    fuse_mlp: bool = field(
+        default=True,
+        metadata={"help": "Compute a gated MLP (SwiGLU, GeGLU) as one, which keeps less for the backward."},
+    )
+    allow_unscheduled: bool = field(
+        default=False, metadata={"help": "Save or fold a scheduled method although its schedule did not run."}
+    )
+    schedule: dict | None = field(
+        default=None, metadata={"help": "Written by the controller: how far the schedule has run. Not for you to set."}
+    )
+
+    #: The method's name in the registry; its PEFT type is this in upper case behind "RANKFOLD_".
+    method: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType[peft_name(self.method).upper()]
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            if isinstance(value, (list, tuple)):
+                setattr(self, name, set(value))
+        self.rank_pattern, self.alpha_pattern = self.rank_pattern or {}, self.alpha_pattern or {}
+        self.check()
+
+    def check(self) -> None:
+        """Raises ValueError for a field out of its range. Methods extend it."""
+        self.require("r", self.r, is_whole(self.r) and self.r > 0, "an integer > 0")
+        self.require("lora_alpha", self.lora_alpha, is_number(self.lora_alpha) and self.lora_alpha > 0, "a number > 0")
+        p = self.lora_dropout
+        self.require("lora_dropout", p, is_number(p) and 0.0 <= p < 1.0, "a number in [0, 1)")
+        self.require("bias", self.bias, self.bias == "none", '"none": a trained bias cannot be folded into a LoRA')
+        for name, rank in self.rank_pattern.items():
+            self.require(f"rank_pattern[{name!r}]", rank, is_whole(rank) and rank > 0, "an integer > 0")
+        for name, alpha in self.alpha_pattern.items():
+            self.require(f"alpha_pattern[{name!r}]", alpha, is_number(alpha) and alpha > 0, "a number > 0")
+        if isinstance(self.target_modules, str) and self.target_modules.lower() != "all-linear":
+            for name in ("layers_to_transform", "layers_pattern"):
+                self.require(
+                    name, getattr(self, name), getattr(self, name) is None, "None when target_modules is a regex"
+                )
+        self.require(
+            "layers_pattern",
+            self.layers_pattern,
+            not self.layers_pattern or self.layers_to_transform is not None,
+            "None unless layers_to_transform is given",
+        )
+
+    def default_targets(self) -> set[str] | None:
+        """What to adapt where `target_modules` is None; None leaves it to PEFT's table of architectures."""
+        return None
+
+    def require(self, name: str, value: object, ok: bool, allowed: str) -> None:
+        """Raises ValueError, naming field, value and what is allowed, unless `ok`."""
+        if not ok:
+            raise RankfoldError(f"{type(self).__name__}: {name}={value!r} must be {allowed}")
+
+    def rank_at(self, module: str) -> int:
+        """The rank at a module, `rank_pattern` respected (PEFT's matching)."""
+        return self.rank_pattern.get(get_pattern_key(list(self.rank_pattern), module), self.r)
+
+    def alpha_at(self, module: str) -> float:
+        return self.alpha_pattern.get(get_pattern_key(list(self.alpha_pattern), module), self.lora_alpha)
+
+
+def is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_number(value: object) -> bool:
+    """Whether it is a finite number; true and false are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,0 +1,335 @@
+"""LowRankTuner: PEFT's BaseTuner, once for all methods: planning, injection, shared state, saving and loading."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from peft.tuners.tuners_utils import (
+    BaseTuner,
+    BaseTunerLayer,
+    _get_in_out_features,
+    _maybe_include_all_linear_layers,
+    onload_layer,
+)
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, get_quantization_kwargs
+from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils.quantization_utils import resolve_quantization_backend
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from rankfold.errors import RankfoldError
+from rankfold.host.adapter import Group, SharedState, Site
+from rankfold.host.config import LowRankConfig
+from rankfold.host.fused_mlp import fuse_mlps, unfuse_mlps
+from rankfold.host.layer import AdaptedLinear
+from rankfold.host.siblings import link_siblings
+
+if TYPE_CHECKING:
+    from rankfold.host.registry import Method
+
+PREFIX = "lowrank_"
+SHARED = "lowrank_shared"  # ModuleDict on the adapted model: adapter name → group key → state
+LAYERS = "lowrank_adapters"  # ModuleDict on each AdaptedLinear: adapter name → Adapter
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one config asks for on one model, before anything is touched."""
+
+    sites: dict[str, Site]
+    groups: dict[str, Group]  # by site name; absent where nothing is shared
+
+
+class LowRankTuner(BaseTuner):
+    """Hosts every method. PEFT makes one per model; `registry` derives one class per method from it."""
+
+    prefix = PREFIX
+    tuner_layer_cls = AdaptedLinear
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    method: ClassVar[Method]
+
+    # Planning -------------------------------------------------------------------------------------------------------
+
+    def plan(self, config: LowRankConfig, model: nn.Module, state_dict: dict[str, Tensor] | None = None) -> Plan:
+        """Which modules get an adapter and what they share.
+
+        Raises:
+            TypeError: a target that is not linear.
+            ValueError: sites that cannot share as the config asks.
+        """
+        config = self._prepare_adapter_config(config, self.get_model_config(model))  # pyright: ignore[reportAssignmentType]
+        config = _maybe_include_all_linear_layers(config, model)  # pyright: ignore[reportAssignmentType]
+        named = (
+            None
+            if state_dict is None
+            else {k.rsplit("." + PREFIX, 1)[0].removeprefix("_orig_mod.") for k in state_dict}
+        )
+        sites: dict[str, Site] = {}
+        inside: tuple[str, ...] = ()
+        for name, module in model.named_modules():
+            key = name.removeprefix("_orig_mod.")
+            if not name or (inside and name.startswith(inside)):
+                continue
+            if isinstance(module, BaseTunerLayer):
+                inside = (*inside, name + ".")
+            if not (key in named if named is not None else self._check_target_module_exists(config, key)):
+                continue
+            sites[key] = site_of(key, module)
+        adapter_cls = self.method.adapter
+        members: dict[str, list[Site]] = {}
+        for site in sites.values():
+            group_key = adapter_cls.group_key(config, site)
+            if group_key is not None:
+                members.setdefault(group_key, []).append(site)
+        groups = {key: Group(key, tuple(group)) for key, group in members.items()}
+        for group in groups.values():
+            adapter_cls.check_group(config, group)
+        return Plan(sites, {site.name: group for group in groups.values() for site in group.sites})
+
+    @staticmethod
+    def _check_target_module_exists(peft_config, key: str) -> bool | re.Match[str] | None:
+        if key.startswith(SHARED):
+            return None
+        return BaseTuner._check_target_module_exists(peft_config, key)
+
+    def _prepare_adapter_config(self, peft_config: LowRankConfig, model_config: dict) -> LowRankConfig:  # pyright: ignore[reportIncompatibleMethodOverride]
+        if peft_config.target_modules is None:
+            peft_config.target_modules = peft_config.default_targets()  # pyright: ignore[reportAttributeAccessIssue]
+        return super()._prepare_adapter_config(peft_config, model_config)  # pyright: ignore[reportReturnType]
+
+    # Injection ------------------------------------------------------------------------------------------------------
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, state_dict=None, **kwargs: Any) -> None:
+        config: Any = self.peft_config[adapter_name]
+        self._plan = self.plan(config, model, state_dict)
+        stale = getattr(model, SHARED, {})  # PEFT allows injecting a second time under one name
+        if adapter_name in stale:
+            del stale[adapter_name]
+        super().inject_adapter(model, adapter_name, *args, state_dict=state_dict, **kwargs)
+        link_siblings(model, AdaptedLinear)
+        if config.fuse_mlp:
+            fuse_mlps(model, AdaptedLinear)
+
+    def _create_and_replace(
+        self, peft_config: Any, adapter_name, target, target_name, parent, current_key, parameter_name=None
+    ) -> None:
+        site = self._plan.sites[current_key.removeprefix("_orig_mod.")]
+        adapter = self.method.adapter(peft_config, site, self._shared_state(peft_config, adapter_name, site))
+        adapter.reset_parameters(peft_config.init_lora_weights)
+        layer = target
+        if not isinstance(layer, AdaptedLinear):
+            quantised = get_quantization_kwargs(self.model)
+            layer = AdaptedLinear(target, quantised.get("get_apply_tensor_subclass"))
+            layer._active_adapter = self.active_adapters
+            self._replace_module(parent, target_name, layer, target)
+        layer.shared_state = (getattr(self.model, SHARED, None),)
+        layer.add_adapter(adapter_name, adapter, inference_mode=peft_config.inference_mode)
+
+    def _shared_state(self, config: LowRankConfig, adapter_name: str, site: Site) -> nn.Module | None:
+        """The state of the site's group, made at the first site that asks for it."""
+        group = self._plan.groups.get(site.name)
+        if group is None:
+            return None
+        if not hasattr(self.model, SHARED):
+            # On the model and not on the tuner, so that it outlives the tuner where PEFT injects without a PeftModel
+            self.model.add_module(SHARED, SharedState())
+        by_group = getattr(self.model, SHARED)
+        if adapter_name not in by_group:
+            by_group[adapter_name] = nn.ModuleDict()
+        key = group.key.replace(".", "/")
+        if key not in by_group[adapter_name]:
+            shared = self.method.adapter.make_shared(config, group)
+            if shared is None:
+                return None
+            by_group[adapter_name][key] = shared
+        return by_group[adapter_name][key]
+
+    def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
+        shared = list(getattr(model, SHARED, nn.Module()).parameters())
+        wanted = [p.requires_grad for p in shared]  # as set_adapter left them; PEFT knows only what lies in its layers
+        super()._mark_only_adapters_as_trainable(model)
+        for p, flag in zip(shared, wanted, strict=True):
+            p.requires_grad_(flag)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        by_group = getattr(self.model, SHARED, {})
+        if autocast_adapter_dtype and adapter_name in by_group:
+            for t in [*by_group[adapter_name].parameters(), *by_group[adapter_name].buffers()]:
+                if t.is_floating_point() and t.dtype.itemsize < 4:
+                    t.data = t.data.float()
+
+    # Merging --------------------------------------------------------------------------------------------------------
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        if safe_merge:
+            self._check_finite(adapter_names)
+        super().merge_adapter(adapter_names, safe_merge)
+
+    def _unload_and_optionally_merge(
+        self, merge: bool = True, progressbar: bool = False, safe_merge: bool = False, adapter_names=None
+    ):
+        if merge and safe_merge:
+            self._check_finite(adapter_names)
+        model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        unfuse_mlps(self.model)
+        if hasattr(model, SHARED):
+            delattr(model, SHARED)
+        return model
+
+    def _check_finite(self, adapter_names: list[str] | None) -> None:
+        """Looks at every layer before any is merged, so that a safe merge is all or nothing (PEFT stops half way)."""
+        for name, layer in self.model.named_modules():
+            if isinstance(layer, AdaptedLinear):
+                wanted = layer.active_adapters if adapter_names is None else adapter_names
+                new = [n for n in wanted if n in layer.lowrank_adapters and n not in layer.merged_adapters]
+                with onload_layer(layer):
+                    if new and not torch.isfinite(layer.merged_weight(new)).all():
+                        raise RankfoldError(
+                            f"NaNs detected in the merged weights at {name}. The adapters {new} seem to be broken"
+                        )
+
+    # Mixed batches ----------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """`adapter_names` of a call, one per row, reaches every layer (PEFT's interface for mixed batches)."""
+        names = kwargs.get("adapter_names")
+        if names is None:
+            yield
+            return
+        if self.training:
+            raise RankfoldError("Cannot pass `adapter_names` when the model is in training mode.")
+        unknown = {n for n in names if n != "__base__"} - set(self.peft_config)
+        if unknown:
+            raise RankfoldError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}")
+        # Beam search repeats every row, but only after an encoder has read it
+        encoder = self.model.get_encoder() if hasattr(self.model, "get_encoder") else self.model
+        once = set() if encoder is self.model else set(encoder.modules())
+        repeated = [n for n in names for _ in range(kwargs.get("num_beams") or 1)]
+
+        def pass_names(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+            return args, {**kwargs, "adapter_names": names if module in once else repeated}
+
+        hooks = [
+            m.register_forward_pre_hook(pass_names, with_kwargs=True)
+            for m in self.model.modules()
+            if isinstance(m, (AdaptedLinear, AuxiliaryTrainingWrapper))
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    # Saving and loading ---------------------------------------------------------------------------------------------
+
+    @classmethod
+    def _get_adapter_state_dict(cls, model, config: Any, adapter_name, state_dict, unwanted_adapter_names):
+        _check_scheduled(model, config, adapter_name)
+        own = _owned(model, adapter_name)
+        kept = {k: v for k, v in state_dict.items() if k.startswith(own)}
+        # PEFT has filtered out every key that contains another adapter's *name*; one called like a module takes ours along
+        if unwanted_adapter_names:
+            kept |= {k: v for k, v in model.state_dict().items() if k.startswith(own) and k not in kept}
+        return kept
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        return re.sub(rf"(^|\.)({LAYERS}|{SHARED})\.{re.escape(adapter_name)}\.", r"\1\2.", key)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(cls, model, config: Any, adapter_name, state_dict):
+        own = _owned(model, adapter_name)
+        expected = {
+            cls._remove_adapter_name_from_key(k, adapter_name): (k, v)
+            for k, v in model.state_dict().items()
+            if k.startswith(own)
+        }
+        if not any(k.startswith("base_model.model.") for k in expected):
+            # injected without a PeftModel: the model's keys lack the prefix that files have
+            expected = {"base_model.model." + k: v for k, v in expected.items()}
+            state_dict = {
+                k if k.startswith("base_model.model.") else "base_model.model." + k: v for k, v in state_dict.items()
+            }
+        others = {"base_model.model." + k.removeprefix("base_model.model.") for k in model.state_dict()}
+        _check_checkpoint(config, {k: v for k, (_, v) in expected.items()}, others, state_dict)
+        return {expected[k][0] if k in expected else k: v for k, v in state_dict.items()}
+
+
+def site_of(name: str, module: Any) -> Site:
+    base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    quantised = resolve_quantization_backend(base, get_apply_tensor_subclass=lambda: None)
+    linear = isinstance(base, (nn.Linear, Conv1D)) or (quantised is not None and quantised.layer_type == "linear")
+    if not linear or (isinstance(module, BaseTunerLayer) and not isinstance(module, AdaptedLinear)):
+        raise TypeError(
+            f"target_modules: {name} is a {type(module).__name__}, and only linear layers (torch.nn.Linear, "
+            "transformers' Conv1D, quantised linears) can be adapted; leave it out of target_modules"
+        )
+    in_features, out_features = _get_in_out_features(base)
+    return Site(name, int(in_features), int(out_features))  # pyright: ignore[reportArgumentType]
+
+
+def _owned(model: nn.Module, adapter_name: str) -> tuple[str, ...]:
+    """Prefixes of the state-dict keys that belong to one adapter, read off the modules and not off their names."""
+    own = []
+    for name, module in model.named_modules():
+        dot = f"{name}." if name else ""
+        if isinstance(module, AdaptedLinear) and adapter_name in module.lowrank_adapters:
+            own.append(f"{dot}{LAYERS}.{adapter_name}.")
+        elif isinstance(module._modules.get(SHARED), nn.ModuleDict):
+            own.append(f"{dot}{SHARED}.{adapter_name}.")
+    return tuple(own)
+
+
+def _check_scheduled(model: nn.Module, config: LowRankConfig, adapter_name: str) -> None:
+    """Raises RuntimeError for a scheduled adapter that was trained without its controller."""
+    if config.allow_unscheduled:
+        return
+    for module in model.modules():
+        if isinstance(module, AdaptedLinear):
+            for adapter in module.adapters([adapter_name]):
+                if adapter.trained_unscheduled():
+                    raise RuntimeError(
+                        f"This {config.method} adapter was trained without its controller: its ranks never changed, and "
+                        "what would be saved is not the method. Call rankfold.attach(model, optimizer, total_steps=...) "
+                        "before the loop or give Trainer callbacks=[rankfold.AdapterCallback()]; to save it all the "
+                        "same, set allow_unscheduled=True in its config."
+                    )
+
+
+def _check_checkpoint(
+    config: LowRankConfig, expected: dict[str, Tensor], others: set[str], found: dict[str, Tensor]
+) -> None:
+    """Raises ValueError for a checkpoint that lacks tensors, has foreign ones, other shapes, or NaN or infinity.
+
+    Args:
+        expected: the adapter's tensors as it is now, by their key in a file.
+        others: keys of the model's other tensors, which may be in a file too (a head, resized embeddings).
+        found: the file's.
+    """
+    what = f"this {config.method} adapter"
+    ours = {k: v for k, v in found.items() if k in expected or k not in others}
+    missing, foreign = expected.keys() - ours.keys(), ours.keys() - expected.keys()
+    if missing or foreign:
+        lacks = f"lacks {len(missing)} of {len(expected)} tensors (such as {min(missing)})" if missing else ""
+        has = f"has {len(foreign)} that do not belong (such as {min(foreign)})" if foreign else ""
+        raise RankfoldError(
+            f"The checkpoint of {what} {' and '.join(filter(None, [lacks, has]))}: it is incomplete, or was trained on "
+            "another base model or with another config. Check base_model_name_or_path and target_modules."
+        )
+    for key, tensor in ours.items():
+        if tensor.shape != expected[key].shape:
+            raise RankfoldError(
+                f"The checkpoint of {what} has {key} of shape {tuple(tensor.shape)}, but this model and config need "
+                f"{tuple(expected[key].shape)}: another base model, rank or set of target_modules."
+            )
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise RankfoldError(
+                f"The checkpoint of {what} has NaN or infinity in {key}: it was saved from a diverged run."
+            )

@@ -1,0 +1,1 @@
+"""What lies on disk, for everyone: files, models, weights, assets, cache."""

@@ -1,0 +1,1 @@
+"""Torch alone: the algebra of an update, its forward and backward."""

@@ -1,0 +1,56 @@
+"""Memory for what is needed only while one node of autograd computes, used again by the next node.
+
+    scratch = scratch_for(x)                 # None where the allocator keeps what it is given
+    a = take(scratch, 0, x.shape, x)         # contents undefined
+
+A CPU's allocator hands large buffers back to the system as soon as they are freed, and touching a fresh page costs more than the
+arithmetic on its numbers. So the nodes of a thread hold one `Scratch` together, until their backward.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor
+
+from rankfold.kernel.matmul import is_subclass
+
+
+class Scratch:
+    """Buffers by place and dtype. A node takes what it needs and leaves nothing there that is wanted later."""
+
+    def __init__(self) -> None:
+        self.buffers: dict[tuple[int, torch.dtype], Tensor] = {}
+
+
+_of_thread: WeakValueDictionary[int, Scratch] = WeakValueDictionary()
+
+
+def scratch_for(x: Tensor) -> Scratch | None:
+    """The one that other nodes of this thread hold, or a new one; None where tensors are made as ever: on accelerators, whose
+    allocators keep memory, for subclasses, in inference mode, and where a compiler traces."""
+    if torch.compiler.is_compiling() or x.device.type != "cpu" or is_subclass(x) or torch.is_inference_mode_enabled():
+        return None
+    thread = threading.get_ident()
+    found = _of_thread.get(thread)
+    if found is None:
+        found = _of_thread[thread] = Scratch()
+    return found
+
+
+def take(scratch: Scratch | None, place: int, shape: Sequence[int], like: Tensor) -> Tensor:
+    """A contiguous tensor with the dtype and device of `like`, its contents undefined.
+
+    Args:
+        place: two tensors that are wanted at the same time have two places.
+    """
+    if scratch is None:
+        return torch.empty(shape, dtype=like.dtype, device=like.device)
+    n = torch.Size(shape).numel()
+    buffer = scratch.buffers.get((place, like.dtype))
+    if buffer is None or buffer.numel() < n:
+        buffer = scratch.buffers[place, like.dtype] = torch.empty(n, dtype=like.dtype, device=like.device)
+    return buffer[:n].view(shape)

