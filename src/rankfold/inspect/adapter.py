@@ -25,7 +25,7 @@ from rankfold.fold import native as ours
 from rankfold.fold import source
 from rankfold.host import registry
 from rankfold.host.config import LowRankConfig
-from rankfold.host.layer import AdaptedLinear
+from rankfold.host.layer import AdaptedLayer
 from rankfold.inspect.grid import Grid, grid
 from rankfold.kernel.factors import Factors
 
@@ -169,7 +169,7 @@ def _of_model(model: nn.Module, adapter_name: str) -> dict[str, Found]:
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     updates = {}
     for name, module in base.named_modules():
-        if isinstance(module, AdaptedLinear) and adapter_name in module.lowrank_adapters:
+        if isinstance(module, AdaptedLayer) and adapter_name in module.lowrank_adapters:
             updates[name] = _live(*_ours(module, adapter_name))
         elif isinstance(module, LoraLayer) and adapter_name in module.lora_A:
             _check_plain(model.peft_config[adapter_name])  # pyright: ignore
@@ -180,7 +180,7 @@ def _of_model(model: nn.Module, adapter_name: str) -> dict[str, Found]:
     return updates
 
 
-def _ours(layer: AdaptedLinear, adapter_name: str) -> tuple[Factors, int]:
+def _ours(layer: AdaptedLayer, adapter_name: str) -> tuple[Factors, int]:
     (adapter,) = layer.adapters([adapter_name])
     return adapter.factors(), sum(block.rank for block in adapter.blocks())
 
