@@ -153,8 +153,7 @@ def link_siblings(model: nn.Module, layer_cls: type) -> None:
     Args:
         layer_cls: the class of layers that can be computed together, a `Sibling`.
     """
-    for old in {id(s): s for m in model.modules() if (s := getattr(m, "siblings", None)) is not None}.values():
-        old.part()
+    part_siblings(model)
     for parent, layers in _groups(model, layer_cls):
         together = Siblings(len(layers))
         together.watch(parent)
@@ -164,7 +163,8 @@ def link_siblings(model: nn.Module, layer_cls: type) -> None:
 
 def part_siblings(model: nn.Module) -> None:
     """Undoes `link_siblings`."""
-    link_siblings(model, type(None))
+    for siblings in [s for m in model.modules() if (s := getattr(m, "siblings", None)) is not None]:
+        siblings.part()
 
 
 def _groups(model: nn.Module, layer_cls: type) -> Iterator[tuple[nn.Module, list[Any]]]:
