@@ -138,7 +138,7 @@ def members_together(layers: Sequence[Sibling]) -> list[Member] | None:
     return members
 
 
-def has_patched_forward(module: nn.Module) -> bool:
+def has_patched_forward(module: object) -> bool:
     """Whether an instance has a forward of its own, as accelerate gives it to fetch offloaded weights first."""
     return "forward" in vars(module)
 
@@ -171,7 +171,7 @@ def _groups(model: nn.Module, layer_cls: type) -> Iterator[tuple[nn.Module, list
     for name, parent in model.named_modules():
         for ending, children in TOGETHER:
             if name == ending or name.endswith("." + ending):
-                layers = [c for child in children if isinstance(c := getattr(parent, child, None), layer_cls)]
+                layers: list[Any] = [c for n in children if isinstance(c := getattr(parent, n, None), layer_cls)]
                 for width in {layer.in_features for layer in layers}:
                     alike = [layer for layer in layers if layer.in_features == width]
                     if len(alike) > 1:

@@ -20,7 +20,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -44,6 +44,9 @@ class Term(NamedTuple):
     own_mask: bool = False
 
 
+_transforms: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]  (torch has no public name for it)
+
+
 class _Order(threading.local):
     separate = False
 
@@ -65,9 +68,7 @@ def separate_order() -> Iterator[None]:
 
 def in_separate_order() -> bool:
     """Whether sums run op by op: where `separate_order` says so, and under torch.func's transforms, which need plain operations."""
-    return _ORDER.separate or (
-        not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
-    )
+    return _ORDER.separate or (not torch.compiler.is_compiling() and _transforms.peek_interpreter_stack() is not None)
 
 
 class Member(NamedTuple):
