@@ -115,6 +115,8 @@ class Adapter(nn.Module):
     has_schedule: ClassVar[bool] = False
     scheduled: bool = False
     _stepped_unscheduled: bool = False
+    #: Whether its values come from a schedule: a controller stepped it, or they were loaded.
+    has_history: bool = False
     #: Keys of its tensors in a state dict, as they were before any wrapper hid them; the layer sets them.
     tensor_names: tuple[str, ...] = ()
 

@@ -285,6 +285,10 @@ class LowRankTuner(BaseTuner):
             if isinstance(tuner, LowRankTuner) and adapter_name in tuner.injected and len(tuner.peft_config) > 1:
                 tuner.delete_adapter(adapter_name)  # it was injected for this file, and has random values
             raise
+        for module in model.modules():
+            if isinstance(module, AdaptedLayer):
+                for adapter in module.adapters([adapter_name]):
+                    adapter.has_history = True
         if isinstance(tuner := getattr(model, "base_model", None), LowRankTuner):
             tuner.injected.discard(adapter_name)
         return {expected[k][0] if k in expected else k: v for k, v in state_dict.items()}

@@ -229,13 +229,9 @@ def flatten_for_autograd(x: Tensor, members: Sequence[Member]) -> tuple[Layout, 
         for own in term:
             slots[-1].append([])
             for f in own.blocks:  # one of rank 0 too: DDP waits for its (empty) gradients
-                at, up, scale = len(tensors), f.up, f.scale
-                if (
-                    torch.compiler.is_compiling()
-                ):  # a float in the layout is a symbol to dynamic shapes, which no kernel takes
-                    up, scale = up * scale, 1.0
-                slots[-1][-1].append(FactorSlots(at, at + 1, at + 2, at + 3, at + 4, f.rank, scale))
-                tensors += (f.down, up, f.gate, f.down_index, f.up_index)
+                at = len(tensors)
+                slots[-1][-1].append(FactorSlots(at, at + 1, at + 2, at + 3, at + 4, f.rank, f.scale))
+                tensors += (f.down, f.up, f.gate, f.down_index, f.up_index)
         ranks.append(tuple([sum([block.rank for block in own]) for own in slots[-1]]))
     frozen = tuple([tuple([tuple(own) for own in term]) for term in slots])
     return Layout(len(members), tuple(inv_keeps), frozen, tuple(ranks)), tensors
