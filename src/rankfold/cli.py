@@ -74,9 +74,8 @@ def _train(a: argparse.Namespace) -> None:
 def _sparsify(a: argparse.Namespace) -> None:
     if not a.debug:
         _quiet()
-    from rankfold.methods.sora import thresholds
     from rankfold.runfile.schema import load
-    from rankfold.train.sparsify import sparsify
+    from rankfold.train.sparsify import sparsify, thresholds
 
     schedule = thresholds(a.first, a.last, a.stages, a.schedule)
     stages = sparsify(

@@ -89,8 +89,8 @@ class Adapter(nn.Module):
 
     #: Whether the update is a fixed matrix. A method with an input-dependent update overrides `forward` and sets False.
     fixed: ClassVar[bool] = True
-    #: Whether the method has a schedule (its registry row sets this), and whether a controller runs it here.
-    has_schedule: ClassVar[bool] = False
+    #: Whether the method has a schedule (its config knows), and whether a controller runs it here.
+    has_schedule: bool = False
     scheduled: bool = False
     _stepped_unscheduled: bool = False
 
@@ -104,6 +104,7 @@ class Adapter(nn.Module):
         self.dropout, self.own_mask = float(config.lora_dropout), not config.share_dropout
         # In a tuple, out of the module registry: the model owns shared state once (tuner.py), each adapter only reads it
         self._shared = (shared,)
+        self.has_schedule = config.scheduled
         if self.has_schedule:
             _WATCHED.add(self)
 

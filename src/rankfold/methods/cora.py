@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -106,6 +106,35 @@ class CoraConfig(LowRankConfig):
         found = self.subspace()
         return None if found is None else set(found.targets)
 
+    @classmethod
+    def planned(cls, **fields: Any) -> CoraConfig:
+        return cls(**fields) if fields.get("basis") else PlannedCoraConfig(**fields)
+
+
+class _AnyBasis(Subspace):
+    """One for every module, as wide as asked for, without values."""
+
+    def key_for(self, site: Site) -> str:
+        return site.name
+
+    def basis_for(self, site: Site) -> Tensor:
+        return torch.empty(site.out_features, self.rank, device="meta")
+
+
+@dataclass
+class PlannedCoraConfig(CoraConfig):
+    """A CoRA whose basis does not exist yet. Its counts follow from the shapes, so any basis of them will do."""
+
+    note: ClassVar[str] = "counted without a basis: `rankfold subspace` builds it, and its file goes with the adapter"
+    basis: str = field(default="not built yet")
+
+    def subspace(self) -> Subspace:
+        rank = max(self.r, *self.rank_pattern.values(), 1)
+        return _AnyBasis(
+            bases={}, sigmas={}, scope="module", source="weights", scale="none", rank=rank, targets=(), base=None, models=(),
+            hash="",
+        )  # fmt: skip
+
 
 @lru_cache(maxsize=1)  # every site of a model asks; `state` tells a file that was replaced
 def _load(path: Path, state: tuple[int, ...]) -> Subspace:
@@ -173,5 +202,6 @@ CORA = register(
         summary="B is a common subspace of several models: frozen (half the parameters), or a start.",
         config=CoraConfig,
         adapter=Cora,
+        variants={"cora 1": {"approach": 1}, "cora 2": {"approach": 2}},
     )
 )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -56,6 +57,23 @@ class BudgetConfig(LowRankConfig):
         self.require("target_r", self.target_r, 1 <= self.target_r <= self.r, f"in 1..r={self.r}")
         steps = self.total_step
         self.require("total_step", steps, steps is None or steps >= 1, "an integer >= 1, or null")
+
+    @classmethod
+    def fields_at(cls, r: int) -> dict[str, int]:
+        return {"r": max(round(1.5 * r), r), "target_r": r}  # the start that the papers take
+
+    def with_rank(self, n: int) -> Self:
+        """The target stays the same share of the start."""
+        return self.changed(r=n, target_r=min(max(round(n * self.target_r / self.r), 1), n))
+
+    def at_the_end(self) -> Self:
+        return self.changed(r=self.target_r)
+
+    def ranks(self) -> dict[str, int]:
+        return {"r": self.r, "target_r": self.target_r}
+
+    def ranks_in_words(self) -> str:
+        return f"r {self.r} to {self.target_r}"
 
 
 def check_budget(config: BudgetConfig, adapters: Sequence[Gated]) -> None:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 from torch import nn
@@ -56,6 +56,16 @@ class RasaConfig(LowRankConfig):
     def pooled(self, r: int) -> int:
         """k for a module of rank r."""
         return max(r // 8, 1) if self.shared_rank is None else self.shared_rank
+
+    def with_rank(self, n: int) -> Self:
+        """k stays as it is, but never exceeds r."""
+        return self.changed(r=n, shared_rank=None if self.shared_rank is None else min(self.shared_rank, n))
+
+    def ranks(self) -> dict[str, int]:
+        return {"r": self.r, "shared_rank": self.pooled(self.r)}
+
+    def ranks_in_words(self) -> str:
+        return f"r {self.r}, k {self.pooled(self.r)}"
 
 
 class Pool(Shared):
@@ -134,5 +144,6 @@ RASA = register(
         config=RasaConfig,
         adapter=Rasa,
         folds_at="r-k+L*k",
+        starter=True,
     )
 )

@@ -50,6 +50,8 @@ class SoraConfig(LowRankConfig):
     """
 
     method: ClassVar[str] = "sora"
+    sparser_with: ClassVar[str] = "threshold"
+    note: ClassVar[str] = "its threshold decides how many ranks are left; counted with all of them"
     threshold: float = field(default=3e-4, metadata={"help": "xi: how far every gate shrinks per optimiser step."})
     preset: str = field(default="paper", metadata={"help": '"paper", or "reference" for the released code.'})
     prox: str | None = field(default=None, metadata={"help": '"soft" or "reference"; default by preset.'})
@@ -91,32 +93,6 @@ def reference_threshold(v: Tensor, xi: float) -> Tensor:
     that the first two have shrunk already)."""
     shrunk = v.sign() * (v.abs() - xi)
     return torch.where(v.abs() == xi, v, torch.where(v.abs() < 2 * xi, torch.zeros_like(v), shrunk))
-
-
-def thresholds(first: float, last: float, count: int, kind: str = "linear") -> list[float]:
-    """The increasing ξ of the sparsifying schedule (Algorithm 1).
-
-    Args:
-        first, last, count: ends and number of stages, ends included.
-        kind: "linear", "log_linear" (log of equal steps of exp ξ) or "exp_linear" (geometric; first > 0).
-
-    Raises:
-        ValueError: a kind, count or range that makes no schedule.
-    """
-    if count < 2 or last <= first or first < 0:
-        raise RankfoldError(
-            f"thresholds: first={first}, last={last}, count={count} need 0 <= first < last and count >= 2"
-        )
-    steps = [i / (count - 1) for i in range(count)]
-    if kind == "linear":
-        return [first + (last - first) * s for s in steps]
-    if kind == "log_linear":
-        return [math.log(math.exp(first) + (math.exp(last) - math.exp(first)) * s) for s in steps]
-    if kind == "exp_linear":
-        if first <= 0:
-            raise RankfoldError(f"thresholds: first={first} must be > 0 for a geometric schedule")
-        return [first * (last / first) ** s for s in steps]
-    raise RankfoldError(f'thresholds: kind={kind!r} must be "linear", "log_linear" or "exp_linear"')
 
 
 class SoraController(Controller[Sora, SoraConfig]):

@@ -52,7 +52,7 @@ def _share_of_experts(model: nn.Module, module: nn.Module) -> float:
 def adapter_flops(model: nn.Module) -> tuple[float, float] | None:
     """Of one token, what the adapters of a meta model add: forward, and forward with backward.
 
-    None where a layer cannot be run without numbers.
+    None where a layer cannot be run without values.
     """
     layers = adapted_layers(model)
     forward = both = 0.0
@@ -72,7 +72,7 @@ def adapter_flops(model: nn.Module) -> tuple[float, float] | None:
                 there = counter.get_total_flops()
                 y.backward(torch.empty_like(y))
             back = counter.get_total_flops()
-        except RuntimeError:  # torch's, of an operation that wants numbers
+        except RuntimeError:  # torch's, of an operation that needs values
             return None
         finally:
             layer.zero_grad()
