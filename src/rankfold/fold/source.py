@@ -27,6 +27,7 @@ from transformers import (
 
 import rankfold.methods  # noqa: F401  (registers the methods with PEFT)
 from rankfold.errors import RankfoldError
+from rankfold.host import registry
 from rankfold.host.adapter import Site, module_type
 from rankfold.kernel.factors import Factors
 
@@ -111,7 +112,7 @@ def read_config(folder: Path) -> PeftConfig:
     except (json.JSONDecodeError, AttributeError, UnicodeDecodeError) as error:
         raise RankfoldError(f"{path} is not valid: {error}") from None
     if kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
-        raise RankfoldError(f"{path}: peft_type={kind!r} is not known to PEFT or rankfold")
+        raise RankfoldError(f"{path}: {registry.unknown_type(kind)}")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT's advice about training
         return PeftConfig.from_pretrained(str(folder))

@@ -27,7 +27,6 @@ from dataclasses import asdict, dataclass, field
 from datetime import date
 from importlib.metadata import version
 from itertools import pairwise
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from peft import LoraConfig
@@ -41,7 +40,6 @@ from rankfold.gelora.states import FEWEST, Chain, Dimensions, intrinsic_dimensio
 from rankfold.methods.lora import PlainLoraConfig
 
 if TYPE_CHECKING:
-    from rich.console import Group
     from transformers import PreTrainedTokenizerBase
 
 Rounding = Literal["round", "ceil_diff", "floor_diff"]
@@ -137,7 +135,7 @@ class GeloraPlan:
 
     @property
     def parameters(self) -> int:
-        """Trainable numbers of the LoRA: Σ r·(in + out)."""
+        """Trainable parameters of the LoRA: Σ r·(in + out)."""
         return sum(block.parameters for block in self.blocks)
 
     def fields(self) -> dict[str, Any]:
@@ -160,18 +158,6 @@ class GeloraPlan:
     def peft_config(self, **changes: Any) -> LoraConfig:
         """PEFT's own LoRA with these ranks."""
         return LoraConfig(**{**self.fields(), **changes})
-
-    def table(self) -> Group:
-        """For a terminal, 80 columns wide."""
-        from rankfold.gelora.show import table
-
-        return table(self)
-
-    def picture(self, path: str | Path) -> None:
-        """Dimension with its spread, and rank, by layer; SVG, PNG or PDF by the file's ending."""
-        from rankfold.gelora.show import picture
-
-        picture(self, Path(path))
 
     # As a file --------------------------------------------------------------------------------------------------------
 

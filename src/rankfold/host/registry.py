@@ -106,7 +106,9 @@ def register(method: Method) -> Method:
             f"Method: name={method.name!r} is taken by {before.title} ({'.'.join(_origin(before))}); choose another"
         )
     if not re.fullmatch("[a-z][a-z0-9_]*[a-z0-9]", method.name):
-        raise RankfoldError(f"Method: name={method.name!r} must be lower-case letters, digits and single words joined by _")
+        raise RankfoldError(
+            f"Method: name={method.name!r} must be lower-case letters, digits and single words joined by _"
+        )
     if method.config.method != method.name:
         raise RankfoldError(f"Method: {method.config.__name__}.method={method.config.method!r} must be {method.name!r}")
     kind = add_peft_type(peft_name(method.name))

@@ -52,9 +52,7 @@ class Candidate:
         needed = {key: value for key, (value, _) in NEEDED.get(self.name, {}).items()}
         made = cls.planned if issubclass(cls, LowRankConfig) else cls
         try:
-            config = made(
-                task_type=_TASK_TYPES.get(task or ""), **{**needed, "target_modules": targets, **self.fields}
-            )
+            config = made(task_type=_TASK_TYPES.get(task or ""), **{**needed, "target_modules": targets, **self.fields})
         except (TypeError, AttributeError) as error:
             raise RankfoldError(f"{self.label}: {error}") from None
         if task == "classification":
