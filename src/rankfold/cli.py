@@ -21,6 +21,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = _parser().parse_args(argv)
     try:
+        if arguments.imports:
+            from rankfold.host.plugins import load_plugin
+
+            for name in arguments.imports:
+                load_plugin(name)
         return arguments.call(arguments) or 0
     except KeyboardInterrupt:
         print("\ninterrupted; `rankfold train ... --resume` continues from the last checkpoint", file=sys.stderr)
@@ -118,7 +123,7 @@ def _init(a: argparse.Namespace) -> None:
     path = Path(a.run_file)
     if path.exists() and not a.force:
         raise FileExistsError(f"'{path}' exists; give another name or --force")
-    path.write_text(compare_template(a.task) if a.compare else template(a.task, a.method), encoding="utf-8")
+    path.write_text(compare_template(a.task) if a.compare else template(a.task, a.method, a.imports), encoding="utf-8")
     print(f"wrote {path}; next: rankfold {'compare' if a.compare else 'train'} {path} --dry-run")
 
 
@@ -250,6 +255,14 @@ def _parser() -> argparse.ArgumentParser:
     def command(name: str, call: object, text: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
         sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        sub.add_argument(
+            "--import",
+            dest="imports",
+            action="append",
+            default=[],
+            metavar="MODULE",
+            help="a module or file (./my_method.py) that registers a method of yours (repeatable)",
+        )
         sub.set_defaults(call=call)
         return sub
 

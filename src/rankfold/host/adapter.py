@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from rankfold.errors import RankfoldError
 from rankfold.kernel.factors import Factors
 from rankfold.kernel.linears import Term, low_rank_update
 
@@ -140,12 +141,9 @@ class Adapter(nn.Module):
         (an update that is not zero, for tests), or a scheme that the method names."""
 
     def factors(self) -> Factors:
-        """The whole update as one pair; raises TypeError where it is not a fixed matrix."""
+        """The whole update as one pair; raises RankfoldError where it is not a fixed matrix."""
         if not self.fixed:
-            raise TypeError(
-                f"{type(self).__name__} at {self.site.name}: its update depends on the input, "
-                "so no pair of factors equals it"
-            )
+            raise RankfoldError(not_fixed(f"{type(self).__name__} at {self.site.name}"))
         first, *rest = self.blocks()
         return first.concat(*rest)
 
@@ -191,6 +189,11 @@ class Adapter(nn.Module):
 
     def extra_repr(self) -> str:
         return f"r={self.r}, scaling={self.scaling:g}, dropout={self.dropout:g}"
+
+
+def not_fixed(what: str) -> str:
+    """Why an adapter that is not `fixed` has no delta, merge, fold or spectrum, in one sentence."""
+    return f"{what}: its update depends on the input, so no matrix and no LoRA equals it; serve it with PEFT, unmerged"
 
 
 class Shared(nn.Module):
