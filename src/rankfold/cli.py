@@ -118,12 +118,16 @@ def _validate(a: argparse.Namespace) -> None:
 
 def _init(a: argparse.Namespace) -> None:
     from rankfold.compare.template import template as compare_template
+    from rankfold.runfile.imports import seen_from
     from rankfold.runfile.template import template
 
     path = Path(a.run_file)
     if path.exists() and not a.force:
         raise FileExistsError(f"'{path}' exists; give another name or --force")
-    path.write_text(compare_template(a.task) if a.compare else template(a.task, a.method, a.imports), encoding="utf-8")
+    path.write_text(
+        compare_template(a.task) if a.compare else template(a.task, a.method, seen_from(a.imports, path)),
+        encoding="utf-8",
+    )
     print(f"wrote {path}; next: rankfold {'compare' if a.compare else 'train'} {path} --dry-run")
 
 

@@ -40,7 +40,9 @@ class Square(Lora):
 @pytest.fixture
 def model(own_registry: None) -> PeftModel:
     register(Method("square", "Square", "none", "", SquareConfig, Square))
-    config = LlamaConfig(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, vocab_size=30)
+    config = LlamaConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, vocab_size=30
+    )
     given: Any = SquareConfig(r=2, target_modules=["q_proj", "up_proj"], init_lora_weights=False)
     return get_peft_model(LlamaForCausalLM(config), given)  # pyright: ignore[reportReturnType]
 

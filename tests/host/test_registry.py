@@ -209,7 +209,9 @@ def python(script: str, *arguments: str, path: Path) -> subprocess.CompletedProc
 def test_entry_points(tmp_path: Path) -> None:
     """One names a module, one a row, one is broken; `import rankfold` is enough, and peft alone hears of none of them."""
     cell = CELL.format(words="x", controller="None").replace("register(Method(", "ROW = (Method(")
-    (tmp_path / "ep_module.py").write_text("from rankfold import RasaConfig\n" + CELL.format(words="m", controller="None"))
+    (tmp_path / "ep_module.py").write_text(
+        "from rankfold import RasaConfig\n" + CELL.format(words="m", controller="None")
+    )
     (tmp_path / "ep_row.py").write_text(cell.replace('"cell"', '"row"'))
     (tmp_path / "ep_broken.py").write_text("import no_such_thing")
     about = tmp_path / "some_package-1.0.dist-info"

@@ -38,6 +38,7 @@ class Method:
         folds_at: the rank of the folded LoRA, as a formula for people.
         variants: fields by the label of a row, for a method that a plan lists more than once.
         starter: whether a new compare file names it beside LoRA.
+        example: fields for a short first run of about the size of LoRA at r = 8; None takes one away that others get.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Method:
     folds_at: str = "r"
     variants: Mapping[str, Mapping[str, Any]] | None = None
     starter: bool = False
+    example: Mapping[str, Any] | None = None
 
     @property
     def foldable(self) -> bool:

@@ -171,5 +171,14 @@ ADALORA = register(
         adapter=AdaSvd,
         controller=AdaSvdController,
         folds_at="triplets left, per layer",
+        example={
+            "r": 12,
+            "target_r": 8,
+            "tinit": 20,
+            "tfinal": 50,
+            "deltaT": 5,
+            "orth_reg_weight": 0.1,
+            "lora_alpha": 24,
+        },
     )
 )

@@ -202,6 +202,7 @@ CORA = register(
         summary="B is a common subspace of several models: frozen (half the parameters), or a start.",
         config=CoraConfig,
         adapter=Cora,
+        example={"target_modules": None},  # the basis names them
         variants={"cora 1": {"approach": 1}, "cora 2": {"approach": 2}},
     )
 )

@@ -142,5 +142,6 @@ DYNAMIC_DORA = register(
         adapter=DynamicDora,
         controller=DynamicDoraController,
         folds_at="components left, per layer",
+        example={"r": 12, "target_r": 8, "interval": 10, "lora_dropout": 0.0, "lora_alpha": 24},
     )
 )

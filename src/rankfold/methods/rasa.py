@@ -145,5 +145,6 @@ RASA = register(
         adapter=Rasa,
         folds_at="r-k+L*k",
         starter=True,
+        example={"shared_rank": 1},
     )
 )

@@ -169,5 +169,6 @@ SORA = register(
         adapter=Sora,
         controller=SoraController,
         folds_at="gates left, per layer",
+        example={"threshold": 1e-3},
     )
 )
