@@ -6,7 +6,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from rankfold.plan.costs import CostPlan, Row
+from rankfold.plan.cost_plan import CostPlan, Row
 from rankfold.plan.folding import Fold
 
 
