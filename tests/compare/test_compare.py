@@ -335,7 +335,7 @@ def test_who_cannot_run_is_recorded(values: Values, here: list[str]):
     where = {"outside": {"layers": [7]}, "first": {"layers": "first third"}}
     lines = run(values | {"methods": values["methods"][:1], "where": where})
     assert {line.where: line.status for line in lines} == {"outside": "failed", "first": "done"}
-    assert lines[0].reason == "where: layers: 7 is no layer; the model has layers 0 to 2"
+    assert lines[0].reason == "where: layers: 7 is not a layer; the model has layers 0 to 2"
     assert len(here) == 1
     with pytest.raises(ValueError, match="no contender can be trained: rasa: method: No modules"):
         run(values | {"methods": [{"name": "rasa", "target_modules": ["nothing"]}], "output": values["output"] + "2"})

@@ -172,7 +172,7 @@ class _Bench:
             part = THIRDS.index(wanted)
             return list(range(round(part * count / 3), round((part + 1) * count / 3)))
         if outside := [layer for layer in wanted if not 0 <= layer < count]:
-            raise RankfoldError(f"where: layers: {outside[0]} is no layer; the model has layers 0 to {count - 1}")
+            raise RankfoldError(f"where: layers: {outside[0]} is not a layer; the model has layers 0 to {count - 1}")
         return wanted
 
 

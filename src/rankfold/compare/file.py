@@ -224,7 +224,7 @@ def _check(file: CompareFile) -> list[Problem]:
     problems += [Problem(("seeds",), f"{seed} must not be less than 0") for seed in file.seeds if seed < 0]
     if foreign := [s for s in file.search_seeds or () if s not in file.seeds]:
         problems.append(
-            Problem(("search_seeds",), f"{foreign[0]} is none of seeds ({', '.join(map(str, file.seeds))})")
+            Problem(("search_seeds",), f"{foreign[0]} is not one of seeds ({', '.join(map(str, file.seeds))})")
         )
     if not isinstance(file.search, str) and file.training.early_stopping:
         problems.append(
@@ -234,7 +234,7 @@ def _check(file: CompareFile) -> list[Problem]:
         problems.append(
             Problem(
                 ("training", "metric"),
-                "'macro_f1' is no mean over rows, so test rows cannot be resampled for it; use accuracy or loss",
+                "'macro_f1' is not a mean over rows, so test rows cannot be resampled for it; use accuracy or loss",
             )
         )
     problems += [Problem(("where", name, "layers"), "is empty") for name, p in file.where.items() if p.layers == []]
@@ -290,5 +290,5 @@ def with_targets(contender: ContenderSpec, targets: str | list[str]) -> dict[str
 
 
 def number(text: int | str) -> int:
-    """A count as people write it: 1200000, "1.2M", "300k"; raises ValueError where it is none."""
+    """A count as people write it: 1200000, "1.2M", "300k"; raises RankfoldError where it is not one."""
     return parse_budget(str(text))

@@ -89,7 +89,7 @@ class TrialLine:
         """The line again; fields of a later version are left out.
 
         Raises:
-            ValueError: it is no trial line.
+            RankfoldError: it is not a trial line.
         """
         values = json.loads(text)
         if not isinstance(values, dict):
@@ -105,10 +105,10 @@ def read(path: str | Path) -> list[TrialLine]:
     """The lines of a comparison; of trials that were tried again, the last line of each.
 
     Args:
-        path: trials.jsonl, or the comparison's folder; no file is no lines.
+        path: trials.jsonl, or the comparison's folder; without a file there are no lines.
 
     Raises:
-        ValueError: a line that is no trial line, unless it is the last one and was cut off while it was written.
+        RankfoldError: a line that is not a trial line, unless it is the last one and was cut off while it was written.
     """
     path = Path(path)
     path = path / FILE if path.is_dir() else path

@@ -55,7 +55,7 @@ def gelora_ranks(d: Sequence[float], rounding: Rounding = "round", max_rank: int
     [4, 4, 1, 5, 1]
 
     Raises:
-        ValueError: a rounding that is none, or max_rank below 1.
+        ValueError: an unknown rounding, or max_rank below 1.
     """
     if rounding not in get_args(Rounding):
         raise RankfoldError(f"rounding={rounding!r} must be one of {', '.join(get_args(Rounding))}")
@@ -216,7 +216,7 @@ def assign_ranks(
     recipe: dict[str, Any] | None = None,
     notes: Sequence[str] = (),
 ) -> GeloraPlan:
-    """The plan that follows from `intrinsic_dimensions(model, ...)`, for inputs that are no texts, too.
+    """The plan that follows from `intrinsic_dimensions(model, ...)`, for inputs that are not texts, too.
 
     Args:
         rounding: before the rule (see the module's docstring).

@@ -5,7 +5,7 @@ abstract and three short summaries only. From the abstract: B is the matrix that
 half the trainable parameters) or as the start of a trainable B (approach 2). From the summaries: the subspace comes from
 an SVD over the collected q, k and v matrices of several fine-tuned models.
 
-OUR INTERPRETATION is everything else: left singular vectors of the matrices side by side, one basis a layer for q, k and
+OUR INTERPRETATION is everything else: left singular vectors of the matrices side by side, one basis per layer for q, k and
 v (scope, source and scale are options of `build_subspace`); orthonormal columns; A = 0, so that ΔW = 0 at the start and
 A has a gradient at once; the scale α/r of LoRA; the modules of the basis as default targets.
 

@@ -1,4 +1,4 @@
-"""Floating-point operations a token: the base's by formula, an adapter's by counting what its layers do.
+"""Floating-point operations per token: the base's by formula, an adapter's by counting what its layers do.
 
     base, forward         2 · in · out of every linear layer (a fused expert: times the experts a token goes to)
     base, with backward   4 · in · out: frozen weights need the gradient of their input alone
@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from rankfold.plan.layers import adapted_layers, alike, in_and_out
 
 TOKENS = 2048
-"""Tokens a step."""
+"""Tokens per step."""
 
 
 def base_flops(model: nn.Module) -> int:
