@@ -12,7 +12,7 @@ from rankfold.compare.statistics import Analysis
 
 
 def show(analysis: Analysis) -> Group:
-    """The answer, a row a contender with the best test metric first, what to beware of, and what did not finish."""
+    """The answer, one row per contender with the best test metric first, what to beware of, and what did not finish."""
     n = say.digits(analysis)
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     table.add_column("contender", overflow="fold")

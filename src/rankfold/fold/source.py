@@ -27,6 +27,7 @@ from transformers import (
 
 import rankfold.methods  # noqa: F401  (registers the methods with PEFT)
 from rankfold.errors import RankfoldError
+from rankfold.host import registry
 from rankfold.host.adapter import Site, module_type
 from rankfold.kernel.factors import Factors
 
@@ -41,7 +42,7 @@ class Source:
     """One adapter, ready to be folded.
 
     Args:
-        method: what it is, for people: "rasa", "peft:dora".
+        method: what it is, for people: our name of it, or PEFT's as in "peft:dora".
         config: its config, of which a fold keeps base, revision, task type and modules_to_save.
         update: the trained update of a module by name, with gate and scale; in any order.
         adapted: names of the modules that have the adapter, as the base model knows them.
@@ -111,7 +112,7 @@ def read_config(folder: Path) -> PeftConfig:
     except (json.JSONDecodeError, AttributeError, UnicodeDecodeError) as error:
         raise RankfoldError(f"{path} is not valid: {error}") from None
     if kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
-        raise RankfoldError(f"{path}: peft_type={kind!r} is not known to PEFT or rankfold")
+        raise RankfoldError(f"{path}: {registry.unknown_type(kind)}")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT's advice about training
         return PeftConfig.from_pretrained(str(folder))
