@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rankfold.compare import wording as say
-from rankfold.compare.statistics import Analysis
+from rankfold.compare.analysis import Analysis
 
 
 def show(analysis: Analysis) -> Group:
