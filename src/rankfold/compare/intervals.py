@@ -12,6 +12,7 @@ rules and on the long side between (Howe 1974). `together` says how differences 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 
@@ -96,7 +97,7 @@ def alone(tests: Sequence[float], row_variance: float | None, row_freedom: int =
         square = critical(1, count - 1) ** 2 * float(np.var(tests, ddof=1)) / count
     if row_variance is not None:
         square += critical(1, row_freedom) ** 2 * row_variance
-    return float(np.sqrt(square))
+    return math.sqrt(square)
 
 
 def together(
@@ -138,7 +139,7 @@ def together(
             variance = rows.variance([places[a][s] for s in seeds], [places[b][s] for s in seeds])
             square += critical(len(tested), rows.freedom) ** 2 * variance
         if square > 0:
-            found[a, b] = float(np.sqrt(square))
+            found[a, b] = math.sqrt(square)
     return found
 
 
@@ -151,6 +152,6 @@ def _pooled(tests: Mapping[str, Mapping[int, float]], seeds: Sequence[int]) -> t
     total = float(np.trace(products))
     if total <= 0:
         return 0.0, float(count - 1)
-    # Greenhouse and Geisser's epsilon times (S−1)(C−1)
+    # Greenhouse and Geisser's epsilon times (S−1)(C−1), rounded down so that simulations meet the same critical values again
     freedom = (count - 1) * total**2 / float((products**2).sum())
-    return total / ((contenders - 1) * (count - 1)), freedom
+    return total / ((contenders - 1) * (count - 1)), math.floor(10 * freedom + 1e-6) / 10
