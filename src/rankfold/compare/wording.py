@@ -141,6 +141,14 @@ def _takes(analysis: Analysis) -> str:
     return f"that takes at least {analysis.least_seeds} seeds that both finished"
 
 
+def against(analysis: Analysis, c: Contender) -> str:
+    """How a contender stands to the reference, as "−0.0028, no difference shown"."""
+    if c.name == analysis.reference:
+        return "reference"
+    d = analysis.difference(c.name, analysis.reference) if analysis.reference else None
+    return f"{signed(d.value, digits(analysis))}, {d.verdict}" if d else NOTHING
+
+
 def in_common(d: Difference) -> str:
     """How many seeds two contenders share, as "2 seeds in common"."""
     return "1 seed in common" if len(d.seeds) == 1 else f"{len(d.seeds)} seeds in common"
