@@ -167,15 +167,15 @@ def _capital(text: str) -> str:
 def method(analysis: Analysis) -> str:
     """How the numbers were made, in a short paragraph."""
     least = analysis.least_seeds
-    rows = f"the {analysis.rows or 0:,} test rows"
+    rows = f"test rows than these {analysis.rows or 0:,}"
     text = (
         f"The learning rate of each contender is the one with the best mean {words(analysis.metric)} on validation rows; "
         "rates at which a seed failed come last. Only then are the test rows looked at. That another rate might have been chosen is "
         "not in the intervals. "
     )
     text += {
-        "seeds and rows": f"A 95 % interval allows for other seeds and for others than {rows}.",
-        "rows": f"With one seed, an interval allows only for others than {rows}: it is of the one model that was trained.",
+        "seeds and rows": f"A 95 % interval allows for other seeds and for other {rows}.",
+        "rows": f"With one seed, an interval allows only for other {rows}: it is of the one model that was trained.",
         "seeds": "A 95 % interval allows for other seeds, and not for other test rows.",
         "nothing": f"An interval takes at least {least} seeds, so none is given.",
     }[analysis.over]
@@ -194,7 +194,7 @@ def method(analysis: Analysis) -> str:
 def _family(analysis: Analysis, held: int, others: int) -> str:
     """What the intervals of differences promise together."""
     if held + others == 1:
-        return "There is one difference, so there is nothing to adjust its interval for."
+        return "One difference was tested, so there is nothing to adjust its interval for."
     counts = ((held, f"against {analysis.reference}"), (others, "between other contenders"))
     told = [
         f"the {n:,} {what} hold together with 95 % probability"
