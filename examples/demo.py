@@ -34,7 +34,7 @@ import rankfold.methods  # noqa: F401  (its adapters are PEFT adapters from here
 from rankfold.cli import _quiet
 from rankfold.fold import fold_adapter
 from rankfold.io import assets as bundled
-from rankfold.runfile.schema import parse
+from rankfold.runfile.load import parse
 from rankfold.train.run import TrainResult, train
 
 console = Console(width=None if sys.stdout.isatty() else 110)

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from rankfold.compare.file import THIRDS, CompareFile, Contender, Place, SameAs, number, with_targets
 from rankfold.errors import RankfoldError
-from rankfold.runfile.checks import config_fields, peft_config
+from rankfold.runfile.checks import peft_config
+from rankfold.runfile.methods import config_fields
+from rankfold.tasks.rows import DataError
 from rankfold.train import budget, model
-from rankfold.train.datafile import DataError
 from rankfold.train.prepare import Prepared, make_plan, prepare
 
 if TYPE_CHECKING:
@@ -78,7 +79,8 @@ def resolve(file: CompareFile) -> Field:
     first = next((e for e in entries if e.reason is None), None)
     if first is None:
         raise RankfoldError("no contender can be trained: " + "; ".join(f"{e.name()}: {e.reason}" for e in entries))
-    plan = make_plan(dataclasses.replace(prepared, run=file.run_file(first.method, file.rates[0], file.seeds[0], "-")))
+    run = file.run_file(first.method, file.rates[0], file.seeds[0], "-")
+    plan = make_plan(dataclasses.replace(prepared, run=run, peft_config=peft_config(run)))
     same: dict[str, Entry] = {}
     for entry in entries:
         other = same.setdefault(json.dumps(entry.method, sort_keys=True, default=str), entry)
@@ -103,7 +105,7 @@ class _Bench:
 
     def adapted(self, method: dict[str, Any]) -> PeftModel:
         run = self.file.run_file(method, self.file.rates[0], self.file.seeds[0], "-")
-        return model.adapt(self.base(), run, self.head, self.prepared.tokenizer)
+        return model.adapt(self.base(), peft_config(run), self.head, self.prepared.processor)
 
     def base(self) -> PreTrainedModel:
         return deepcopy(self.skeleton)

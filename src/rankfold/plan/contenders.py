@@ -10,11 +10,11 @@ import yaml
 from peft import PeftConfig
 from torch import nn
 
-from rankfold.errors import RankfoldError
+from rankfold.errors import RankfoldError, nearest
 from rankfold.host import registry
 from rankfold.plan.basis import PlannedCoraConfig
-from rankfold.runfile.checks import SET_BY_THE_RUN, config_class, config_fields
-from rankfold.runfile.problems import nearest
+from rankfold.runfile.methods import SET_BY_THE_RUN, config_class, config_fields
+from rankfold.tasks import table
 
 #: Names that PEFT's users know, for a field of its LoRA.
 ALIASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -24,7 +24,6 @@ ALIASES: dict[str, tuple[str, dict[str, Any]]] = {
 RIVALS = ("peft:lora", "peft:rslora", "peft:dora", "peft:adalora", "peft:vera", "peft:loha", "peft:lokr")
 #: What a config cannot do without and a plan does not depend on.
 _NEEDED = {"peft:adalora": {"total_step": 1000}}
-_TASK_TYPES = {"causal-lm": "CAUSAL_LM", "classification": "SEQ_CLS"}
 
 
 @dataclass(frozen=True)
@@ -63,11 +62,12 @@ class Contender:
         if self.name == "cora" and not self.fields.get("basis"):
             cls = PlannedCoraConfig
         given = {**_NEEDED.get(self.name, {}), "target_modules": targets, **self.fields}
+        row = table.get(task) if task else None
         try:
-            config = cls(task_type=_TASK_TYPES.get(task or ""), **given)
+            config = cls(task_type=row.peft_type if row else None, **given)
         except (TypeError, AttributeError) as error:
             raise RankfoldError(f"{self.label}: {error}") from None
-        if task == "classification":
+        if row is not None and row.new_head:
             from rankfold.train import model
 
             model.keep(config, model.heads(base))  # pyright: ignore[reportArgumentType]

@@ -108,7 +108,7 @@ def run_costs(
 
     Args:
         model: a folder with a config.json, GGUF file, bundled name or hub id.
-        task: "causal-lm" or "classification"; by default what the config names.
+        task: its name; by default what the config names.
         methods: as `contenders.parse` reads them; by default all of ours and the best known of PEFT's.
         targets: ends of module names; by default every linear layer but the output head.
         r: rank of every method, where its own fields give none.
