@@ -32,6 +32,11 @@ def get(name: str) -> Task:
     return TASKS[name]
 
 
+def of_peft_type(name: object) -> Task | None:
+    """The task of an adapter's `task_type`, a string or PEFT's enum."""
+    return next((task for task in TASKS.values() if task.peft_type == getattr(name, "value", name)), None)
+
+
 def columns() -> dict[str, str]:
     """The columns of all tasks that a run file need not name → what they are called."""
     return {c: c for task in TASKS.values() for c in task.columns if c not in task.optional}

@@ -112,9 +112,10 @@ class Task(ABC):
         for kind in self.kinds:
             if all(names.get(role) in columns for role in kind):
                 return kind
-        *others, last = (" + ".join(kind) for kind in self.kinds)
+        kinds = [" + ".join(kind) for kind in self.kinds]
+        listed = ", ".join(kinds[:-1]) + (", or " if kinds[1:] else "") + kinds[-1]
         raise DataError(
-            f"train has none of the columns {', '.join(others)}, or {last}; it has: {', '.join(columns)}. "
+            f"train has none of the columns {listed}; it has: {', '.join(columns)}. "
             f"Say which is which, for instance data.columns: {{{self.kinds[-1][0]}: {columns[0]}}}"
         )
 

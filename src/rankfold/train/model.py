@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
     from rankfold.runfile.schema import Model, RunFile
 
-# PEFT trains and saves modules of these names by itself.
-_HEADS_OF_PEFT = {"classifier", "score"}
+# Task types for which PEFT itself leaves heads of these names out of all-linear, trains and saves them.
+_HEADS_OF_PEFT = {"SEQ_CLS": {"classifier", "score"}}
 
 
 class ModelError(RankfoldError):
@@ -120,7 +120,8 @@ def heads(model: PreTrainedModel) -> list[str]:
 
 def keep(config: PeftConfig, train_in_full: list[str]) -> None:
     """Has PEFT train and save these modules in full, beside those that it does by itself."""
-    if more := [name for name in train_in_full if name not in _HEADS_OF_PEFT]:
+    by_itself = _HEADS_OF_PEFT.get(str(getattr(config.task_type, "value", config.task_type)), set())
+    if more := [name for name in train_in_full if name not in by_itself]:
         setattr(config, "modules_to_save", [*(getattr(config, "modules_to_save", None) or []), *more])  # noqa: B010
 
 
