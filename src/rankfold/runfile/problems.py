@@ -105,7 +105,7 @@ def allowed(annotation: Any) -> str:
         return f"a list of {allowed(args[0])}"
     kind = origin or annotation
     if isinstance(kind, type) and issubclass(kind, BaseModel):
-        return f"a mapping with the keys {', '.join(kind.model_fields)}"
+        return f"a mapping with the keys {', '.join(kind.model_fields)}" if kind.model_fields else "a mapping"
     return _KINDS.get(kind, getattr(kind, "__name__", str(kind)))
 
 

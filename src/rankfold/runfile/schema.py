@@ -54,19 +54,19 @@ class Columns(BaseModel):
     """What the columns of the rows are called: those of all tasks, by what we call them."""
 
     model_config = ConfigDict(extra="allow", strict=True, frozen=True)
-    __pydantic_extra__: dict[str, str | None] = Field(init=False)
+    __pydantic_extra__: dict[str, str] = Field(init=False)
 
     @model_validator(mode="before")
     @classmethod
     def _as_we_call_them(cls, given: Any) -> Any:
         if not isinstance(given, dict):
             return given
-        return table.columns() | {k: v for k, v in given.items() if v is not None or k not in table.optional_columns()}
+        return table.columns() | {role: column for role, column in given.items() if column is not None}
 
     @property
     def names(self) -> dict[str, str]:
         """Our name → the run file's; optional columns only where it names them."""
-        return {role: name for role, name in (self.__pydantic_extra__ or {}).items() if name is not None}
+        return dict(self.__pydantic_extra__ or {})
 
 
 class Data(Section):
