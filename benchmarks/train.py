@@ -92,7 +92,7 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
 
 
 def run_file(args: argparse.Namespace, folder: Path) -> Any:
-    from rankfold.runfile.schema import parse
+    from rankfold.runfile.load import parse
 
     return parse(
         {
@@ -114,7 +114,7 @@ def rankfold(args: argparse.Namespace, folder: Path) -> tuple[Any, int]:
 
     prepared = prepare(run_file(args, folder))
     base, new = model.load_model(prepared.run, prepared.place, prepared.config)
-    adapted = model.adapt(base, prepared.run, new, prepared.tokenizer)
+    adapted = model.adapt(base, prepared.peft_config, new, prepared.processor)
     clock = Clock()
     trainer = make_trainer(prepared, adapted, [clock])
     trainer.args.eval_strategy, trainer.args.save_strategy = "no", "no"

@@ -34,8 +34,8 @@ from rankfold.cli import _quiet
 from rankfold.fold import fold_adapter
 from rankfold.host import registry
 from rankfold.io import assets as bundled
-from rankfold.runfile.checks import config_class, config_fields
-from rankfold.runfile.schema import parse
+from rankfold.runfile.load import parse
+from rankfold.runfile.methods import config_class, config_fields
 from rankfold.train.run import TrainResult, train
 
 console = Console(width=None if sys.stdout.isatty() else 110)

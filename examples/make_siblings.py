@@ -29,7 +29,7 @@ from rankfold.cli import _quiet
 from rankfold.io import assets as bundled
 from rankfold.io.files import whole_folder
 from rankfold.methods.cora_subspace import build_subspace
-from rankfold.runfile.schema import parse
+from rankfold.runfile.load import parse
 from rankfold.train.model import load_config, load_model, load_tokenizer, locate
 from rankfold.train.run import train
 

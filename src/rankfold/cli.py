@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rankfold.errors import RankfoldError
+from rankfold.tasks.table import TASKS
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -57,7 +58,7 @@ def _missing_extra(error: Exception) -> str | None:
 def _train(a: argparse.Namespace) -> None:
     if not a.debug:
         _quiet()
-    from rankfold.runfile.schema import load
+    from rankfold.runfile.load import load
 
     run = load(a.run_file, a.overrides)
     if a.dry_run:
@@ -79,7 +80,7 @@ def _train(a: argparse.Namespace) -> None:
 def _sparsify(a: argparse.Namespace) -> None:
     if not a.debug:
         _quiet()
-    from rankfold.runfile.schema import load
+    from rankfold.runfile.load import load
     from rankfold.train.sparsify import sparsify, thresholds
 
     schedule = thresholds(a.first, a.last, a.stages, a.schedule)
@@ -110,7 +111,7 @@ def _compare(a: argparse.Namespace) -> int:
 
 
 def _validate(a: argparse.Namespace) -> None:
-    from rankfold.runfile.schema import load
+    from rankfold.runfile.load import load
 
     run = load(a.run_file, a.overrides)
     print(f"{a.run_file} is valid: {run.method.name} on {run.model.name} for {run.task}, into {run.output}")
@@ -308,7 +309,7 @@ def _parser() -> argparse.ArgumentParser:
 
     init = command("init", _init, "write a commented run file that works")
     init.add_argument("run_file", nargs="?", default="run.yaml", metavar="run.yaml")
-    init.add_argument("--task", choices=("classification", "causal-lm"), default="classification")
+    init.add_argument("--task", choices=TASKS, default="classification")
     init.add_argument("--method", default="rasa", help="see `rankfold methods`, or peft:NAME (default: rasa)")
     init.add_argument("--compare", action="store_true", help="a compare file instead; its methods are a start")
     init.add_argument("--force", action="store_true", help="replace the file if it exists")
@@ -377,7 +378,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument(
         "--targets", type=_names, metavar="A,B", help="ends of module names (default: every linear layer)"
     )
-    plan.add_argument("--task", choices=("causal-lm", "classification"), help="default: what the config names")
+    plan.add_argument("--task", choices=TASKS, help="default: what the config names")
     plan.add_argument("--r", type=int, metavar="N", help="rank of every method (default: 8)")
     budget = plan.add_mutually_exclusive_group()
     budget.add_argument(

@@ -79,7 +79,7 @@ def test_errors_are_one_line_and_status_1(run_file: Path, capsys: pytest.Capture
 
 
 def test_bugs_show_their_traceback(monkeypatch: pytest.MonkeyPatch, run_file: Path):
-    monkeypatch.setattr("rankfold.runfile.schema.load", lambda *a: 1 / 0)
+    monkeypatch.setattr("rankfold.runfile.load.load", lambda *a: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         cli.main(["validate", str(run_file)])
 
@@ -88,7 +88,7 @@ def test_an_interrupt_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, run_fil
     def interrupt(*a):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("rankfold.runfile.schema.load", interrupt)
+    monkeypatch.setattr("rankfold.runfile.load.load", interrupt)
     assert cli.main(["train", str(run_file)]) == 130
     assert "--resume" in capsys.readouterr().err
 

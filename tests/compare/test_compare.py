@@ -26,7 +26,7 @@ from rankfold.compare.file import CompareFile, parse
 from rankfold.compare.time_left import Estimate
 from rankfold.compare.trial_file import TrialLine, append, read
 from rankfold.compare.trial_list import make, wanted
-from rankfold.train.datafile import DataError
+from rankfold.tasks.rows import DataError
 from rankfold.train.folder import FolderError
 from rankfold.train.metrics import read_metrics
 

@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 from rankfold.compare.contenders import Entry
 from rankfold.compare.file import parse
 from rankfold.compare.trial_list import make
-from rankfold.runfile.schema import parse as parse_run
+from rankfold.runfile.load import parse as parse_run
 from rankfold.train.run import train
 from rankfold.train.trainers import CarefulTrainer
 

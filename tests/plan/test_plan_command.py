@@ -10,7 +10,7 @@ import yaml
 from shapes import LLAMA_8B, folder
 
 from rankfold import cli
-from rankfold.runfile.schema import parse
+from rankfold.runfile.load import parse
 
 
 @pytest.fixture(autouse=True)

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from rankfold.compare.file import load as load_comparison
+from rankfold.runfile.load import load, parse
 from rankfold.runfile.problems import RunFileError
-from rankfold.runfile.schema import load, parse
 from rankfold.runfile.template import template
 from rankfold.runfile.yaml import YamlError, read
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 from datasets import Dataset
 from tiny import byte_tokenizer, sentiment, write_jsonl
 
-from rankfold.runfile.schema import parse
+from rankfold.runfile.load import parse
+from rankfold.tasks import table
+from rankfold.tasks.rows import DataError, Rows
 from rankfold.train.data import load_rows
-from rankfold.train.datafile import DataError, read_file
-from rankfold.train.tokens import longest_row, note_cut_off, token_counts
+from rankfold.train.datafile import read_file
+from rankfold.train.tokens import longest_row, note_cut_off
 
 
 def rows_of(task: str, **data):
@@ -23,6 +26,12 @@ def error_of(task: str, **data) -> str:
     with pytest.raises(DataError) as error:
         rows_of(task, **data)
     return str(error.value)
+
+
+def lengths(task: str, rows: Rows, loss_on: str = "completion") -> list[int]:
+    """Of the training rows in tokens."""
+    data = SimpleNamespace(loss_on=loss_on)
+    return table.get(task).encode(rows, "train", byte_tokenizer(), 64, data).lengths
 
 
 def error_in(path) -> str:
@@ -161,7 +170,7 @@ def test_pairs_of_texts(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", [{"a": "x", "b": "y", "label": "n"}, {"a": "x", "b": "z", "label": "m"}])
     rows = rows_of("classification", source=str(path), columns={"text": "a", "text_pair": "b"})
     assert rows.kind == ("text", "text_pair", "label")
-    assert token_counts(rows, byte_tokenizer()) == {"train": [2, 2]}
+    assert lengths("classification", rows) == [2, 2]
 
 
 @pytest.mark.parametrize(
@@ -267,17 +276,17 @@ def test_the_order_of_labels(tmp_path):
 def test_texts_that_are_cut_off_are_counted(tmp_path):
     rows = [{"prompt": "a" * n, "completion": "b"} for n in (1, 5, 9)]
     found = rows_of("causal-lm", source=str(write_jsonl(tmp_path / "a.jsonl", rows)))
-    counts = token_counts(found, byte_tokenizer())
-    assert counts == {"train": [2, 6, 10]}
-    note_cut_off(found, counts, 8)
+    counts = lengths("causal-lm", found)
+    assert counts == [3, 7, 11]  # with the end of the text, which is learnt too
+    note_cut_off(found, {"train": counts}, 8)
     (note,) = found.notes
-    assert note.startswith("train: 1 of 3 rows are longer than 8 tokens and are cut off there (the longest has 10)")
+    assert note.startswith("train: 1 of 3 rows are longer than 8 tokens and are cut off there (the longest has 11)")
 
 
 def test_chats_are_counted_with_their_template(tmp_path):
     chat = [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "c"}]
     found = rows_of("causal-lm", source=str(write_jsonl(tmp_path / "a.jsonl", [{"messages": chat}])))
-    assert token_counts(found, byte_tokenizer()) == {"train": [len("<|user|>ab<|assistant|>c") + 1]}
+    assert lengths("causal-lm", found) == [len("<|user|>ab<|assistant|>c") + 1]
 
 
 def test_the_longest_row_that_fits(bert):

@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from tiny import sentiment, write_jsonl
@@ -26,11 +25,11 @@ from transformers import (
     TrainerCallback,
 )
 
-from rankfold.runfile.schema import parse
+from rankfold.runfile.load import parse
+from rankfold.tasks.chats import turns, turns_by_difference
+from rankfold.tasks.rows import DataError
 from rankfold.train import run as run_module
-from rankfold.train.chats import template_marks_turns, with_labels
 from rankfold.train.checkpoints import last_whole, what_is_damaged
-from rankfold.train.datafile import DataError
 from rankfold.train.folder import FolderError, SaveError
 from rankfold.train.metrics import read_metrics
 from rankfold.train.model import ModelError
@@ -102,7 +101,7 @@ def test_the_saved_adapter_is_what_was_measured(classification: Values, tmp_path
     model = PeftModel.from_pretrained(base, str(result.adapter_path)).eval()
     prepared = prepare(run)
     test = prepared.rows["test"]
-    inputs = prepared.tokenizer(test["text"][:], return_tensors="pt", padding=True)
+    inputs = prepared.processor(test["text"][:], return_tensors="pt", padding=True)
     with torch.no_grad():
         loss = torch.nn.functional.cross_entropy(model(**inputs).logits, torch.tensor(test["label"][:]))
     assert loss.item() == pytest.approx(result.after["loss"], rel=1e-5)
@@ -173,18 +172,17 @@ def test_chat(language_model: Values, llama: Path, tmp_path: Path):
 def test_labels_of_a_chat(llama: Path):
     tokenizer = AutoTokenizer.from_pretrained(llama)
     tokenizer.chat_template = CHATML
-    assert not template_marks_turns(tokenizer)
     chat = [
         {"role": role, "content": text}
         for role, text in (("user", "a"), ("assistant", "bc"), ("user", "d"), ("assistant", "e"))
     ]
-    (row,) = with_labels(Dataset.from_list([{"messages": chat}]), tokenizer)
-    learnt = [token for token, label in zip(row["input_ids"], row["labels"], strict=True) if label != -100]
-    assert tokenizer.decode(learnt) == "bc</s>e</s>"
-    assert tokenizer.decode(row["input_ids"]) == "<|user|>a</s><|assistant|>bc</s><|user|>d</s><|assistant|>e</s>"
+    ids, learnt = turns(tokenizer)(chat)  # the template has no marks
+    assert (ids, learnt) == turns_by_difference(chat, tokenizer)
+    assert tokenizer.decode([token for token, yes in zip(ids, learnt, strict=True) if yes]) == "bc</s>e</s>"
+    assert tokenizer.decode(ids) == "<|user|>a</s><|assistant|>bc</s><|user|>d</s><|assistant|>e</s>"
     tokenizer.chat_template = "{{ messages | length }}" + CHATML
     with pytest.raises(DataError, match=r"rewrites earlier turns.*data\.loss_on: all"):
-        with_labels(Dataset.from_list([{"messages": chat}]), tokenizer)
+        turns(tokenizer)(chat)
 
 
 def test_nothing_is_held_out(language_model: Values, tmp_path: Path):

@@ -10,8 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from rankfold.runfile.load import parse
 from rankfold.runfile.problems import RunFileError
-from rankfold.runfile.schema import RunFile, parse
+from rankfold.runfile.schema import RunFile
 from rankfold.train import sparsify as module
 from rankfold.train.model import ModelError
 from rankfold.train.run import train

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 from rankfold.compare.file import THIRDS, CompareFile, ContenderSpec, Place, SameAs, number, with_targets
 from rankfold.errors import RankfoldError
 from rankfold.plan.match import solve
-from rankfold.runfile.checks import config_fields, peft_config
+from rankfold.runfile.checks import peft_config
+from rankfold.runfile.methods import config_fields
+from rankfold.tasks.rows import DataError
 from rankfold.train import budget, model
-from rankfold.train.datafile import DataError
 from rankfold.train.prepare import Prepared, make_plan, prepare
 
 if TYPE_CHECKING:
@@ -81,7 +82,8 @@ def resolve(file: CompareFile) -> Lineup:
     first = next((e for e in entries if e.reason is None), None)
     if first is None:
         raise RankfoldError("no contender can be trained: " + "; ".join(f"{e.name()}: {e.reason}" for e in entries))
-    plan = make_plan(dataclasses.replace(prepared, run=file.run_file(first.method, file.rates[0], file.seeds[0], "-")))
+    run = file.run_file(first.method, file.rates[0], file.seeds[0], "-")
+    plan = make_plan(dataclasses.replace(prepared, run=run, peft_config=peft_config(run)))
     same: dict[str, Entry] = {}
     for entry in entries:
         other = same.setdefault(json.dumps(entry.method, sort_keys=True, default=str), entry)
@@ -106,7 +108,7 @@ class _Bench:
                 yield label, contender, where, place
 
     def adapted(self, method: dict[str, Any]) -> PeftModel:
-        return model.adapt(deepcopy(self.skeleton), self.run(method), self.head, self.prepared.tokenizer)
+        return model.adapt(deepcopy(self.skeleton), peft_config(self.run(method)), self.head, self.prepared.processor)
 
     def run(self, method: dict[str, Any]) -> RunFile:
         return self.file.run_file(method, self.file.rates[0], self.file.seeds[0], "-")
@@ -138,7 +140,7 @@ class _Bench:
     def solved(self, method: dict[str, Any], limit: int) -> tuple[dict[str, Any], int, int]:
         """The method with the fields that the budget changes, and what it trains in the adapter and in full beside it."""
         config = peft_config(self.run(method))
-        if self.prepared.run.task == "classification":
+        if self.prepared.task.new_head:
             model.keep(config, self.head)
         found = solve(self.skeleton, config, limit)
         before, after = dataclasses.asdict(config), dataclasses.asdict(found.config)

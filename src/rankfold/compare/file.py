@@ -15,23 +15,17 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, ValidationError
 
+from rankfold.errors import short
 from rankfold.plan.match import parse_budget
-from rankfold.runfile.checks import check, config_class, config_fields
+from rankfold.runfile.checks import check
 from rankfold.runfile.imports import DESCRIPTION as IMPORTS
 from rankfold.runfile.imports import load_all, with_places
-from rankfold.runfile.problems import Problem, RunFileError, explain, short
-from rankfold.runfile.schema import (
-    Data,
-    Method,
-    Model,
-    RunFile,
-    Section,
-    Task,
-    Training,
-    overridden,
-    read_values,
-)
+from rankfold.runfile.load import overridden, read_values
+from rankfold.runfile.methods import config_class, config_fields
+from rankfold.runfile.problems import Problem, RunFileError, explain
+from rankfold.runfile.schema import Data, Method, Model, RunFile, Section, TaskName, Training
 from rankfold.runfile.yaml import KeyPath
+from rankfold.tasks import table
 
 THIRDS = ("first third", "middle third", "last third")
 
@@ -68,7 +62,7 @@ class CompareFile(Section):
     """One comparison. Build it with `load` (from a file) or `parse` (from a dictionary)."""
 
     model: Model = Field(description="The pretrained model, as in a run file.")
-    task: Task = Field(description="causal-lm or classification.")
+    task: TaskName = Field(description="What is learnt, as in a run file.")
     data: Data = Field(description="The rows, as in a run file; validation and test rows are needed.")
     methods: list[ContenderSpec] = Field(min_length=1, description="Who competes: names, or {name, label, fields...}.")
     targets: str | list[str] = Field(
@@ -230,13 +224,11 @@ def _check(file: CompareFile) -> list[Problem]:
         problems.append(
             Problem(("training", "early_stopping"), "contradicts search: halving, which itself says when a trial ends")
         )
-    if file.training.metric == "macro_f1":
-        problems.append(
-            Problem(
-                ("training", "metric"),
-                "'macro_f1' is not a mean over rows, so test rows cannot be resampled for it; use accuracy or loss",
-            )
-        )
+    metrics = table.get(file.task).metrics
+    if (name := file.training.metric) in metrics and not metrics[name].of_rows:
+        others = " or ".join(other for other, metric in metrics.items() if metric.of_rows)
+        message = f"'{name}' is not a mean over rows, so test rows cannot be resampled for it; use {others}"
+        problems.append(Problem(("training", "metric"), message))
     problems += [Problem(("where", name, "layers"), "is empty") for name, p in file.where.items() if p.layers == []]
     try:
         if isinstance(file.budget, int | str):

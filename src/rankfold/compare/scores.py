@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rankfold.tasks.task import Task
 from rankfold.train.trainers import CarefulTrainer
 
 
@@ -18,7 +19,7 @@ class RowScores:
     """Scores in the order of the rows; the metric is their mean by weight.
 
     Args:
-        items: classification: right or wrong, or the loss; causal-lm: the mean over the row's tokens.
+        items: right or wrong, or the loss; where a row has many targets, the mean over them.
         weights: tokens of each row, or None where all rows count alike.
     """
 
@@ -32,17 +33,16 @@ class RowScores:
 
 
 @contextmanager
-def row_scores(trainer: CarefulTrainer, task: str, metric: str) -> Iterator[RowScores]:
+def row_scores(trainer: CarefulTrainer, task: Task, metric: str) -> Iterator[RowScores]:
     """Collects what `trainer.evaluate` sees while the context is open.
 
     Args:
-        metric: accuracy, loss or token_accuracy.
+        metric: one of the task's that is `of_rows`.
     """
-    scores = RowScores(weights=[] if task == "causal-lm" else None)
-    of_batch = _of_tokens if task == "causal-lm" else _of_classes
+    scores = RowScores(weights=[] if task.weighted else None)
 
     def collect(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        items, weights = of_batch(output, kwargs, metric)
+        items, weights = task.scores(output, kwargs, metric)
         both = trainer.accelerator.gather_for_metrics(torch.stack([items.double(), weights.double()], 1))
         assert isinstance(both, Tensor)
         scores.items += both[:, 0].tolist()
@@ -56,19 +56,3 @@ def row_scores(trainer: CarefulTrainer, task: str, metric: str) -> Iterator[RowS
         yield scores
     finally:
         hook.remove()
-
-
-def _of_classes(output: Any, inputs: dict[str, Any], metric: str) -> tuple[Tensor, Tensor]:
-    logits, labels = output.logits.detach(), inputs["labels"]
-    if metric == "accuracy":
-        items = (logits.argmax(-1) == labels).double()
-    else:
-        items = nn.functional.cross_entropy(logits.double(), labels, reduction="none")
-    return items, torch.ones_like(items)
-
-
-def _of_tokens(output: Any, inputs: dict[str, Any], metric: str) -> tuple[Tensor, Tensor]:
-    # TRL's fused head gives, per token and zero where no label is, what its own metrics are made of.
-    tokens = output.label_mask.detach().double().sum(1)
-    total = (output.is_top1 if metric == "token_accuracy" else -output.log_probs).detach().double().sum(1)
-    return total / tokens.clamp(min=1), tokens

@@ -3,27 +3,7 @@
 from __future__ import annotations
 
 from rankfold.host import registry
-from rankfold.runfile.schema import Task
-
-_START = {
-    "classification": """\
-model: all-minilm-l6-v2
-task: classification
-data: {source: movie-reviews, max_train: 960, max_validation: 400, max_test: 400, max_length: 64}
-training: {max_steps: 60, batch_size: 16, warmup: 0.1, evaluate_every: 20}
-output: runs/compare-movie-reviews
-""",
-    "causal-lm": """\
-model: smollm2-135m-instruct
-task: causal-lm
-data: {source: phonemes, max_train: 1600, max_validation: 300, max_test: 600}
-training: {max_steps: 100, batch_size: 16, warmup: 0.1, evaluate_every: 50, precision: bf16, metric: token_accuracy}
-output: runs/compare-phonemes
-""",
-}
-
-#: What LoRA trains at r = 8, and a budget a little above.
-_BUDGET = {"classification": ("337,920", "340000"), "causal-lm": ("2,442,240", "2460000")}
+from rankfold.tasks import table
 
 _REST = """\
 
@@ -54,12 +34,13 @@ seeds: [0, 1, 2]                            # at least three: with fewer, no dif
 """
 
 
-def template(task: Task = "classification") -> str:
+def template(task: str = "classification") -> str:
     """The text of a compare file for a task."""
+    beginning, *budget = table.get(task).comparison
     starters = [row for row in registry.find() if row.starter]
     methods = "".join(f"  - {{name: {row.name}, label: {row.title}, lora_alpha: 16}}\n" for row in starters)
     return f"""\
 # rankfold compare compare.yaml               run what is missing; a killed comparison goes on where it stopped
 # rankfold compare compare.yaml --dry-run     contenders, their parameters at the budget, and how many trials
 # model, task, data and training are those of a run file: `rankfold init` explains every key.
-{_START[task]}{_REST % (methods, *_BUDGET[task])}"""
+{beginning}{_REST % (methods, *budget)}"""

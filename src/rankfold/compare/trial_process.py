@@ -79,7 +79,8 @@ def measure(line: TrialLine, folder: Path, until: float) -> TrialLine:
         DivergedError: the loss or the metric is not finite. And what `train` raises.
     """
     from rankfold.compare.scores import RowScores, row_scores
-    from rankfold.runfile.schema import parse
+    from rankfold.runfile.load import parse
+    from rankfold.tasks import table as tasks
     from rankfold.train.callbacks import StopAt
     from rankfold.train.run import evaluate, train
     from rankfold.train.trainers import DivergedError
@@ -94,7 +95,7 @@ def measure(line: TrialLine, folder: Path, until: float) -> TrialLine:
     def look(trainer: CarefulTrainer, split: str, rows: Any) -> dict[str, float]:
         if split == "test" and trainer.state.global_step and until < 1:
             return {}  # test rows are looked at when there is nothing left to choose
-        with row_scores(trainer, run.task, run.metric) as scores:
+        with row_scores(trainer, tasks.get(run.task), run.metric) as scores:
             metrics = evaluate(trainer, split, rows)
         if trainer.state.global_step == 0:
             before.write(scores.mean)
@@ -132,11 +133,11 @@ def measure(line: TrialLine, folder: Path, until: float) -> TrialLine:
 
 def curve(run: RunFile) -> dict[str, list[list[float]]]:
     """The training loss and the validation metric over the steps."""
-    from rankfold.train.arguments import LOGGED_AS
+    from rankfold.tasks import table as tasks
     from rankfold.train.metrics import read_metrics
 
     rows = read_metrics(Path(run.output, "metrics.jsonl"))
-    keys = {"loss": "loss", "validation": f"eval_{LOGGED_AS.get(run.metric, run.metric)}"}
+    keys = {"loss": "loss", "validation": f"eval_{tasks.get(run.task).logged_as(run.metric)}"}
     return {name: [[row["step"], row[key]] for row in rows if key in row] for name, key in keys.items()}
 
 

@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from rankfold.doctor.findings import one_line
 from rankfold.errors import RankfoldError
-from rankfold.fold.source import AUTO
+from rankfold.tasks import table
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,8 @@ def read_base(folder: Path, adapter: dict[str, Any]) -> Base:
 def _skeleton(folder: Path, config: dict[str, Any], adapter: dict[str, Any]) -> dict[str, tuple[int, int]]:
     """From transformers' model class on the meta device."""
     base_config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    auto = AUTO.get(str(adapter.get("task_type")))
+    task = table.of_peft_type(adapter.get("task_type"))
+    auto = getattr(transformers, task.models[0]) if task else None
     with torch.device("meta"):
         if auto is not None:
             model = auto.from_config(base_config, trust_remote_code=False)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from rankfold.fold.source import base_class
+from rankfold.tasks import table
 
 
 def load_base(
@@ -28,8 +29,8 @@ def load_base(
     Raises:
         OSError, ValueError: the weights cannot be had.
     """
-    sequences = str(getattr(config.task_type, "value", config.task_type)) == "SEQ_CLS"
-    labels = _labels(tensors, config) if sequences else None
+    task = table.of_peft_type(config.task_type)
+    labels = _labels(tensors, config) if task and task.new_head else None
     extra = {} if labels is None else {"num_labels": labels, "ignore_mismatched_sizes": True}
     with quiet():  # a head that is loaded a line later needs no warning
         return base_class(config).from_pretrained(name, dtype=dtype, **extra)

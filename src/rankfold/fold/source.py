@@ -20,8 +20,6 @@ from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
     PretrainedConfig,
 )
 
@@ -30,8 +28,7 @@ from rankfold.errors import RankfoldError
 from rankfold.host import registry
 from rankfold.host.adapter import Site, module_type
 from rankfold.kernel.factors import Factors
-
-AUTO = {"CAUSAL_LM": AutoModelForCausalLM, "SEQ_CLS": AutoModelForSequenceClassification}
+from rankfold.tasks import table
 
 #: The update of one module, on the CPU in float64: its factors, or out × in where the method has no factor form.
 Update = Factors | Tensor
@@ -173,6 +170,6 @@ def base_skeleton(config: PeftConfig, base: str | None) -> nn.Module:
 
 def base_class(config: PeftConfig) -> Any:
     """The class to load the base model with: of the adapter's task, else what it was trained on, else the bare model."""
-    auto = AUTO.get(str(getattr(config.task_type, "value", config.task_type)))
+    task = table.of_peft_type(config.task_type)
     named = (config.auto_mapping or {}).get("base_model_class")
-    return auto or getattr(transformers, named or "", None) or AutoModel
+    return getattr(transformers, task.models[0] if task else named or "", None) or AutoModel

@@ -76,7 +76,7 @@ def run_gelora(
 
 def _run_file(model: str, data: str, text: str, pair: str | None) -> RunFile:
     """The run file that would train on these rows, so that they are found and checked as in training."""
-    from rankfold.runfile.schema import parse
+    from rankfold.runfile.load import parse
 
     columns = {"text": text} if text != "text" else {}
     return parse(
@@ -111,7 +111,7 @@ def _measured(run: RunFile, *, max_length: int | None, **options) -> GeloraPlan:
         network,
         tokenizer,
         texts,
-        max_length=max_length or tokens.longest_row(run, config, tokenizer),
+        max_length=max_length or tokens.longest_row(run, config, tokenizer) or tokenizer.model_max_length,
         data=str(run.data.source),
         **options,
     )

@@ -1,6 +1,6 @@
 """What the fields of PEFT's LoraConfig mean to rankfold's configs that lack them: a default is taken, anything else refused with a reason.
 
-RasaConfig(r=8, use_dora=True)     # RankfoldError: ... use_dora=True is not supported: ...
+SomeConfig(r=8, use_dora=True)     # RankfoldError: ... use_dora=True is not supported: ...
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ import tarfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from rankfold.errors import RankfoldError
 from rankfold.io.cache import MissingAssetError, cache_root
@@ -36,12 +36,13 @@ class BundledModel:
     """A pretrained model that lies inside a package.
 
     Args:
+        kind: "encoder", or the task that it was made for.
         package: the requirement that brings it, pinned as in assets.txt.
         folder: makes the folder that `from_pretrained` loads.
     """
 
     name: str
-    kind: Literal["causal-lm", "encoder"]
+    kind: str
     description: str
     licence: str
     package: str

@@ -10,14 +10,12 @@ import yaml
 from peft import PeftConfig
 from torch import nn
 
-from rankfold.errors import RankfoldError
+from rankfold.errors import RankfoldError, nearest
 from rankfold.host import registry
 from rankfold.host.config import LowRankConfig
 from rankfold.plan.peft_methods import ALIASES, NEEDED, RIVALS, fields_at
-from rankfold.runfile.checks import SET_BY_THE_RUN, config_class, config_fields
-from rankfold.runfile.problems import nearest
-
-_TASK_TYPES = {"causal-lm": "CAUSAL_LM", "classification": "SEQ_CLS"}
+from rankfold.runfile.methods import SET_BY_THE_RUN, config_class, config_fields
+from rankfold.tasks import table
 
 
 @dataclass(frozen=True)
@@ -51,11 +49,13 @@ class Candidate:
         cls: Any = config_class(self.name)
         needed = {key: value for key, (value, _) in NEEDED.get(self.name, {}).items()}
         made = cls.planned if issubclass(cls, LowRankConfig) else cls
+        row = table.get(task) if task else None
+        given = {**needed, "target_modules": targets, **self.fields}
         try:
-            config = made(task_type=_TASK_TYPES.get(task or ""), **{**needed, "target_modules": targets, **self.fields})
+            config = made(task_type=row.peft_type if row else None, **given)
         except (TypeError, AttributeError) as error:
             raise RankfoldError(f"{self.label}: {error}") from None
-        if task == "classification":
+        if row is not None and row.new_head:
             from rankfold.train import model
 
             model.keep(config, model.heads(base))  # pyright: ignore[reportArgumentType]

@@ -10,22 +10,10 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForImageClassification,
-    AutoModelForSequenceClassification,
-    PretrainedConfig,
-)
+from transformers import AutoConfig, AutoModel, PretrainedConfig
 
-from rankfold.errors import RankfoldError
+from rankfold.tasks import table
 from rankfold.train.model import ModelError, locate
-
-TASKS: dict[str, tuple[Any, ...]] = {
-    "causal-lm": (AutoModelForCausalLM,),
-    "classification": (AutoModelForSequenceClassification, AutoModelForImageClassification),
-}
 
 
 def meta_model(model_name: str, task: str | None = None, revision: str | None = None, labels: int = 2) -> nn.Module:
@@ -33,19 +21,18 @@ def meta_model(model_name: str, task: str | None = None, revision: str | None = 
 
     Args:
         model_name: a folder with a config.json, a GGUF file, a bundled name or a hub id.
-        task: "causal-lm" or "classification"; None: the class that the config names.
+        task: its name; None: the class that the config names.
         revision: of a hub id.
         labels: classes of a classification head.
 
     Raises:
         ModelError: no such model, a config that cannot be read, or an architecture without such a head.
     """
-    if task is not None and task not in TASKS:
-        raise RankfoldError(f"task={task!r} must be one of {', '.join(TASKS)}")
+    row = table.get(task) if task is not None else None
     config = _config(model_name, revision)
-    if task == "classification":
+    if row is not None and row.new_head:
         config.num_labels = labels
-    makers = TASKS[task] if task else _named(config)
+    makers = [getattr(transformers, name) for name in row.models] if row else _named(config)
     last: Exception | None = None
     for maker in makers:
         try:

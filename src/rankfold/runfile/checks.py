@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import re
 import typing
@@ -9,31 +10,15 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
 
-from rankfold.errors import RankfoldError
-from rankfold.runfile.problems import Problem, allowed, nearest, short
-from rankfold.train.arguments import arguments_class, trainer_arguments
+from rankfold.errors import nearest, short
+from rankfold.runfile.arguments import RENAMED, trainer_arguments
+from rankfold.runfile.methods import SET_BY_THE_RUN, config_class, config_fields
+from rankfold.runfile.problems import Problem, allowed
+from rankfold.runfile.schema import RunFile
+from rankfold.tasks import table
 
 if TYPE_CHECKING:
     from peft import PeftConfig
-
-    from rankfold.runfile.schema import RunFile
-
-METRICS: dict[str, dict[str, bool]] = {
-    # task -> metric -> is greater better? The first one is the default.
-    "causal-lm": {"loss": False, "token_accuracy": True},
-    "classification": {"accuracy": True, "macro_f1": True, "loss": False},
-}
-
-# What the run decides from the task and the model; a run file that set them could only contradict itself.
-SET_BY_THE_RUN = {
-    "task_type",
-    "peft_type",
-    "auto_mapping",
-    "peft_version",
-    "base_model_name_or_path",
-    "revision",
-    "inference_mode",
-}
 
 
 def check(run: RunFile) -> list[Problem]:
@@ -41,44 +26,15 @@ def check(run: RunFile) -> list[Problem]:
     return [*_check_method(run), *_check_data(run), *_check_training(run)]
 
 
-def config_class(name: str) -> type[PeftConfig]:
-    """The config class of a method's name, ours or, as peft:NAME, PEFT's.
-
-    Raises:
-        ValueError: no such method; the message names the nearest.
-    """
-    if not name.startswith("peft:"):
-        from rankfold.host import registry
-
-        return registry.get(name).config
-    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-
-    classes = {f"peft:{kind.value.lower()}": config for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
-    if name not in classes:
-        raise RankfoldError(f"PEFT has no method '{name.removeprefix('peft:')}'{nearest(name, classes, 'known')}")
-    return classes[name]
-
-
-def config_fields(config: type) -> dict[str, dataclasses.Field]:
-    """The fields of a method's config that a run file may set."""
-    return {f.name: f for f in dataclasses.fields(config) if f.init and f.name not in SET_BY_THE_RUN}
-
-
-def scheduled(run: RunFile) -> bool:
-    """Whether the run's method is one of ours that chooses its ranks while it trains."""
-    from rankfold.host import registry
-
-    return run.method.name in registry.METHODS and registry.METHODS[run.method.name].controller is not None
-
-
 def peft_config(run: RunFile) -> PeftConfig:
-    """The PEFT config of the run's method.
+    """The PEFT config of the run's method and task; the caller may change it.
 
     Raises:
         ValueError: a value that the config class refuses.
     """
-    task = {"causal-lm": "CAUSAL_LM", "classification": "SEQ_CLS"}[run.task]
-    return config_class(run.method.name)(task_type=task, **run.method.fields)
+    config = copy.deepcopy(run.method.config)
+    config.task_type = table.get(run.task).peft_type
+    return config
 
 
 def _check_method(run: RunFile) -> list[Problem]:
@@ -100,7 +56,7 @@ def _check_method(run: RunFile) -> list[Problem]:
     if problems:
         return problems
     try:
-        peft_config(run)
+        _ = run.method.config
     except (ValueError, TypeError) as e:
         # "SomeConfig: r=0 must be ..." names the field that the line number should point at.
         found = re.match(r"(?:\w+: )?(\w+)\b", str(e))
@@ -139,8 +95,12 @@ def _check_data(run: RunFile) -> list[Problem]:
             problems.append(Problem(("data", key), f"{share:g} is not a share of the training rows, between 0 and 1"))
     if not problems and sum(shares.values()) >= 1:
         problems.append(Problem(("data", "validation"), "validation and test together leave no row to train on"))
-    foreign = ("packing", "loss_on") if run.task == "classification" else ("labels",)
-    for key in foreign:
+    known = [*table.columns(), *sorted(table.optional_columns())]
+    for role, column in d.columns.names.items():
+        if role not in known:
+            message = f"unknown key (value {short(column)}){nearest(role, known)}"
+            problems.append(Problem(("data", "columns", role), message))
+    for key in table.get(run.task).foreign:
         if getattr(d, key) != type(d).model_fields[key].default:
             problems.append(Problem(("data", key), f"means nothing for {run.task}; remove it"))
     return problems
@@ -154,7 +114,7 @@ def _check_training(run: RunFile) -> list[Problem]:
     from transformers.trainer_utils import SchedulerType
     from transformers.training_args import OptimizerNames
 
-    t = run.training
+    t, task = run.training, table.get(run.task)
     problems = []
 
     def problem(key: str, message: str) -> None:
@@ -164,15 +124,16 @@ def _check_training(run: RunFile) -> list[Problem]:
         names = [member.value for member in enum]
         if value not in names:
             problem(key, f"unknown {key} '{value}'{nearest(value, names, 'known')}")
-    for name in [t.report_to] if isinstance(t.report_to, str) else t.report_to:
+    trackers = [t.report_to] if isinstance(t.report_to, str) else t.report_to
+    for name in trackers:
         if name not in INTEGRATION_TO_CALLBACK and name not in ("none", "all"):
             problem("report_to", f"unknown tracker '{name}'{nearest(name, INTEGRATION_TO_CALLBACK, 'known')}")
         elif name in INTEGRATION_TO_CALLBACK and name not in get_available_reporting_integrations():
             problem("report_to", f"the tracker '{name}' is not installed; install it or remove it here")
     if t.epochs is not None and t.max_steps is not None:
         problem("max_steps", f"{t.max_steps} contradicts epochs: {t.epochs:g}; give one of the two")
-    if t.metric is not None and t.metric not in METRICS[run.task]:
-        problem("metric", f"'{t.metric}' is no metric of {run.task}{nearest(t.metric, METRICS[run.task], 'known')}")
+    if t.metric is not None and t.metric not in task.metrics:
+        problem("metric", f"'{t.metric}' is no metric of {run.task}{nearest(t.metric, task.metrics, 'known')}")
     if isinstance(t.evaluate_every, int) and t.evaluate_every < 1:
         problem("evaluate_every", f"{t.evaluate_every} is not allowed, should be greater than 0")
     if t.early_stopping and not run.keeps_best:
@@ -180,11 +141,9 @@ def _check_training(run: RunFile) -> list[Problem]:
             "early_stopping", f"{t.early_stopping} needs keep_best: true, which '{run.method.name}' has off by default"
         )
     if t.extra and not problems:
-        arguments = arguments_class(run.task)
-        known, ours = (
-            {f.name for f in dataclasses.fields(arguments) if f.init},
-            set(trainer_arguments(run, validated=True)),
-        )
+        arguments = task.arguments_class()
+        known = {f.name for f in dataclasses.fields(arguments) if f.init}
+        ours = {*trainer_arguments(run, validated=True), *RENAMED.values(), *task.own_arguments}
         for key in t.extra:
             if key in ours:
                 problem("extra", f"'{key}' follows from the run file's own fields; use those")

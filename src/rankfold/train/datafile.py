@@ -7,16 +7,12 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rankfold.errors import RankfoldError
+from rankfold.tasks.rows import DataError
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
-
-
-class DataError(RankfoldError):
-    """The rows cannot be trained on; the message names file, row or column, and the fix."""
 
 
 def is_data_file(name: str) -> bool:
@@ -84,7 +80,9 @@ def _what_is_broken(path: Path) -> str | None:
             json.loads(path.read_text(encoding="utf-8"))
         except json.JSONDecodeError as e:
             return f":{e.lineno}: malformed JSON ({e.msg}); for one row a line, call the file .jsonl"
-    for number, line in lines if path.suffix == ".jsonl" else ():
+    if path.suffix != ".jsonl":
+        return None
+    for number, line in lines:
         try:
             row = json.loads(line)
         except json.JSONDecodeError as e:

@@ -11,8 +11,9 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from rankfold.errors import RankfoldError
+from rankfold.runfile.load import load
 from rankfold.runfile.problems import RunFileError
-from rankfold.runfile.schema import RunFile, load
+from rankfold.runfile.schema import RunFile
 
 OURS = ("adapter", "checkpoints", "run.yaml", "metrics.jsonl", "result.json", "metrics.png", "metrics.svg")
 

@@ -6,54 +6,27 @@ label never meet the head, and while a chunk's logits are at hand the gradient i
 
 from __future__ import annotations
 
-import functools
-import types
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from trl.trainer.utils import FusedCausalLMOutput
 
 from rankfold.kernel.matmul import linear, product
+from rankfold.train.hf_api import Scored, score_labels_with
 
 #: Logits held at a time: 64 MB of them in float32.
 CHUNK = 2**24
-#: What some models do to their logits besides the head's product; TRL's head knows how, this one does not.
-SCALED = ("final_logit_softcapping", "logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
 
 
 def score_labels_only(model: Any) -> None:
-    """Has TRL's `model(..., fused_lm_head=True)` of a language model computed as above, where it can be.
-
-    It cannot, and TRL's own is called: on an accelerator, for a head that is trained, adapted, sharded or has a bias, for logits
-    that are scaled, for routers' losses, and for labels that are shifted already.
+    """Has TRL's fused head of a language model computed as above where it can be: not on an accelerator, nor for a head that is
+    trained, adapted, sharded or has a bias, nor for what `hf_api` leaves to TRL.
 
     Args:
         model: the base model, after TRL gave it the fused head.
     """
-    config = model.config.get_text_config()
-    if any(getattr(config, name, None) is not None for name in SCALED):
-        return
-    theirs = model.forward
-
-    @functools.wraps(type(model).forward)
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        labels, head = kwargs.get("labels"), self.get_output_embeddings()
-        others = {k: v for k, v in kwargs.items() if k not in ("labels", "fused_lm_head", "use_cache")}
-        if (
-            not kwargs.get("fused_lm_head")
-            or labels is None
-            or "shift_labels" in others
-            or "num_items_in_batch" in others
-            or others.get("output_router_logits", getattr(config, "output_router_logits", False))
-            or not _plain(head)
-        ):
-            return theirs(*args, **kwargs)
-        hidden = getattr(self, self.base_model_prefix)(*args, use_cache=False, **others).last_hidden_state[:, :-1]
-        return scored(hidden, head.weight, labels[:, 1:])
-
-    model.forward = types.MethodType(forward, model)
+    score_labels_with(model, _plain, scored)
 
 
 def _plain(head: nn.Module) -> bool:
@@ -68,8 +41,8 @@ def _plain(head: nn.Module) -> bool:
     )
 
 
-def scored(hidden: Tensor, weight: Tensor, labels: Tensor) -> FusedCausalLMOutput:
-    """What TRL's trainer reads: log-probabilities of the labels, zero where there is none.
+def scored(hidden: Tensor, weight: Tensor, labels: Tensor) -> Scored:
+    """Log-probabilities of the labels, zero where there is none, whether a label is the likeliest, and where labels are.
 
     Args:
         hidden: batch × length × width; weight: vocabulary × width; labels: batch × length, −100 for none.
@@ -79,14 +52,10 @@ def scored(hidden: Tensor, weight: Tensor, labels: Tensor) -> FusedCausalLMOutpu
     if torch.is_autocast_enabled("cpu"):
         picked = picked.to(torch.get_autocast_dtype("cpu"))
     log_probs, is_top1 = _LabelScores.apply(picked, weight, labels[mask])  # pyright: ignore[reportGeneralTypeIssues]
-    blank = log_probs.new_zeros(mask.shape)
-    found = blank.masked_scatter(mask, log_probs)
-    return FusedCausalLMOutput(
-        loss=-found.sum() / mask.sum().clamp(min=1),
-        log_probs=found,
-        entropy=blank,  # TRL logs it, rankfold does not
-        is_top1=torch.zeros_like(mask).masked_scatter(mask, is_top1),
-        label_mask=mask,
+    return (
+        log_probs.new_zeros(mask.shape).masked_scatter(mask, log_probs),
+        torch.zeros_like(mask).masked_scatter(mask, is_top1),
+        mask,
     )
 
 

@@ -1,41 +1,27 @@
-"""Metrics of a classifier, and the file of metrics that a run leaves."""
+"""The metrics of an evaluation, and the file of metrics that a run leaves."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
-
-if TYPE_CHECKING:
-    from transformers import EvalPrediction
+from rankfold.tasks.task import Task
 
 
-def classification_metrics(prediction: EvalPrediction) -> dict[str, float]:
-    """Accuracy and macro-averaged F1 (the mean over the classes that occur)."""
-    from sklearn.metrics import accuracy_score, f1_score
-
-    logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
-    predicted, labels = np.argmax(logits, axis=-1), prediction.label_ids
-    return {
-        "accuracy": float(accuracy_score(labels, predicted)),
-        "macro_f1": float(f1_score(labels, predicted, average="macro", zero_division=0)),  # pyright: ignore[reportArgumentType]
-    }
-
-
-def tidy(logged: dict[str, Any], prefix: str) -> dict[str, float]:
-    """Quality metrics of one evaluation under our names: `eval_mean_token_accuracy` is `token_accuracy`."""
+def tidy(logged: dict[str, Any], prefix: str, task: Task) -> dict[str, float]:
+    """The loss and the task's metrics of one evaluation under our names: `eval_mean_token_accuracy` is `token_accuracy`."""
     short = {key.removeprefix(f"{prefix}_").removeprefix("eval_"): value for key, value in logged.items()}
-    short["token_accuracy"] = short.pop("mean_token_accuracy", None)
-    kept = ("loss", "accuracy", "macro_f1", "token_accuracy")
-    return {key: float(short[key]) for key in kept if short.get(key) is not None}
+    names = {"loss": "loss"} | {name: task.logged_as(name) for name in task.metrics}
+    return {name: float(short[key]) for name, key in names.items() if short.get(key) is not None}
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The rows of a metrics.jsonl; a last line that was cut off by a crash is left out."""
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+    rows: list[dict[str, Any]] = []
+    if not path.is_file():
+        return rows
+    for line in path.read_text(encoding="utf-8").splitlines():
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError:

@@ -6,23 +6,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import transformers
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from rankfold.errors import RankfoldError
+from rankfold.errors import RankfoldError, nearest
 from rankfold.fold.source import read_config, read_tensors
 from rankfold.io import assets as bundled
 from rankfold.io.gguf_models import load_gguf_folder
-from rankfold.runfile.checks import peft_config
-from rankfold.runfile.problems import nearest
+from rankfold.tasks import table
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -30,8 +23,8 @@ if TYPE_CHECKING:
 
     from rankfold.runfile.schema import Model, RunFile
 
-# PEFT trains and saves modules of these names by itself.
-_HEADS_OF_PEFT = {"classifier", "score"}
+# Task types for which PEFT itself leaves heads of these names out of all-linear, trains and saves them.
+_HEADS_OF_PEFT = {"SEQ_CLS": {"classifier", "score"}}
 
 
 class ModelError(RankfoldError):
@@ -68,6 +61,14 @@ def load_tokenizer(model: Model, place: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def load_processor(run: RunFile, place: str) -> Any:
+    """What turns the rows into the model's inputs: its tokenizer, or what the task names instead."""
+    kind = table.get(run.task).processor
+    if kind == "AutoTokenizer":
+        return load_tokenizer(run.model, place)
+    return _from(getattr(transformers, kind), run.model, place)
+
+
 def load_config(run: RunFile, place: str, labels: list[str]) -> PreTrainedConfig:
     """The model's config, with the run's classes."""
     names: dict[str, Any] = {}
@@ -87,19 +88,20 @@ def load_model(
 
     Without `weights` it is built on the meta device: shapes and counts, no memory.
     """
-    auto = AutoModelForCausalLM if run.task == "causal-lm" else AutoModelForSequenceClassification
+    task = table.get(run.task)
+    auto = getattr(transformers, task.models[0])
     options: dict[str, Any] = {"attn_implementation": run.model.attention} if run.model.attention else {}
     if not weights:
         dtype = config.dtype if run.model.dtype == "auto" else getattr(torch, run.model.dtype)
         with torch.device("meta"):
             model = auto.from_config(config, dtype=dtype, trust_remote_code=run.model.trust_remote_code, **options)
-        return model, heads(model) if run.task == "classification" else []
+        return model, heads(model) if task.new_head else []
     model, report = _from(
         auto, run.model, place, config=config, dtype=run.model.dtype, output_loading_info=True, **options
     )
     _reject_nan(model, run.model.name)
     new = {key.rpartition(".")[0] for key in report["missing_keys"]}
-    if run.task == "classification":
+    if task.new_head:
         head = heads(model)
         return model, head + sorted(module for module in new if module.split(".")[0] not in head)
     if new:
@@ -118,22 +120,24 @@ def heads(model: PreTrainedModel) -> list[str]:
 
 def keep(config: PeftConfig, train_in_full: list[str]) -> None:
     """Has PEFT train and save these modules in full, beside those that it does by itself."""
-    if more := [name for name in train_in_full if name not in _HEADS_OF_PEFT]:
+    by_itself = _HEADS_OF_PEFT.get(str(getattr(config.task_type, "value", config.task_type)), set())
+    if more := [name for name in train_in_full if name not in by_itself]:
         setattr(config, "modules_to_save", [*(getattr(config, "modules_to_save", None) or []), *more])  # noqa: B010
 
 
-def adapt(
-    model: PreTrainedModel, run: RunFile, train_in_full: list[str], tokenizer: PreTrainedTokenizerBase
-) -> PeftModel:
-    """The model with the run's adapter.
+def adapt(model: PreTrainedModel, config: PeftConfig, train_in_full: list[str], processor: Any) -> PeftModel:
+    """The model with an adapter.
+
+    Args:
+        config: of the adapter; it is changed.
+        train_in_full: modules that are trained beside it.
 
     Raises:
         ModelError: the method's config does not fit the model.
     """
-    config = peft_config(run)
-    if run.task == "classification":
-        if model.config.pad_token_id is None:
-            model.config.pad_token_id = tokenizer.pad_token_id
+    if train_in_full:
+        if model.config.pad_token_id is None:  # a classifier of texts reads the last token that is not padding
+            model.config.pad_token_id = getattr(processor, "pad_token_id", None)
         keep(config, train_in_full)
     try:
         return get_peft_model(model, config)  # pyright: ignore[reportReturnType]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -9,14 +10,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate import PartialState
 
+from rankfold.runfile.arguments import trainer_arguments
+from rankfold.runfile.checks import peft_config
+from rankfold.runfile.schema import RunFile
+from rankfold.tasks import table
+from rankfold.tasks.rows import Encoded, Rows
+from rankfold.tasks.task import Task
 from rankfold.train import budget, model, tokens
 from rankfold.train.budget import Budget
-from rankfold.train.data import Rows, load_rows
+from rankfold.train.data import load_rows
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
-
-    from rankfold.runfile.schema import RunFile
+    from peft import PeftConfig
+    from transformers import PreTrainedConfig
 
 
 def processes() -> PartialState:
@@ -27,20 +33,31 @@ def processes() -> PartialState:
 
 @dataclass
 class Prepared:
-    """Everything of a run but its weights."""
+    """Everything of a run but its weights, each built once.
+
+    Args:
+        place: what `from_pretrained` takes for the model.
+        processor: the tokenizer, or what the task has instead.
+        encoded: the splits of `rows` as the trainer takes them.
+        max_length: of a row in tokens; None for rows that are not tokens.
+        peft_config: of the adapter; `adapt` changes it.
+        arguments: of the trainer, without `training.extra`.
+    """
 
     run: RunFile
+    task: Task
     place: str
     config: PreTrainedConfig
-    tokenizer: PreTrainedTokenizerBase
+    processor: Any
     rows: Rows
-    lengths: dict[str, list[int]]
-    max_length: int
+    encoded: dict[str, Encoded]
+    max_length: int | None
+    peft_config: PeftConfig
+    arguments: dict[str, Any]
 
     def for_trainer(self, split: str) -> Any:
         """A split as its trainer takes it, or None."""
-        rows = self.rows[split]
-        return rows and tokens.for_trainer(rows, self.rows, self.run, self.tokenizer, self.max_length)
+        return self.encoded[split].rows if split in self.encoded else None
 
 
 def prepare(run: RunFile) -> Prepared:
@@ -49,15 +66,19 @@ def prepare(run: RunFile) -> Prepared:
     Raises:
         ModelError, DataError: what does not fit, and the fix.
     """
+    task = table.get(run.task)
+    config_of_adapter = peft_config(run)
     place = model.locate(run.model.name)
     with processes().main_process_first():  # the others find the caches filled
         rows = load_rows(run)
         config = model.load_config(run, place, rows.labels)
-        tokenizer = model.load_tokenizer(run.model, place)
-        max_length = tokens.longest_row(run, config, tokenizer)
-        lengths = tokens.token_counts(rows, tokenizer)
-    tokens.note_cut_off(rows, lengths, max_length)
-    return Prepared(run, place, config, tokenizer, rows, lengths, max_length)
+        processor = model.load_processor(run, place)
+        max_length = tokens.longest_row(run, config, processor)
+        encoded = {split: task.encode(rows, split, processor, max_length, run.data) for split in rows.splits}
+    if max_length is not None:
+        tokens.note_cut_off(rows, {split: found.lengths for split, found in encoded.items()}, max_length)
+    arguments = trainer_arguments(run, validated="validation" in encoded, max_length=max_length)
+    return Prepared(run, task, place, config, processor, rows, encoded, max_length, config_of_adapter, arguments)
 
 
 @dataclass(frozen=True)
@@ -74,7 +95,7 @@ class Plan:
     budget: Budget
     rows: dict[str, int]
     notes: list[str]
-    max_length: int
+    max_length: int | None
     steps: int
     epochs: float
     tokens: int
@@ -100,7 +121,7 @@ class Plan:
             (
                 "data",
                 ", ".join(f"{count:,} {split}" for split, count in self.rows.items())
-                + f" rows of at most {self.max_length:,} tokens",
+                + (f" rows of at most {self.max_length:,} tokens" if self.max_length else " rows"),
             ),
             (
                 "steps",
@@ -120,10 +141,11 @@ def make_plan(prepared: Prepared) -> Plan:
     """The plan of a run, from the shapes of its model alone."""
     run, rows = prepared.run, prepared.rows
     skeleton, new = model.load_model(run, prepared.place, prepared.config, weights=False)
-    adapted = model.adapt(skeleton, run, new, prepared.tokenizer)
-    kept = [min(length, prepared.max_length) for length in prepared.lengths["train"]]
+    adapted = model.adapt(skeleton, copy.deepcopy(prepared.peft_config), new, prepared.processor)
+    longest = prepared.max_length or math.inf
+    kept = [min(length, longest) for length in prepared.encoded["train"].lengths]
     # Packing fills rows of max_length; the others are one example each.
-    examples = math.ceil(sum(kept) / prepared.max_length) if run.data.packing else len(kept)
+    examples = math.ceil(sum(kept) / longest) if run.data.packing else len(kept)
     devices = processes().num_processes
     batches = math.ceil(examples / (run.training.batch_size * devices))
     steps_an_epoch = math.ceil(batches / run.training.gradient_accumulation)

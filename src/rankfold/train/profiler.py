@@ -10,13 +10,15 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from transformers import TrainerCallback
 
+from rankfold.kernel.gated_mlp import _GatedMlp
+from rankfold.kernel.linears import _LowRankLinears
 from rankfold.train.folder import write_whole
 
 #: What is left out at first (allocations, caches), and what is measured then.
 SKIP, STEPS = 3, 3
-#: Heading → how the profiler's events of its parts begin. Forward and backward of a part are events of their own, none in another.
+#: Heading → how the profiler's events of its parts begin, which for an autograd node is its class's name. Forward and backward of a part are events of their own, none in another.
 PARTS = {
-    "adapted layers, with the base's products": ("_LowRankLinears", "_GatedMlp"),
+    "adapted layers, with the base's products": (_LowRankLinears.__name__, _GatedMlp.__name__),
     "attention": ("aten::scaled_dot_product_attention", "ScaledDotProduct"),
     "optimiser": ("Optimizer.step#",),
 }

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rankfold.tasks import table
+
 
 @dataclass(frozen=True)
 class TrainResult:
@@ -66,7 +68,7 @@ class TrainResult:
     def lines(self) -> list[tuple[str, str]]:
         """The result in words: pairs of a heading and a value."""
         speed = f"{self.tokens_per_second:,.0f} tokens a second"
-        if self.task == "classification":
+        if table.get(self.task).counts_rows:
             speed = f"{self.samples_per_second:,.1f} rows a second, {speed}"
         scores = [(f"{self.measured_on} {name}", f"{before} -> {after}") for name, before, after in self.scores()]
         return [

@@ -20,11 +20,11 @@ from rankfold.io.files import whole_folder
 from rankfold.runfile.checks import check
 from rankfold.runfile.problems import RunFileError
 from rankfold.runfile.schema import RunFile
+from rankfold.tasks.rows import DataError
+from rankfold.tasks.task import Task
 from rankfold.train import budget, checkpoints, folder, model
-from rankfold.train.arguments import LOGGED_AS
 from rankfold.train.callbacks import Clock, MetricsFile, StopEarly
 from rankfold.train.card import model_card, versions
-from rankfold.train.datafile import DataError
 from rankfold.train.folder import saving
 from rankfold.train.metrics import read_metrics, tidy
 from rankfold.train.plot import plot_metrics
@@ -85,7 +85,7 @@ def train(
 
     set_seed(run.training.seed)  # the new weights depend on the seed alone, not on what the rows drew
     base, new_modules = model.load_model(run, prepared.place, prepared.config)
-    adapted = model.adapt(base, run, new_modules, prepared.tokenizer)
+    adapted = model.adapt(base, prepared.peft_config, new_modules, prepared.processor)
     if run.training.start_from is not None:
         model.start_from(adapted, Path(run.training.start_from))
     spent = budget.count(adapted)
@@ -97,19 +97,21 @@ def train(
     trainer = make_trainer(prepared, adapted, [clock, *callbacks])
 
     # Nothing was written up to here.
+    metrics_file: MetricsFile | None = None
     resume_at = int(checkpoint.name.rpartition("-")[2]) if checkpoint else None
     if state.is_main_process:
         if overwrite:
             folder.clear(output)
         output.mkdir(parents=True, exist_ok=True)
         folder.write_whole(output / "run.yaml", f"# {command or 'rankfold.train.run.train'}\n{run.to_yaml()}")
-        trainer.add_callback(MetricsFile(output / "metrics.jsonl", resume_at))
+        metrics_file = MetricsFile(output / "metrics.jsonl", resume_at)
+        trainer.add_callback(metrics_file)
     state.wait_for_everyone()
 
     split, measured = _measured_split(prepared)
     first = _MeasureFirst(lambda: measure(trainer, split or "", measured))
     if checkpoint:
-        first.scores = _recorded(output / "metrics.jsonl", split)
+        first.scores = _recorded(output / "metrics.jsonl", split, prepared.task)
     elif measured is not None:
         say(f"measuring on {len(measured):,} {split} rows before training")
         trainer.add_callback(first)
@@ -119,9 +121,9 @@ def train(
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    trainer.remove_callback(StopEarly)  # the measurement below is no further evaluation
     after = measure(trainer, split, measured) if split else {}
-    trainer.remove_callback(MetricsFile)  # nor is this
+    if metrics_file is not None:
+        metrics_file.close()
     others = {name: measure(trainer, name, prepared.for_trainer(name)) for name in also if rows[name] is not None}
 
     best = trainer.state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
@@ -167,7 +169,7 @@ def train(
         folder.write_whole(output / "result.json", json.dumps(asdict(result), indent=2) + "\n")
         title = f"{run.method.name} on {run.model.name}, {run.data.source or run.data.train}"
         logged = read_metrics(output / "metrics.jsonl")
-        plot_metrics(logged, LOGGED_AS.get(run.metric, run.metric), title, output, result.best_step)
+        plot_metrics(logged, prepared.task.logged_as(run.metric), title, output, result.best_step)
     state.wait_for_everyone()
     return result
 
@@ -203,13 +205,13 @@ def _prefix(split: str) -> str:
 
 def evaluate(trainer: CarefulTrainer, split: str, measured: Any) -> dict[str, float]:
     """The metrics of a split's rows, by name."""
-    return tidy(trainer.evaluate(measured, metric_key_prefix=_prefix(split)), _prefix(split))
+    return tidy(trainer.evaluate(measured, metric_key_prefix=_prefix(split)), _prefix(split), trainer.task)
 
 
-def _recorded(metrics: Path, split: str | None) -> dict[str, float]:
+def _recorded(metrics: Path, split: str | None, task: Task) -> dict[str, float]:
     """The scores before training, as the interrupted run wrote them down."""
     first = [row for row in read_metrics(metrics) if row["step"] == 0 and split and f"{_prefix(split)}_loss" in row]
-    return tidy(first[0], _prefix(split or "")) if first else {}
+    return tidy(first[0], _prefix(split or ""), task) if first else {}
 
 
 def _peak_memory() -> int:

@@ -19,11 +19,12 @@ from typing import Any
 from rankfold.errors import RankfoldError
 from rankfold.host import registry
 from rankfold.inspect import inspect_adapter
-from rankfold.runfile.checks import config_class
+from rankfold.runfile.load import parse
+from rankfold.runfile.methods import config_class
 from rankfold.runfile.problems import Problem, RunFileError
-from rankfold.runfile.schema import RunFile, parse
+from rankfold.runfile.schema import RunFile
+from rankfold.tasks.rows import DataError
 from rankfold.train import folder
-from rankfold.train.datafile import DataError
 from rankfold.train.plot import INK, TRAIN, VALIDATION, save_figure
 from rankfold.train.run import train
 

@@ -1,8 +1,10 @@
-"""The two trainers, transformers' and TRL's, made careful: no step after a loss that is no number, no half checkpoint."""
+"""The trainers of transformers and TRL, hardened: stop before stepping on a non-finite loss; never leave a partial checkpoint."""
 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +12,14 @@ import torch
 from peft import PeftModel
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from trl.trainer.sft_trainer import SFTTrainer
 
 from rankfold.control import AdapterCallback
 from rankfold.errors import RankfoldError
-from rankfold.train.arguments import arguments_class, trainer_arguments
+from rankfold.tasks.task import Task
 from rankfold.train.callbacks import Progress, RankAllocation
 from rankfold.train.folder import saving
+from rankfold.train.hf_api import StepwiseTrainer, loss_is_of_its_batch, make_arguments
 from rankfold.train.loss import score_labels_only
-from rankfold.train.metrics import classification_metrics
 from rankfold.train.prepare import Prepared
 
 
@@ -26,7 +27,9 @@ class DivergedError(RankfoldError):
     """The loss is NaN or infinite; the message says at which step and what to try."""
 
 
-class CarefulTrainer(Trainer):
+class CarefulTrainer(StepwiseTrainer):
+    task: Task
+
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss = super().training_step(*args, **kwargs)
         if not bool(torch.isfinite(loss)):
@@ -37,56 +40,50 @@ class CarefulTrainer(Trainer):
             )
         return loss
 
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        # transformers asks only after a step whether to stop; a run that resumes where it had stopped has none to make.
-        if not self.control.should_training_stop:
-            super()._run_epoch(*args, **kwargs)
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        checkpoint = Path(self.args.output_dir or ".", f"checkpoint-{self.state.global_step}")
+    @contextmanager
+    def around_checkpoint(self, folder: Path) -> Iterator[None]:
         try:
-            with saving(checkpoint):
-                super()._save_checkpoint(model, trial)
+            with saving(folder):
+                yield
         except Exception:
-            shutil.rmtree(checkpoint, ignore_errors=True)
+            shutil.rmtree(folder, ignore_errors=True)
             raise
-
-
-class CarefulSFTTrainer(CarefulTrainer, SFTTrainer):
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        model: Any = self.model
-        score_labels_only(model.get_base_model() if isinstance(model, PeftModel) else model)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """None in checkpoints: the run writes its own card."""
 
 
+def careful(trainer: type) -> type[CarefulTrainer]:
+    """A trainer's class, transformers' own or one of TRL's, made a CarefulTrainer."""
+    if trainer is Trainer:
+        return CarefulTrainer
+    return type(f"Careful{trainer.__name__}", (CarefulTrainer, trainer), {})
+
+
 def make_trainer(prepared: Prepared, model: PeftModel, callbacks: list[TrainerCallback]) -> CarefulTrainer:
     """The trainer of the run's task, with the rows it trains and validates on."""
-    run, rows = prepared.run, prepared.rows
-    train, validation = prepared.for_trainer("train"), prepared.for_trainer("validation")
-    # Rows that come with labels are no chats or completions to TRL any more.
-    kind = () if train is not None and "labels" in train.column_names else rows.kind
-    arguments = trainer_arguments(run, validated=validation is not None, kind=kind, max_length=prepared.max_length)
-    # transformers wants to be told that a machine has no accelerator before it trains in bf16 there.
-    arguments |= {"use_cpu": not torch.accelerator.is_available(), "dataloader_pin_memory": torch.cuda.is_available()}
-    arguments |= run.training.extra
-    options: dict[str, Any] = {
-        "model": model,
-        "args": arguments_class(run.task)(**arguments),
-        "train_dataset": train,
-        "eval_dataset": validation,
-        "processing_class": prepared.tokenizer,
-        "callbacks": [AdapterCallback(), *callbacks],
+    task = prepared.task
+    arguments = {
+        **prepared.arguments,
+        # transformers wants to be told that a machine has no accelerator before it trains in bf16 there.
+        "use_cpu": not torch.accelerator.is_available(),
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        **prepared.run.training.extra,
     }
-    if run.task == "classification":
-        trainer = CarefulTrainer(**options, compute_metrics=classification_metrics)
-        # BERT's kind takes any keyword but means its loss over its own batch, so that Trainer, which believes that the
-        # loss is divided by the rows of all batches, would multiply it by the accumulated batches or the processes.
-        trainer.model_accepts_loss_kwargs = False
-    else:
-        trainer = CarefulSFTTrainer(**options)
+    trainer = careful(task.trainer())(
+        model=model,
+        args=make_arguments(task.arguments_class(), arguments),
+        train_dataset=prepared.encoded["train"].rows,
+        eval_dataset=prepared.for_trainer("validation"),
+        processing_class=prepared.processor,
+        callbacks=[AdapterCallback(), *callbacks],
+        **task.options(prepared.processor),
+    )
+    trainer.task = task
+    if task.loss_of_batch:
+        loss_is_of_its_batch(trainer)
+    if task.loss_of_labels:
+        score_labels_only(model.get_base_model())
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(Progress())

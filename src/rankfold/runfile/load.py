@@ -1,0 +1,124 @@
+"""Read a run file: its text, its short forms, `key=value` overrides, and everything that is wrong with it at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from rankfold.errors import RankfoldError, short
+from rankfold.runfile.checks import check
+from rankfold.runfile.imports import load_all, with_places
+from rankfold.runfile.problems import COMMAND_LINE, Problem, RunFileError, explain
+from rankfold.runfile.schema import RunFile
+from rankfold.runfile.yaml import KeyPath, YamlError, read
+
+
+def load(path: str | Path, overrides: Iterable[str] = ()) -> RunFile:
+    """Read a run file and apply `key=value` overrides (dotted keys, values as in YAML).
+
+    Raises:
+        RunFileError: one line for each problem, with its line number.
+        OSError: the file cannot be read.
+    """
+    path = Path(path)
+    try:
+        values, lines = read_values(path)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"no run file '{path}': `rankfold init {path}` writes one") from None
+    return parse(values, overrides, where=str(path), lines=lines)
+
+
+def read_values(path: Path) -> tuple[Any, dict[KeyPath, int]]:
+    """The plain values of a YAML file, and the line of every key path in it.
+
+    Raises:
+        RunFileError: it is no YAML. OSError: it cannot be read.
+    """
+    try:
+        return read(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as e:
+        raise RunFileError([Problem((), f"not UTF-8 text ({e})")], str(path)) from e
+    except YamlError as e:
+        raise RunFileError([Problem((), str(e))], str(path), {(): e.line}) from e
+
+
+def parse(
+    values: Any, overrides: Iterable[str] = (), where: str = "run file", lines: dict[KeyPath, int] | None = None
+) -> RunFile:
+    """Check plain values as `load` does. `where` and `lines` place the problems.
+
+    Raises:
+        RunFileError: one line for each problem.
+    """
+    lines = dict(lines or {})
+    values = with_places(overridden(values, RunFile, overrides, where, lines), where)
+    try:
+        run = RunFile.model_validate(values)
+    except ValidationError as e:
+        raise RunFileError(explain(e, RunFile), where, lines) from None
+    if problems := load_all(run.imports) or check(run):
+        raise RunFileError(problems, where, lines)
+    return run
+
+
+def overridden(
+    values: Any, root: type[BaseModel], overrides: Iterable[str], where: str, lines: dict[KeyPath, int]
+) -> dict[str, Any]:
+    """Plain values with short forms expanded and overrides applied, which `lines` learns of.
+
+    Raises:
+        RunFileError: they are no mapping, or an override is none.
+    """
+    if not isinstance(values, dict):
+        keys = ", ".join(root.model_fields)
+        raise RunFileError([Problem((), f"must be a mapping with the keys {keys}, got {short(values)}")], where, lines)
+    values = expand_short_forms(values)
+    for override in overrides:
+        apply(override, values, lines)
+    return values
+
+
+# --- short forms and overrides ------------------------------------------------------------------------------------------
+
+_SHORT_FORMS = {"model": "name", "data": "source", "method": "name"}
+
+
+def expand_short_forms(values: dict[str, Any]) -> dict[str, Any]:
+    """`model: NAME` is `model: {name: NAME}`, and so on, one level deep and without touching the caller's dictionary."""
+    # A section with every key commented out is null to YAML.
+    values = {k: dict(v) if isinstance(v, dict) else v for k, v in values.items() if v is not None}
+    for section, key in _SHORT_FORMS.items():
+        if isinstance(values.get(section), str):
+            values[section] = {key: values[section]}
+    return values
+
+
+def apply(override: str, values: dict[str, Any], lines: dict[KeyPath, int]) -> None:
+    """Set what `key=value` says, in the values and in the lines that place their problems.
+
+    Raises:
+        RunFileError: it is no `key=value`, or the key goes through something that is no section.
+    """
+    key, equals, text = override.partition("=")
+    path = tuple(key.split("."))
+    try:
+        if not equals or not key:
+            raise RankfoldError(f"override '{override}' must look like training.seed=1")
+        value, _ = read(text)
+        if len(path) == 1 and path[0] in _SHORT_FORMS and isinstance(value, str):
+            value = {_SHORT_FORMS[path[0]]: value}
+        at = values
+        for i, part in enumerate(path[:-1]):
+            if not isinstance(below := at.get(part, {}), dict):
+                raise RankfoldError(f"'{'.'.join(path[: i + 1])}' holds {short(below)}, not a section")
+            at[part] = dict(below)
+            at = at[part]
+    except ValueError as e:
+        raise RunFileError([Problem(path if equals else (), str(e))], "command line") from e
+    at[path[-1]] = value
+    for replaced in [known for known in lines if known[: len(path)] == path]:
+        del lines[replaced]
+    lines[path] = COMMAND_LINE

@@ -1,0 +1,52 @@
+"""What a run file may say of a method: its name, and the fields of its config."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+from rankfold.errors import RankfoldError, nearest
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
+# What the run decides from the task and the model; a run file that set them could only contradict itself.
+SET_BY_THE_RUN = {
+    "task_type",
+    "peft_type",
+    "auto_mapping",
+    "peft_version",
+    "base_model_name_or_path",
+    "revision",
+    "inference_mode",
+}
+
+
+def config_class(name: str) -> type[PeftConfig]:
+    """The config class of a method's name, ours or, as peft:NAME, PEFT's.
+
+    Raises:
+        ValueError: no such method; the message names the nearest.
+    """
+    if not name.startswith("peft:"):
+        from rankfold.host import registry
+
+        return registry.get(name).config
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    classes = {f"peft:{kind.value.lower()}": config for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+    if name not in classes:
+        raise RankfoldError(f"PEFT has no method '{name.removeprefix('peft:')}'{nearest(name, classes, 'known')}")
+    return classes[name]
+
+
+def config_fields(config: type) -> dict[str, dataclasses.Field]:
+    """The fields of a method's config that a run file may set."""
+    return {f.name: f for f in dataclasses.fields(config) if f.init and f.name not in SET_BY_THE_RUN}
+
+
+def scheduled(name: str) -> bool:
+    """Whether the method is one of ours that chooses its ranks while it trains."""
+    from rankfold.host import registry
+
+    return name in registry.METHODS and registry.METHODS[name].controller is not None

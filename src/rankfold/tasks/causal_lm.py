@@ -1,0 +1,172 @@
+"""Text in, text out: TRL's SFTTrainer on texts, on prompts with their completion, or on chats."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from itertools import takewhile
+from typing import TYPE_CHECKING, Any
+
+from rankfold.errors import short
+from rankfold.tasks.chats import Chat, not_a_chat, token_ids, turns
+from rankfold.tasks.rows import DataError, Encoded, Rows
+from rankfold.tasks.task import Metric, Task
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
+
+CHAT, PAIR, TEXT = ("messages",), ("prompt", "completion"), ("text",)
+
+
+class CausalLm(Task):
+    name = "causal-lm"
+    summary = "text in, text out"
+    kinds = (CHAT, PAIR, TEXT)
+    foreign = ("labels",)
+    max_length = 1024
+    models = ("AutoModelForCausalLM",)
+    peft_type = "CAUSAL_LM"
+    metrics = {  # noqa: RUF012
+        "loss": Metric(greater_is_better=False),
+        "token_accuracy": Metric(greater_is_better=True, logged_as="mean_token_accuracy"),
+    }
+    loss_of_labels = True
+    weighted = True
+    # The rows come as tokens with their labels, so TRL would not look at these.
+    own_arguments = (
+        "completion_only_loss",
+        "assistant_only_loss",
+        "chat_template_path",
+        "eos_token",
+        "dataset_text_field",
+        "dataset_kwargs",
+    )
+    pipeline = "text-generation"
+    counts_rows = False
+    start = {  # noqa: RUF012
+        "model": {"name": "smollm2-135m-instruct"},
+        "data": {"source": "phonemes", "max_validation": 500, "max_test": 500},
+        "method": {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"},
+        "training": {"max_steps": 100, "batch_size": 16, "learning_rate": 2e-3, "evaluate_every": 50, "seed": 0},
+    }
+    comparison = (
+        """\
+model: smollm2-135m-instruct
+task: causal-lm
+data: {source: phonemes, max_train: 1600, max_validation: 300, max_test: 600}
+training: {max_steps: 100, batch_size: 16, warmup: 0.1, evaluate_every: 50, precision: bf16, metric: token_accuracy}
+output: runs/compare-phonemes
+""",
+        "2,442,240",
+        "2460000",
+    )
+
+    def problem(self, value: Any, column: str, kind: tuple[str, ...]) -> str | None:
+        if isinstance(value, str):
+            return None
+        return f"holds {short(value)}, not text" if kind == TEXT else not_a_chat(value)
+
+    def tidy(self, split: Dataset, kind: tuple[str, ...]) -> Dataset:
+        if kind != CHAT:
+            return split
+        from trl.data_utils import maybe_convert_to_chatml
+
+        return split.map(maybe_convert_to_chatml)  # {from, value} as {role, content}
+
+    def encode(self, rows: Rows, split: str, processor: Any, max_length: int | None, data: Any) -> Encoded:
+        """Tokens, and as labels those of them that are to be learnt. TRL cuts and packs them."""
+        table = rows.splits[split]
+        is_chat = not isinstance(table[0][rows.kind[0]], str)
+        if is_chat and processor.chat_template is None:
+            raise DataError(
+                "the rows are chats but the model's tokenizer has no chat template; take an instruct model, or give the rows "
+                "as prompt and completion"
+            )
+        tokens = _tokens_of(rows.kind, processor, is_chat, data.loss_on == "completion")
+
+        def encode(batch: dict[str, list], numbers: list[int]) -> dict[str, list]:
+            ids, labels = [], []
+            for number, (row, learnt) in zip(numbers, tokens(*(batch[column] for column in rows_kind)), strict=True):
+                if not any(learnt):
+                    raise DataError(
+                        f"{split}, row {number + 1}: there is nothing to learn in it; remove it, or use data.loss_on: all"
+                    )
+                ids.append(row)
+                labels.append([token if yes else -100 for token, yes in zip(row, learnt, strict=True)])
+            return {"input_ids": ids, "labels": labels, "length": [len(row) for row in ids]}
+
+        rows_kind = rows.kind
+        made = table.map(encode, batched=True, with_indices=True, remove_columns=table.column_names)
+        return Encoded(made.remove_columns("length"), made["length"][:])
+
+    def trainer(self) -> type:
+        from trl.trainer.sft_trainer import SFTTrainer
+
+        return SFTTrainer
+
+    def arguments_class(self) -> type:
+        from trl.trainer.sft_config import SFTConfig
+
+        return SFTConfig
+
+    def arguments(self, data: Any, max_length: int | None) -> dict[str, Any]:
+        # Every row counts once in evaluation.
+        return {"max_length": max_length, "packing": data.packing, "eval_packing": False}
+
+    def scores(self, output: Any, inputs: dict[str, Any], metric: str) -> tuple[Tensor, Tensor]:
+        # TRL's fused head gives, per token and zero where no label is, what its own metrics are made of.
+        tokens = output.label_mask.detach().double().sum(1)
+        total = (output.is_top1 if metric == "token_accuracy" else -output.log_probs).detach().double().sum(1)
+        return total / tokens.clamp(min=1), tokens
+
+
+Learnt = tuple[list[int], list[bool]]
+"""The tokens of a row, and for each whether it is to be learnt."""
+
+
+def _tokens_of(
+    kind: tuple[str, ...], tokenizer: PreTrainedTokenizerBase, is_chat: bool, answers_only: bool
+) -> Callable[..., Iterable[Learnt]]:
+    """What turns the columns of a batch into its rows' tokens."""
+    if kind == PAIR:
+        wholes_and_prompts = _pairs_of_chats if is_chat else _pairs_of_texts
+        return lambda prompts, completions: (
+            _behind(whole, prompt if answers_only else ())
+            for whole, prompt in zip(*wholes_and_prompts(prompts, completions, tokenizer), strict=True)
+        )
+    if kind == CHAT and answers_only:
+        return functools.partial(map, turns(tokenizer))
+    if kind == CHAT:
+        return lambda chats: (_behind(token_ids(tokenizer, chat), ()) for chat in chats)
+    return lambda texts: (_behind(ids, ()) for ids in _texts(texts, tokenizer))
+
+
+def _behind(whole: list[int], prompt: Sequence[int]) -> Learnt:
+    """Learns what comes behind the prompt: from where the two part, as a tokenizer may end the prompt otherwise when
+    nothing follows."""
+    begins = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(whole, prompt, strict=False)))
+    return whole, [at >= begins for at in range(len(whole))]
+
+
+def _texts(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """The tokens of texts, with the end of the text."""
+    end = str(tokenizer.eos_token or "")
+    ended = [text if text.endswith(end) else text + end for text in texts]
+    return tokenizer(ended, verbose=False)["input_ids"]  # pyright: ignore[reportReturnType]
+
+
+def _pairs_of_texts(prompts: list[str], completions: list[str], tokenizer: PreTrainedTokenizerBase) -> tuple[Any, Any]:
+    wholes = _texts([p + c for p, c in zip(prompts, completions, strict=True)], tokenizer)
+    return wholes, tokenizer(prompts, verbose=False)["input_ids"]
+
+
+def _pairs_of_chats(
+    prompts: list[Chat], completions: list[Chat], tokenizer: PreTrainedTokenizerBase
+) -> tuple[Any, Any]:
+    wholes = [token_ids(tokenizer, *parts) for parts in zip(prompts, completions, strict=True)]
+    return wholes, [token_ids(tokenizer, prompt, ask=True) for prompt in prompts]
+
+
+TASK = CausalLm()

@@ -1,0 +1,176 @@
+"""The row of a task: everything that differs between tasks, from the columns of a row to the model card.
+
+A task is a subclass of `Task` in a file of its own, with one instance called `TASK`. Importing it needs no heavy package: what does
+is imported inside the methods.
+"""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from rankfold.errors import short
+from rankfold.tasks.rows import DataError, Encoded, Rows
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Metric:
+    """What a task can be judged by.
+
+    Args:
+        greater_is_better: which of two values is better.
+        logged_as: the trainer's name for it, where it is another.
+        of_rows: it is a mean over rows, so a comparison can resample it.
+    """
+
+    greater_is_better: bool
+    logged_as: str | None = None
+    of_rows: bool = True
+
+
+class Task(ABC):
+    """One task. The attributes are data; the methods that have a default do what tasks on texts share."""
+
+    name: ClassVar[str]
+    """As run files and `--task` call it."""
+    summary: ClassVar[str]
+    """What goes in and what comes out, as in "text in, class out"."""
+
+    # --- rows
+    kinds: ClassVar[tuple[tuple[str, ...], ...]]
+    """The sets of columns that rows may have, the preferred first. `data.columns` of a run file knows all of them."""
+    optional: ClassVar[tuple[str, ...]] = ()
+    """Columns that rows have only where the run file names them."""
+    targets: ClassVar[tuple[str, ...]] = ()
+    """Columns that hold what is to be learnt."""
+    foreign: ClassVar[tuple[str, ...]] = ()
+    """Fields of the run file's `data` that mean nothing for this task."""
+    max_length: ClassVar[int | None]
+    """Longest row in tokens where the run file names none; None for rows that are not tokens."""
+
+    # --- model
+    processor: ClassVar[str] = "AutoTokenizer"
+    """The class of transformers that turns rows into the model's inputs."""
+    models: ClassVar[tuple[str, ...]]
+    """The Auto classes of transformers. The first one is trained; `rankfold plan` tries the others too."""
+    peft_type: ClassVar[str]
+    """PEFT's TaskType."""
+    new_head: ClassVar[bool] = False
+    """The head has one output per class, starts at random and is trained in full."""
+
+    # --- training
+    metrics: ClassVar[dict[str, Metric]]
+    """By name; the first one is the default."""
+    loss_of_labels: ClassVar[bool] = False
+    """The trainer reads nothing but the labels' scores off TRL's fused head, so the others need not be computed."""
+    loss_of_batch: ClassVar[bool] = False
+    """The model's loss is the mean over its own batch, whatever it is told of the other batches of a step."""
+    weighted: ClassVar[bool] = False
+    """A row counts by its number of tokens in the metric."""
+    own_arguments: ClassVar[tuple[str, ...]] = ()
+    """Arguments of the trainer that `training.extra` may not set, beside those that `arguments` gives."""
+
+    # --- words
+    pipeline: ClassVar[str]
+    """The hub's tag."""
+    counts_rows: ClassVar[bool] = True
+    """Speed is told in rows too, not in tokens alone."""
+    start: ClassVar[dict[str, dict[str, Any]]]
+    """What the file that `rankfold init` writes sets, by section; it works offline with the bundled model and data."""
+    comparison: ClassVar[tuple[str, str, str]]
+    """For `rankfold init --compare`: the file's beginning, what LoRA trains there at r = 8, and a budget a little above."""
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(column for kind in self.kinds for column in kind))
+
+    def logged_as(self, metric: str) -> str:
+        """The trainer's name for a metric, without prefix."""
+        return self.metrics[metric].logged_as or metric
+
+    # --- rows ---------------------------------------------------------------------------------------------------------------
+
+    def kind(self, columns: list[str], names: dict[str, str]) -> tuple[str, ...]:
+        """Which of `kinds` the rows have.
+
+        Args:
+            columns: of the training rows.
+            names: our columns → what the run file calls them.
+
+        Raises:
+            DataError: none.
+        """
+        for kind in self.kinds:  # what the run file names wins over what happens to be there
+            if any(names.get(role, role) != role for role in kind):
+                return kind
+        for kind in self.kinds:
+            if all(names.get(role) in columns for role in kind):
+                return kind
+        kinds = [" + ".join(kind) for kind in self.kinds]
+        listed = ", ".join(kinds[:-1]) + (", or " if kinds[1:] else "") + kinds[-1]
+        raise DataError(
+            f"train has none of the columns {listed}; it has: {', '.join(columns)}. "
+            f"Say which is which, for instance data.columns: {{{self.kinds[-1][0]}: {columns[0]}}}"
+        )
+
+    def problem(self, value: Any, column: str, kind: tuple[str, ...]) -> str | None:
+        """What is wrong with one input, as the end of a sentence, or None."""
+        return None if isinstance(value, str) else f"holds {short(value)}, not text"
+
+    def tidy(self, split: Dataset, kind: tuple[str, ...]) -> Dataset:
+        """A checked split in the form that `encode` takes."""
+        return split
+
+    def key(self, row: Any, inputs: tuple[str, ...]) -> str:
+        """Rows of one key are duplicates; texts that differ only in case or spaces are."""
+        texts = [row[column] if isinstance(row[column], str) else json.dumps(row[column]) for column in inputs]
+        return "\0".join(" ".join(text.casefold().split()) for text in texts)
+
+    def finish(self, rows: Rows, data: Any) -> None:
+        """Checks and replaces the targets once the splits are made.
+
+        Args:
+            data: the `data` section of the run file.
+        """
+        return
+
+    @abstractmethod
+    def encode(self, rows: Rows, split: str, processor: Any, max_length: int | None, data: Any) -> Encoded:
+        """A split as the trainer takes it. It is called once per split.
+
+        Raises:
+            DataError: rows that cannot be encoded.
+        """
+
+    # --- training -----------------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def trainer(self) -> type:
+        """`transformers.Trainer`, or TRL's trainer that is made for the task."""
+
+    @abstractmethod
+    def arguments_class(self) -> type:
+        """The class of the trainer's arguments, which `training.extra` may set."""
+
+    def arguments(self, data: Any, max_length: int | None) -> dict[str, Any]:
+        """Arguments beside those that all tasks share."""
+        return {}
+
+    def options(self, processor: Any) -> dict[str, Any]:
+        """What the trainer takes beside its arguments: compute_metrics, data_collator."""
+        return {}
+
+    @abstractmethod
+    def scores(self, output: Any, inputs: dict[str, Any], metric: str) -> tuple[Tensor, Tensor]:
+        """The metric of each row of a batch, and what each counts.
+
+        Args:
+            output: of the model in evaluation. inputs: what it was called with.
+            metric: one that is `of_rows`.
+        """

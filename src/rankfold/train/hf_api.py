@@ -1,0 +1,137 @@
+"""What rankfold uses of transformers and TRL that is private or has changed before, in one place.
+
+Each piece is looked for when this file is imported or when it is used; what is missing is one sentence with the versions that work.
+pyproject.toml says which releases have all of it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import types
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import Trainer
+
+from rankfold.errors import RankfoldError
+from rankfold.runfile.arguments import RENAMED
+
+WORKS = {"transformers": "transformers>=5.3,<6", "trl": "trl>=1.16,<2"}
+
+
+def require(package: str, owner: Any, *names: str) -> None:
+    """Checks that a module, class or object of a package has what is used of it.
+
+    Raises:
+        RankfoldError: it has not; the message names the piece and the versions that work.
+    """
+    for name in names:
+        if not hasattr(owner, name):
+            where = getattr(owner, "__name__", type(owner).__name__)
+            raise RankfoldError(
+                f"{package} {version(package)} has no {where}.{name}, which rankfold's training needs; "
+                f"install a version that has it: pip install '{WORKS[package]}'"
+            )
+
+
+require("transformers", Trainer, "_run_epoch", "_save_checkpoint")
+
+
+class StepwiseTrainer(Trainer):
+    """Trainer with two of its inner steps open."""
+
+    def around_checkpoint(self, folder: Path) -> AbstractContextManager[None]:
+        """What a checkpoint is written in."""
+        return nullcontext()
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # transformers asks only after a step whether to stop; a run that resumes where it had stopped has none to make.
+        if not self.control.should_training_stop:
+            super()._run_epoch(*args, **kwargs)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        with self.around_checkpoint(Path(self.args.output_dir or ".", f"checkpoint-{self.state.global_step}")):
+            super()._save_checkpoint(model, trial)
+
+
+def make_arguments(cls: type, arguments: dict[str, Any]) -> Any:
+    """An instance of TrainingArguments or of a class of it, with the names that this release of transformers wants."""
+    known = {field.name for field in dataclasses.fields(cls)}
+    named = {RENAMED[key] if RENAMED.get(key) in known else key: value for key, value in arguments.items()}
+    if unknown := sorted(named.keys() - known):
+        package = "transformers" if cls.__module__.startswith("transformers.") else "trl"
+        raise RankfoldError(
+            f"{package} {version(package)} has no {cls.__name__}({unknown[0]}=...), which rankfold's training needs; "
+            f"install a version that has it: pip install '{WORKS[package]}'"
+        )
+    return cls(**named)
+
+
+def loss_is_of_its_batch(trainer: Trainer) -> None:
+    """Tells Trainer, which looks at the model's signature alone, that the loss is not divided by the rows of all batches:
+    else it would multiply it by the accumulated batches or the processes."""
+    require("transformers", trainer, "model_accepts_loss_kwargs")
+    trainer.model_accepts_loss_kwargs = False
+
+
+#: What some models do to their logits besides the head's product; TRL's head knows how, ours does not.
+SCALED = ("final_logit_softcapping", "logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
+
+Scored = tuple[Tensor, Tensor, Tensor]
+"""Log-probabilities of the labels, whether a label is the likeliest, and where there are labels: batch × length each."""
+
+
+def score_labels_with(
+    model: Any, usable: Callable[[Any], bool], scored: Callable[[Tensor, Tensor, Tensor], Scored]
+) -> None:
+    """Has TRL's `model(..., fused_lm_head=True)` of a language model computed by `scored`, where it can be.
+
+    It cannot, and TRL's own is called: for a head that is not `usable`, for logits that are scaled, for routers' losses, and for
+    labels that are shifted already.
+
+    Args:
+        model: the base model, after TRL gave it the fused head.
+        usable: says so of the output embeddings.
+        scored: hidden states, the head's weight and labels in.
+    """
+    import trl.trainer.utils as theirs
+
+    require("trl", theirs, "add_fused_lm_head", "FusedCausalLMOutput")
+    require("trl", theirs.FusedCausalLMOutput, *_FUSED)
+    config = model.config.get_text_config()
+    if any(getattr(config, name, None) is not None for name in SCALED):
+        return
+    forward_of_trl = model.forward
+
+    @functools.wraps(type(model).forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        labels, head = kwargs.get("labels"), self.get_output_embeddings()
+        others = {k: v for k, v in kwargs.items() if k not in ("labels", "fused_lm_head", "use_cache")}
+        if (
+            not kwargs.get("fused_lm_head")
+            or labels is None
+            or "shift_labels" in others
+            or "num_items_in_batch" in others
+            or others.get("output_router_logits", getattr(config, "output_router_logits", False))
+            or not usable(head)
+        ):
+            return forward_of_trl(*args, **kwargs)
+        hidden = getattr(self, self.base_model_prefix)(*args, use_cache=False, **others).last_hidden_state[:, :-1]
+        log_probs, is_top1, mask = scored(hidden, head.weight, labels[:, 1:])
+        return theirs.FusedCausalLMOutput(
+            loss=-log_probs.sum() / mask.sum().clamp(min=1),
+            log_probs=log_probs,
+            entropy=log_probs.new_zeros(mask.shape),  # TRL logs it, rankfold does not
+            is_top1=is_top1,
+            label_mask=mask,
+        )
+
+    model.forward = types.MethodType(forward, model)
+
+
+_FUSED = ("loss", "log_probs", "entropy", "is_top1", "label_mask")
