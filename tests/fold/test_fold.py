@@ -29,7 +29,7 @@ from rankfold.fold import fold_adapter, fold_model
 from rankfold.fold.native import from_folder
 from rankfold.fold.profiles.uniform import serve_rank, target_suffixes
 from rankfold.fold.proof import prove
-from rankfold.fold.source import read_config
+from rankfold.io.adapters import read_config
 from rankfold.io.files import whole_folder
 
 TOKENS = torch.arange(5, 21)[None]

@@ -26,6 +26,7 @@ from transformers import (
     TrainerCallback,
 )
 
+from rankfold.io.models import ModelError
 from rankfold.runfile.schema import parse
 from rankfold.train import run as run_module
 from rankfold.train.chats import template_marks_turns, with_labels
@@ -33,7 +34,6 @@ from rankfold.train.checkpoints import last_whole, what_is_damaged
 from rankfold.train.datafile import DataError
 from rankfold.train.folder import FolderError, SaveError
 from rankfold.train.metrics import read_metrics
-from rankfold.train.model import ModelError
 from rankfold.train.prepare import make_plan, prepare
 from rankfold.train.profiler import PARTS, Profile
 from rankfold.train.run import train

@@ -10,11 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from rankfold.io.models import ModelError
 from rankfold.methods.sora import thresholds
 from rankfold.runfile.problems import RunFileError
 from rankfold.runfile.schema import RunFile, parse
 from rankfold.train import sparsify as module
-from rankfold.train.model import ModelError
 from rankfold.train.run import train
 from rankfold.train.sparsify import sparsify
 

@@ -7,9 +7,10 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from rankfold.doctor.adapter_file import AdapterFile, Header
-from rankfold.doctor.base_shapes import Base
+from rankfold.doctor.adapter_file import AdapterFile
+from rankfold.doctor.base_shapes import BaseShapes
 from rankfold.doctor.settings import Settings
+from rankfold.io.weights import Header
 
 _PEFT = re.compile(r"^base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight$")
 _LOOSE = re.compile(r"^(?P<module>.+)\.lora[_.](?P<side>[aAbB]|up|down)(\.weight)?$")
@@ -57,7 +58,7 @@ class Case:
     settings: Settings
     pairs: list[Pair] = field(default_factory=list)
     others: dict[str, list[str]] = field(default_factory=dict)
-    base: Base | None = None
+    base: BaseShapes | None = None
 
     @property
     def ours(self) -> bool:
@@ -103,7 +104,7 @@ class Case:
         return [n for names in self.others.values() for n in names]
 
 
-def make_case(file: AdapterFile, settings: Settings, base: Base | None) -> Case:
+def make_case(file: AdapterFile, settings: Settings, base: BaseShapes | None) -> Case:
     sides: dict[str, dict[str, Header]] = defaultdict(dict)
     others: dict[str, list[str]] = defaultdict(list)
     ours = settings.peft_type.startswith("RANKFOLD_")

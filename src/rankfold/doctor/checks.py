@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator
 
-from peft import LoraConfig
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft import PEFT_TYPE_TO_CONFIG_MAPPING, LoraConfig
 
 import rankfold.methods  # noqa: F401  (registers the methods with PEFT)
 from rankfold.doctor.case import Case
-from rankfold.doctor.findings import Finding, Status, examples
+from rankfold.doctor.findings import Finding, Status
+from rankfold.text import examples
 
 #: PEFT adds both names to the modules_to_save of every classifier; a model has one of them.
 CLASSIFIERS = {"classifier", "score"}

@@ -8,10 +8,11 @@ import torch
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 
-from rankfold.fold.base_model import load_base, quiet
 from rankfold.fold.profiles.profile import Profile
 from rankfold.fold.proof import logit_error
-from rankfold.fold.source import base_class, read_tensors
+from rankfold.fold.source import base_class, base_model
+from rankfold.io.adapters import read_tensors
+from rankfold.io.models import load_base, quiet
 
 
 def probe(adapter: Path, folded: Path, config: PeftConfig, base: str | None, profile: Profile) -> dict[str, object]:
@@ -38,11 +39,13 @@ def probe(adapter: Path, folded: Path, config: PeftConfig, base: str | None, pro
     trained = _logits(model, batch)
     del model
     if profile.loads_as == "model":
-        with quiet():
-            found, loader = base_class(config).from_pretrained(folded, dtype=torch.float32), "transformers"
+        found, loader = load_base(base_class(config), folded, torch.float32), "transformers"
     else:
         found, loader = _load(folded, config, name, read_tensors(adapter)), "stock PEFT"
-    return {"base": name, "loaded_by": loader, **logit_error(trained, _logits(found, batch))}
+    again = _logits(found, batch)
+    if not (torch.isfinite(trained).all() and torch.isfinite(again).all()):
+        return {"skipped": "the logits are not finite"}
+    return {"base": name, "loaded_by": loader, **logit_error(trained, again)}
 
 
 def trained_model(adapter: Path, config: PeftConfig, base: str | None) -> PeftModel:
@@ -55,7 +58,7 @@ def trained_model(adapter: Path, config: PeftConfig, base: str | None) -> PeftMo
 
 
 def _load(adapter: Path, config: PeftConfig, base: str | None, tensors: dict[str, Tensor]) -> PeftModel:
-    model = load_base(config, base, torch.float32, tensors)
+    model = base_model(config, base, torch.float32, tensors)
     with quiet():
         return PeftModel.from_pretrained(model, str(adapter))  # pyright: ignore[reportArgumentType]
 

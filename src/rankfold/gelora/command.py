@@ -94,11 +94,12 @@ def _measured(run: RunFile, *, max_length: int | None, **options) -> GeloraPlan:
     import torch
     from transformers import AutoModel
 
+    from rankfold.io.models import locate
     from rankfold.train import model, tokens
     from rankfold.train.data import load_rows
 
     rows = load_rows(run)
-    place = model.locate(run.model.name)
+    place = locate(run.model.name)
     tokenizer = model.load_tokenizer(run.model, place)
     config = model.load_config(run, place, rows.labels)
     network = AutoModel.from_pretrained(
@@ -123,7 +124,7 @@ def _joined(parts: tuple) -> Sample:
 
 
 def _write(plan: GeloraPlan, out: str | None, picture: str | None) -> None:
-    from rankfold.train.folder import write_whole
+    from rankfold.io.files import write_whole
 
     if out:
         Path(out).parent.mkdir(parents=True, exist_ok=True)

@@ -45,3 +45,35 @@ def add_peft_type(name: str) -> PeftType:
     PeftType._member_map_[key] = PeftType._value2member_map_[key] = member
     type.__setattr__(PeftType, key, member)
     return member
+
+
+# for fold: what it needs of PEFT beyond the documented interface, each a name below or a member of a class
+from peft.tuners.lora import LoraLayer  # noqa: E402
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer  # noqa: E402
+from peft.tuners.tuners_utils import _get_in_out_features as in_out_features  # noqa: E402
+from peft.utils.other import get_pattern_key  # noqa: E402
+
+__all__ = [
+    "TESTED",
+    "BaseTunerLayer",
+    "LoraLayer",
+    "add_peft_type",
+    "check_fold_members",
+    "check_peft",
+    "get_pattern_key",
+    "in_out_features",
+    "peft_name",
+]
+
+_FOLD_MEMBERS = ((BaseTunerLayer, "_get_available_adapters"), (BaseTuner, "_remap_adapter_state_dict_for_load"))
+
+
+def check_fold_members() -> None:
+    """Raises ImportError, in one sentence, where PEFT lacks a member that folding PEFT's own adapters calls."""
+    missing = [f"{owner.__name__}.{name}" for owner, name in _FOLD_MEMBERS if not hasattr(owner, name)]
+    if missing:
+        low, high = TESTED
+        raise ImportError(
+            f"folding needs {', '.join(missing)} of peft, which version {version('peft')} lacks; "
+            f"run: pip install 'peft>={low},<{high}'"
+        )

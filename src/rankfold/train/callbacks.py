@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import EarlyStoppingCallback, ProgressCallback, TrainerCallback
 
-from rankfold.train.folder import write_whole
+from rankfold.io.files import append_line, write_whole
 from rankfold.train.metrics import read_metrics
 
 # What the trainer logs beside losses, metrics, learning rate and gradient norm.
@@ -45,8 +45,7 @@ class MetricsFile(TrainerCallback):
             row = {key.replace("eval_", "test_"): value for key, value in row.items()}
         if row:
             row = {"step": state.global_step, "epoch": state.epoch, "tokens": state.num_input_tokens_seen, **row}
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+            append_line(self.path, json.dumps(row))
 
 
 class Progress(ProgressCallback):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from rankfold.io.files import read_json_lines
 
 if TYPE_CHECKING:
     from transformers import EvalPrediction
@@ -34,10 +35,4 @@ def tidy(logged: dict[str, Any], prefix: str) -> dict[str, float]:
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The rows of a metrics.jsonl; a last line that was cut off by a crash is left out."""
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows
+    return [row for _, row in read_json_lines(path, skip_damaged=True)]

@@ -17,10 +17,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from rankfold.errors import RankfoldError
-from rankfold.fold.source import read_config, read_tensors
 from rankfold.io import assets as bundled
-from rankfold.io.gguf_models import load_gguf_folder
+from rankfold.io.adapters import read_config, read_tensors
+from rankfold.io.models import ModelError, skeleton
 from rankfold.runfile.checks import peft_config
 from rankfold.runfile.problems import nearest
 
@@ -32,30 +31,6 @@ if TYPE_CHECKING:
 
 # PEFT trains and saves modules of these names by itself.
 _HEADS_OF_PEFT = {"classifier", "score"}
-
-
-class ModelError(RankfoldError):
-    """The model cannot be found, read or adapted; the message names it and the fix."""
-
-
-def locate(name: str) -> str:
-    """What `from_pretrained` takes for a run file's model name: a folder, or a hub id as it is.
-
-    Raises:
-        ModelError: a file or folder that is not a model.
-    """
-    if name in bundled.MODELS:
-        return str(bundled.model_path(name))
-    path = Path(name).expanduser()
-    if path.suffix == ".gguf":
-        return str(load_gguf_folder(path))
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise ModelError(f"model.name: the folder '{name}' has no config.json, so it is not a saved model")
-        return str(path)
-    if path.is_file() or name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise ModelError(f"model.name: '{name}' is no folder with a saved model and no GGUF file")
-    return name
 
 
 def load_tokenizer(model: Model, place: str) -> PreTrainedTokenizerBase:
@@ -91,8 +66,7 @@ def load_model(
     options: dict[str, Any] = {"attn_implementation": run.model.attention} if run.model.attention else {}
     if not weights:
         dtype = config.dtype if run.model.dtype == "auto" else getattr(torch, run.model.dtype)
-        with torch.device("meta"):
-            model = auto.from_config(config, dtype=dtype, trust_remote_code=run.model.trust_remote_code, **options)
+        model = skeleton(config, (auto,), dtype=dtype, trust_remote_code=run.model.trust_remote_code, **options)
         return model, heads(model) if run.task == "classification" else []
     model, report = _from(
         auto, run.model, place, config=config, dtype=run.model.dtype, output_loading_info=True, **options

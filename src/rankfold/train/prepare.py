@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate import PartialState
 
+from rankfold.io.models import locate
+from rankfold.text import size
 from rankfold.train import budget, model, tokens
 from rankfold.train.budget import Budget
 from rankfold.train.data import Rows, load_rows
@@ -49,7 +51,7 @@ def prepare(run: RunFile) -> Prepared:
     Raises:
         ModelError, DataError: what does not fit, and the fix.
     """
-    place = model.locate(run.model.name)
+    place = locate(run.model.name)
     with processes().main_process_first():  # the others find the caches filled
         rows = load_rows(run)
         config = model.load_config(run, place, rows.labels)
@@ -109,8 +111,8 @@ class Plan:
             ),
             (
                 "memory",
-                f"{_megabytes(sum(memory.values()))} on each device ("
-                + ", ".join(f"{name} {_megabytes(size)}" for name, size in memory.items())
+                f"{size(sum(memory.values()))} on each device ("
+                + ", ".join(f"{name} {size(held)}" for name, held in memory.items())
                 + "), and activations",
             ),
         ]
@@ -142,7 +144,3 @@ def make_plan(prepared: Prepared) -> Plan:
         estimated=run.data.packing,
         devices=devices,
     )
-
-
-def _megabytes(size: int) -> str:
-    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"

@@ -17,6 +17,7 @@ from typing import Any
 
 from rankfold.errors import RankfoldError
 from rankfold.inspect import inspect_adapter
+from rankfold.io.files import write_whole
 from rankfold.runfile.problems import Problem, RunFileError
 from rankfold.runfile.schema import RunFile, parse
 from rankfold.train import folder
@@ -98,7 +99,7 @@ def sparsify(
             folder.check(stage, resume=True, overwrite=False)  # the same run, not another that has the name
         stages.append(_read(stage, xi, json.loads(done.read_text(encoding="utf-8"))))
         say(_words(stages[-1], run.metric))
-        folder.write_whole(output / "stages.jsonl", "".join(json.dumps(asdict(s)) + "\n" for s in stages))
+        write_whole(output / "stages.jsonl", "".join(json.dumps(asdict(s)) + "\n" for s in stages))
     plot_stages(stages, run.metric, f"SoRA on {run.model.name}, {run.data.source or run.data.train}", output)
     return stages
 
