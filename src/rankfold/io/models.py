@@ -86,7 +86,7 @@ def named_class(task_type: object, class_name: str | None) -> Any:
 
 
 def skeleton(
-    config: PretrainedConfig, makers: Sequence[Any] = (), *, dtype: torch.dtype | None = None, **options: Any
+    config: PretrainedConfig, makers: Sequence[Any] = (), *, dtype: torch.dtype | str | None = None, **options: Any
 ) -> PreTrainedModel:
     """The model of a config on the meta device: shapes, names and types, without weights.
 
@@ -114,7 +114,7 @@ def skeleton(
     if "Unrecognized configuration class" in str(last):
         names = " or ".join(maker.__name__ for maker in makers)
         raise ModelError(f"transformers has no {names} of a {config.model_type}") from last
-    raise ModelError(f"its config makes no {config.model_type} model: {first_line(last)}") from last
+    raise ModelError(f"its config ({config.model_type}) cannot be used: {first_line(last)}") from last
 
 
 def meta_copy(model: nn.Module) -> nn.Module:

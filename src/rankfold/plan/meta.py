@@ -43,7 +43,8 @@ def meta_model(model_name: str, task: str | None = None, revision: str | None = 
     try:
         return skeleton(config, makers).train()
     except ModelError as error:
-        raise ModelError(f"model: '{model_name}': {error}") from error
+        what = task or config.model_type
+        raise ModelError(f"model: '{model_name}' makes no {what} model: {error}") from error
 
 
 def _config(name: str, revision: str | None) -> PretrainedConfig:
