@@ -308,8 +308,14 @@ def test_the_command(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     run_inspect(str(run / "adapter"), json=True)
     assert set(json.loads(capsys.readouterr().out)) == {"adapter"}
 
-    with pytest.raises(ValueError, match="neither an adapter"):
-        run_inspect(str(base))
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        run_inspect(str(run / "adapter" / name), json=True)
+        assert set(json.loads(capsys.readouterr().out)) == {"adapter"}
+    run_inspect(str(run / "checkpoints" / "ranks.jsonl"), json=True)
+    assert set(json.loads(capsys.readouterr().out)) == {"run"}
+    for path in (base, base / "model.safetensors", base / "config.json"):
+        with pytest.raises(ValueError, match="neither an adapter"):
+            run_inspect(str(path))
     with pytest.raises(FileNotFoundError, match="does not exist"):
         run_inspect(str(tmp_path / "nothing"))
     with pytest.raises(ValueError, match="must end in"):

@@ -15,7 +15,7 @@ from torch import Tensor
 from rankfold.doctor import gguf_file, jsonlines
 from rankfold.doctor.findings import Finding, Status
 from rankfold.errors import RankfoldError
-from rankfold.io.adapters import CONFIG
+from rankfold.io.adapters import CONFIG, GATHER, not_gathered
 from rankfold.io.weights import Header, read_headers, read_metadata, read_tensors
 from rankfold.text import one_line
 
@@ -167,6 +167,10 @@ def _read_headers(path: Path, file: AdapterFile) -> None:
             file.config = read_metadata(path)
         if not file.tensors:
             raise RankfoldError("it has no tensors")
+        if message := not_gathered({name: header.shape for name, header in file.tensors.items()}):
+            file.tensors = {}
+            file.problems.append(Finding(Status.PROBLEM, message, path.name, GATHER))
+            return
     except (ValueError, OSError) as error:
         file.tensors = {}
         problem = f"the weights cannot be read, they are truncated or not {path.suffix[1:]}: {one_line(error)}"

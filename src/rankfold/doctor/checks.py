@@ -157,6 +157,9 @@ def belonging(case: Case) -> Iterator[Finding]:
         what = f"tensors that do not belong in a LoRA: {examples(foreign)}"
         fix = "save it with save_pretrained; keys are base_model.model.MODULE.lora_A.weight and .lora_B.weight"
         yield Finding(Status.PROBLEM, what, foreign[0], fix)
+    if case.bare:
+        what = f"keys lack the prefix base_model.model., so PEFT applies none of them: {examples(case.bare)}"
+        yield Finding(Status.PROBLEM, what, case.bare[0], "write base_model.model. before each key")
     saved = case.others.get("saved", [])
     absent = [m for m in case.settings.modules_to_save if not any(f".{m}." in f".{n}." for n in saved)]
     if (set(case.settings.modules_to_save) - set(absent)) & CLASSIFIERS:

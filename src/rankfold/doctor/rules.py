@@ -321,6 +321,17 @@ def peft_type(case: Case) -> Iterator[Finding]:
         yield Finding(Status.REFUSED, what, case.file.where("peft_type"), "write the type it was trained with")
 
 
+def bare_keys(status: Status, what: str) -> Rule:
+    """Factors whose keys lack PEFT's prefix."""
+
+    def rule(case: Case) -> Iterator[Finding]:
+        if case.bare:
+            fix = "write base_model.model. before each key"
+            yield Finding(status, f"{what}: {examples(case.bare)}", case.bare[0], fix)
+
+    return rule
+
+
 def peft_ranks(case: Case) -> Iterator[Finding]:
     wrong = case.contradicted
     if wrong:

@@ -103,7 +103,7 @@ def _measured(run: RunFile, *, max_length: int | None, **options) -> GeloraPlan:
     tokenizer = model.load_tokenizer(run.model, place)
     config = model.load_config(run, place, rows.labels)
     network = AutoModel.from_pretrained(
-        place, config=config, dtype=torch.float32
+        place, config=config, dtype=torch.float32, trust_remote_code=run.model.trust_remote_code
     )  # no head: its names fit with one, too
     columns = [list(rows.splits["train"][name]) for name in rows.inputs]
     texts = columns[0] if len(columns) == 1 else [_joined(parts) for parts in zip(*columns, strict=True)]
