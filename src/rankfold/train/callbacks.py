@@ -12,6 +12,7 @@ from typing import Any
 from transformers import EarlyStoppingCallback, ProgressCallback, TrainerCallback
 
 from rankfold.io.files import append_line, write_whole
+from rankfold.text import duration
 from rankfold.train.metrics import read_metrics
 
 # What the trainer logs beside losses, metrics, learning rate and gradient norm.
@@ -97,7 +98,7 @@ class Progress(ProgressCallback):
             left = ""
             if self.began_at is not None and (done := state.global_step - self.began_at):
                 seconds = (time.monotonic() - self.began) / done * (state.max_steps - state.global_step)
-                left = f", {seconds / 60:.0f} min left" if seconds >= 90 else f", {seconds:.0f} s left"
+                left = f", {duration(seconds, digits=2)} left"
             print(f"step {state.global_step}/{state.max_steps}: {_pairs(shown)}{left}", file=sys.stderr, flush=True)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
