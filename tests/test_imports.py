@@ -30,7 +30,9 @@ def imports(path: Path) -> set[str]:
     found: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "rankfold":
-            found |= {f"{node.module}.{a.name}" if f"{node.module}.{a.name}" in FILES else node.module for a in node.names}
+            found |= {
+                f"{node.module}.{a.name}" if f"{node.module}.{a.name}" in FILES else node.module for a in node.names
+            }
         elif isinstance(node, ast.Import):
             found |= {a.name for a in node.names if a.name.split(".")[0] == "rankfold"}
     return found - {module_of(path)}
@@ -48,7 +50,7 @@ def outside(path: Path) -> set[str]:
 
 
 def room(module: str) -> str:
-    return (module.split(".") + ["rankfold"])[1]
+    return [*module.split("."), "rankfold"][1]
 
 
 @pytest.mark.parametrize("module", [m for m in FILES if m != "rankfold"])

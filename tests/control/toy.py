@@ -17,7 +17,7 @@ from transformers.trainer_callback import PrinterCallback
 from rankfold import AdaSvdConfig, DynamicDoraConfig, RasaConfig, SoraConfig
 from rankfold.host.adapter import Adapter
 from rankfold.host.config import LowRankConfig
-from rankfold.host.layer import AdaptedLinear
+from rankfold.host.linear_layer import AdaptedLinear
 
 # Threads that wait for each other would take longer than these sums
 torch.set_num_threads(1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 import shlex
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from rankfold.fold import PROFILES, fold_adapter
+from rankfold.host import peft_api
 from rankfold.inspect import inspect_adapter
 
 WEIGHTS = "adapter_model.safetensors"
@@ -120,3 +122,15 @@ def test_commands_are_quoted(profile: str, adapter: Path, tmp_path: Path) -> Non
     assert commands
     for command in commands:
         assert any(word.removeprefix("fold=").startswith(str(out)) for word in shlex.split(command)), command
+
+
+@pytest.mark.parametrize(
+    "member", ["BaseTunerLayer._get_available_adapters", "BaseTuner._remap_adapter_state_dict_for_load"]
+)
+def test_a_peft_without_a_member_that_folding_calls_is_named(member: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from peft.tuners import tuners_utils
+
+    owner, name = member.split(".")
+    monkeypatch.delattr(getattr(tuners_utils, owner), name)
+    with pytest.raises(ImportError, match=rf"PEFT .* does not have .*{name}.*install peft>="):
+        runpy.run_path(str(peft_api.__file__))

@@ -20,7 +20,7 @@ from rankfold.gelora import GeloraPlan, assign_ranks, gelora_plan, gelora_ranks,
 from rankfold.gelora.blocks import find_stacks
 from rankfold.gelora.command import run_gelora
 from rankfold.gelora.states import Chain, Dimensions, masked_mean, pooled_states
-from rankfold.host.layer import AdaptedLinear
+from rankfold.host.linear_layer import AdaptedLinear
 
 VOCAB = 64
 SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "vocab_size": VOCAB}

@@ -28,7 +28,7 @@ from transformers import (
 
 from rankfold import Factors, PlainLoraConfig, RasaConfig
 from rankfold.host.fused_mlp import ACTIVATIONS, FusedMlp, _is_gated_mlp
-from rankfold.host.layer import AdaptedLinear
+from rankfold.host.linear_layer import AdaptedLinear
 from rankfold.kernel.gated_mlp import Activation, gated_mlp
 from rankfold.kernel.linears import Member, Term, separate_order
 

@@ -6,6 +6,8 @@ from __future__ import annotations
 import copy
 import gc
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -22,7 +24,7 @@ from transformers import (
 
 from rankfold import Factors, PlainLoraConfig
 from rankfold.host.fused_mlp import unfuse_mlps
-from rankfold.host.layer import AdaptedLinear
+from rankfold.host.linear_layer import AdaptedLinear
 from rankfold.host.siblings import Siblings
 from rankfold.kernel.linears import Member, Term, low_rank_linear, low_rank_linears
 
@@ -75,6 +77,17 @@ def same(one: tuple[Tensor, Grads], two: tuple[Tensor, Grads], rtol: float = 1e-
         assert (grad - two[1][name]).norm() <= rtol * two[1][name].norm() + 1e-7, name
 
 
+@contextmanager
+def inside(layer: AdaptedLinear) -> Iterator[None]:
+    """As if the layer's parent ran its forward."""
+    assert layer.siblings is not None
+    layer.siblings._begin(nn.Identity(), ())
+    try:
+        yield
+    finally:
+        layer.siblings._end(nn.Identity(), (), None)
+
+
 def test_nothing_waits_after_a_pass():
     model = adapted(lora_dropout=0.1)
     step(model)
@@ -96,11 +109,12 @@ def test_a_layer_that_reads_something_else_computes_its_own():
     q, k = layers(model)[0], layers(model)[1]
     x, other = torch.randn(2, 3, 16), torch.randn(2, 3, 16)
     expected = [alone(copy.deepcopy(model))(input_ids=IDS).logits, layers(alone(copy.deepcopy(model)))[1](other)]
-    q(x)
-    assert_close(k(other), expected[1])
-    q(x)
-    x.mul_(2)  # not what it was when q read it
-    assert_close(k(x), layers(alone(copy.deepcopy(model)))[1](x))
+    with inside(q):
+        q(x)
+        assert_close(k(other), expected[1])
+        q(x)
+        x.mul_(2)  # not what it was when q read it
+        assert_close(k(x), layers(alone(copy.deepcopy(model)))[1](x))
     assert_close(model(input_ids=IDS).logits, expected[0])
 
 
@@ -108,10 +122,75 @@ def test_what_was_computed_without_gradients_is_not_used_with_them():
     model = adapted()
     q, k = layers(model)[0], layers(model)[1]
     x = torch.randn(2, 3, 16)
-    with torch.no_grad():
-        q(x)
-    k(x).sum().backward()
+    with inside(q):
+        with torch.no_grad():
+            q(x)
+        k(x).sum().backward()
     assert all(p.grad is not None for p in k.lowrank_adapters.parameters())
+
+
+@torch.no_grad()
+def _scale_up(layer: AdaptedLinear) -> None:
+    layer.lowrank_adapters["default"].up.mul_(2)  # type: ignore[union-attr]
+
+
+def _scale_data(layer: AdaptedLinear) -> None:
+    layer.lowrank_adapters["default"].up.data.mul_(2)  # type: ignore[union-attr]  (moves no version counter)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m, k: m.set_adapter("b"),
+        lambda m, k: m.disable_adapter_layers(),
+        lambda m, k: m.merge_adapter(),
+        lambda m, k: (m.set_adapter("b"), m.delete_adapter("default")),
+        lambda m, k: m.load_state_dict({n: 2 * t for n, t in m.state_dict().items()}),
+        lambda m, k: _scale_up(k),
+        lambda m, k: _scale_data(k),
+        lambda m, k: m.eval(),
+    ],
+    ids=["switched", "disabled", "merged", "deleted", "loaded", "edited", "edited data", "eval"],
+)
+def test_layers_asked_one_by_one_follow_every_change(change):
+    """A caller of its own, outside the parent's forward: k's output is k's own, whatever changed since q's."""
+    model = adapted(lora_dropout=0.5)
+    model.add_adapter("b", PlainLoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
+    q, k = layers(model)[:2]
+    x = torch.randn(2, 3, 16)
+    q(x)
+    change(model, k)
+    torch.manual_seed(1)
+    found = k(x)
+    torch.manual_seed(1)
+    assert_close(found, layers(alone(copy.deepcopy(model)))[1](x), rtol=0, atol=0)
+
+
+def test_only_one_sibling_asked_keeps_nothing_of_the_others():
+    q = layers(adapted())[0]
+    q(torch.randn(2, 3, 16, requires_grad=True)).sum().backward()
+    assert not q.siblings._waiting
+
+
+def test_a_failed_forward_leaves_nothing_behind():
+    model = adapted()
+    attention = model.get_submodule("base_model.model.model.layers.0.self_attn")
+    attention.o_proj = nn.Linear(3, 3)
+    with pytest.raises(RuntimeError):
+        model(input_ids=IDS)
+    assert not attention.q_proj.siblings._waiting
+    assert not attention.q_proj.siblings._inside
+
+
+def test_unloading_leaves_no_hook():
+    model = adapted()
+    bare = model.unload()
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in bare.modules())
+    model = adapted()
+    mlp = model.get_submodule("base_model.model.model.layers.0.mlp")
+    model.delete_adapter("default")
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert type(mlp).__name__ == "LlamaMLP"
 
 
 def test_merged_disabled_switched_and_deleted():
@@ -132,7 +211,7 @@ def test_merged_disabled_switched_and_deleted():
         assert_close(model(input_ids=IDS).logits, reference(input_ids=IDS).logits)
 
 
-def test_copies_sit_with_copies_and_a_model_is_freed():
+def test_copies_link_to_copies_and_a_model_is_freed():
     model = adapted()
     twin = copy.deepcopy(model)
     q, q_twin = layers(model)[0], layers(twin)[0]
@@ -163,7 +242,8 @@ def masks(model: nn.Module) -> list[Tensor]:
             adapter.up[: min(adapter.up.shape), : min(adapter.up.shape)] = torch.eye(min(adapter.up.shape))  # type: ignore[index]
             layer.base_layer.weight.zero_()
         found.append(layer)
-    return [layer(x)[..., :8] != 0 for layer in found]
+    with inside(found[0]):
+        return [layer(x)[..., :8] != 0 for layer in found]
 
 
 def test_siblings_drop_the_same_elements_unless_told_not_to():
@@ -217,6 +297,6 @@ def test_a_replica_computes_alone():
     model = adapted().eval()
     q = layers(model)[0]
     replica = q._replicate_for_data_parallel()
-    replica.place = q.place
+    replica.index = q.index
     assert isinstance(replica.siblings, Siblings)
-    assert replica.siblings.output(replica, replica.place, torch.randn(2, 16)) is None
+    assert replica.siblings.output(replica, replica.index, torch.randn(2, 16)) is None

@@ -16,7 +16,7 @@ from torch import nn
 
 from rankfold import PlainLoraConfig, RasaConfig, SoraConfig
 from rankfold.host import registry
-from rankfold.host.layer import AdaptedLinear
+from rankfold.host.linear_layer import AdaptedLinear
 from rankfold.inspect import inspect_adapter, inspect_run
 from rankfold.inspect.command import run_inspect
 from rankfold.inspect.grid import grid, place

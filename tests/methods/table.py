@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from rankfold import attach
 from rankfold.host import registry
 from rankfold.host.config import LowRankConfig
-from rankfold.host.layer import AdaptedLinear
+from rankfold.host.linear_layer import AdaptedLinear
 from rankfold.methods.cora_subspace import content_hash, write_subspace
 
 State = dict[str, Tensor]

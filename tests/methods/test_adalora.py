@@ -13,7 +13,7 @@ from peft import AdaLoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from rankfold import AdaSvdConfig, attach
-from rankfold.host.layer import AdaptedLinear
+from rankfold.host.linear_layer import AdaptedLinear
 from rankfold.methods.adalora import budget, importance
 from rankfold.methods.gated import lowest
 

@@ -12,7 +12,7 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from rankfold import DynamicDoraConfig, attach
-from rankfold.host.layer import AdaptedLinear
+from rankfold.host.linear_layer import AdaptedLinear
 from rankfold.methods.dynamic_dora import DynamicDora, cut
 
 TOTAL = 40

@@ -30,7 +30,7 @@ from transformers import (
 import rankfold.host.adapter
 from rankfold import RasaConfig
 from rankfold.host.adapter import module_type
-from rankfold.host.layer import AdaptedLinear
+from rankfold.host.linear_layer import AdaptedLinear
 from rankfold.methods.rasa import Pool, Rasa
 
 # PEFT 0.21 asks transformers 5.23 under the attribute's old name

@@ -37,7 +37,7 @@ from table import (
 )
 from torch import nn
 
-from rankfold.host.layer import AdaptedLinear
+from rankfold.host.linear_layer import AdaptedLinear
 
 # Targeting ----------------------------------------------------------------------------------------------------------
 

@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from rankfold.control.controller import Controller
 from rankfold.host import registry
-from rankfold.host.layer import AdaptedLinear
+from rankfold.host.layer import AdaptedLayer
 
 #: Where a controller's state lives inside the optimiser: param_groups are saved and restored whole by every torch
 #: optimiser, so the state needs no file of its own and is in step with the moments it belongs to.
@@ -127,7 +127,7 @@ def _trainable(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, 
     configs: dict[str, Any] = next((c for m in model.modules() if (c := getattr(m, "peft_config", None))), {})
     found: dict[str, tuple[Any, list]] = {}
     for module in model.modules():
-        if isinstance(module, AdaptedLinear):
+        if isinstance(module, AdaptedLayer):
             for name, adapter in module.lowrank_adapters.items():
                 if any(id(p) in stepped for p in adapter.parameters()):
                     found.setdefault(name, (configs[name], []))[1].append(adapter)

@@ -28,7 +28,7 @@ from rankfold.fold.source import (
 )
 from rankfold.host import registry
 from rankfold.host.config import LowRankConfig
-from rankfold.host.layer import AdaptedLinear
+from rankfold.host.layer import AdaptedLayer
 from rankfold.host.tuner import LAYERS, SHARED, site_of
 from rankfold.io.adapters import read_tensors
 from rankfold.kernel.factors import Factors
@@ -51,9 +51,9 @@ def from_model(model: nn.Module, adapter_name: str = "default", heads: dict[str,
         if f".{LAYERS}." in f".{name}." or name.startswith(SHARED) or name.endswith(".base_layer"):
             continue
         modules.append(name)
-        if isinstance(module, AdaptedLinear) and adapter_name in module.lowrank_adapters:
+        if isinstance(module, AdaptedLayer) and adapter_name in module.lowrank_adapters:
             layers[name] = module
-        if isinstance(module, (AdaptedLinear, nn.Linear, Conv1D)):
+        if isinstance(module, (AdaptedLayer, nn.Linear, Conv1D)):
             sites.append(site_of(name, module))
 
     def update(name: str) -> Factors:

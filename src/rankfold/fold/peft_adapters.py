@@ -32,11 +32,9 @@ from rankfold.fold.source import (
     output_head,
 )
 from rankfold.host.adapter import Site
-from rankfold.host.peft_api import BaseTunerLayer, check_fold_members, in_out_features
+from rankfold.host.peft_api import BaseTunerLayer, in_out_features
 from rankfold.io.adapters import read_tensors
 from rankfold.io.weights import weight_reader
-
-check_fold_members()
 
 _CONVERT = "fold what save_pretrained(path_initial_model_for_weight_conversion=…) writes, which is relative to the base"
 #: Fields of any config that make it more than an update of linear weights, and what to do.

@@ -19,27 +19,26 @@ import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import Any, ClassVar, Self
 from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from rankfold.host.config import LowRankConfig
 from rankfold.kernel.factors import Factors
 from rankfold.kernel.linears import Term, low_rank_update
-
-if TYPE_CHECKING:
-    from rankfold.host.config import LowRankConfig
 
 
 @dataclass(frozen=True)
 class Site:
-    """Where an adapter sits: the module's full name in the model, and its weight's shape."""
+    """Where an adapter sits: the module's full name in the model, its update's shape, and its kind (kinds.py)."""
 
     name: str
     in_features: int
     out_features: int
+    kind: str = "linear"
 
 
 @dataclass(frozen=True)
@@ -107,6 +106,13 @@ class Adapter(nn.Module):
         if self.has_schedule:
             _WATCHED.add(self)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy, or what was unpickled, has no controller: that hangs on the optimiser of the original."""
+        super().__setstate__(state)
+        self.scheduled = False
+        if self.has_schedule:
+            _WATCHED.add(self)
+
     @property
     def shared(self) -> Any:
         """What `make_shared` returned; a method narrows the type."""
@@ -132,7 +138,7 @@ class Adapter(nn.Module):
 
     def blocks(self) -> Sequence[Factors]:
         """The update as a sum of factors, differentiable in the parameters."""
-        raise NotImplementedError(f"{type(self).__name__} does not say what its update is")
+        raise NotImplementedError(f"{type(self).__name__} must implement blocks()")
 
     def reset_parameters(self, init: bool | str) -> None:
         """First values. `init` is the config's `init_lora_weights`: True as the paper says, False random everywhere

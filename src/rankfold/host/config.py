@@ -8,10 +8,9 @@ from typing import ClassVar
 
 from peft import PeftConfig
 from peft.utils import PeftType
-from peft.utils.other import get_pattern_key
 
 from rankfold.errors import RankfoldError
-from rankfold.host.peft_api import peft_name
+from rankfold.host.peft_api import get_pattern_key, peft_name
 
 
 @dataclass

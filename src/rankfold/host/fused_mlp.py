@@ -13,17 +13,14 @@ import ast
 import inspect
 import textwrap
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from rankfold.host.siblings import members_together, replaced
+from rankfold.host.siblings import has_patched_forward, members_together
 from rankfold.kernel.gated_mlp import GELU, GELU_TANH, SILU, Activation, gated_mlp
 from rankfold.kernel.linears import Member, in_separate_order
-
-if TYPE_CHECKING:
-    from rankfold.host.layer import AdaptedLinear
 
 #: Of modules, torch's and those that transformers calls silu and gelu, whatever their classes are named.
 ACTIVATIONS: dict[type[nn.Module], Activation] = {
@@ -35,7 +32,7 @@ ACTIVATIONS: dict[type[nn.Module], Activation] = {
 BODY = "self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))"
 
 
-def fuse_mlps(model: nn.Module, layer_cls: type[AdaptedLinear]) -> None:
+def fuse_mlps(model: nn.Module, layer_cls: type) -> None:
     """Exchanges the class of every gated MLP of a model whose three layers are of `layer_cls`."""
     for module in model.modules():
         layers = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
@@ -115,6 +112,6 @@ def _members(module: Any) -> list[Member] | None:
 
 
 def _hooked(module: nn.Module) -> bool:
-    return replaced(module) or bool(
+    return has_patched_forward(module) or bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )

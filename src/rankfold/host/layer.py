@@ -1,62 +1,78 @@
-"""AdaptedLinear: PEFT's tuner layer, once for all methods. It hosts any `Adapter` on a linear base."""
+"""AdaptedLayer: PEFT's tuner layer, once for all methods and all kinds of modules. It hosts any `Adapter` and merges them."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import resolve_quantization_backend
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from rankfold.errors import RankfoldError
 from rankfold.host.adapter import Adapter
-from rankfold.host.siblings import Siblings, replaced, sharing_allowed
-from rankfold.kernel.linears import Member, low_rank_linear
+from rankfold.host.peft_api import check_adapters_to_merge
+from rankfold.host.tied import BaseWeight
 
 
-class AdaptedLinear(nn.Module, BaseTunerLayer):
-    """A linear base (nn.Linear, Conv1D, or quantised) with any number of adapters beside it.
+def _as_it_is(delta: Tensor) -> Tensor:
+    return delta
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of module that can be adapted; the rows are in kinds.py.
+
+    Args:
+        name: what `Site.kind` says.
+        fits: whether a base module is of this kind.
+        layer: hosts its adapters.
+        features: (in, out) of a base module's update.
+        in_weight_layout: an update (out × in) in the layout of the base's weight.
+        keys: what a plain LoRA calls `down` and `up` at such a module.
+    """
+
+    name: str
+    fits: Callable[[nn.Module], bool]
+    layer: type[AdaptedLayer]
+    features: Callable[[nn.Module], tuple[int, int]]
+    in_weight_layout: Callable[[Tensor], Tensor] = _as_it_is
+    keys: tuple[str, str] = ("lora_A.weight", "lora_B.weight")
+
+
+class AdaptedLayer(nn.Module, BaseTunerLayer):
+    """A base module with any number of adapters beside it.
 
     Args:
         base_layer: the module to adapt; kept as it is.
+        kind: what it is.
         apply_tensor_subclass: what torchao needs to quantise again after a merge.
-
-    Raises:
-        TypeError: a base that is none of these.
     """
 
     adapter_layer_names = ("lowrank_adapters",)
 
-    def __init__(self, base_layer: nn.Module, apply_tensor_subclass: Callable | None = None) -> None:
+    def __init__(self, base_layer: nn.Module, kind: Kind, apply_tensor_subclass: Callable | None = None) -> None:
         super().__init__()
         self.base_layer = base_layer
+        self.kind = kind
         self.lowrank_adapters = nn.ModuleDict()
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
         base = self.get_base_layer()
         self.quantization_backend = resolve_quantization_backend(base, get_apply_tensor_subclass=apply_tensor_subclass)
-        self.transposed = isinstance(base, Conv1D)
-        self._weight_before_merge: Tensor | None = None
+        self.base_weight = BaseWeight()
+        self.base_weight.join(self)
         # The model's shared state (tuner.py), in a tuple to stay out of the module registry
         self.shared_state: tuple[nn.ModuleDict | None] = (None,)
-        self.siblings: Siblings | None = None
-        self.place = 0  # among them
-        self.in_features, self.out_features = _get_in_out_features(base)
+        self.in_features, self.out_features = kind.features(base)
         self.train(base_layer.training)
-
-    def sit_with(self, siblings: Siblings | None, place: int) -> None:
-        """From now on this layer is computed together with those that read its input (siblings.py)."""
-        self.siblings, self.place = siblings, place
-        if siblings is not None:
-            siblings.join(self, place)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.sit_with(self.siblings, self.place)
+        self.base_weight.join(self)
 
     def add_adapter(self, name: str, adapter: Adapter, inference_mode: bool = False) -> None:
         """Hosts one more adapter, in the base's mode, device and dtype; it becomes trainable if it is active."""
@@ -86,31 +102,18 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
         if adapter_names is not None:
             return self._forward_mixed_batch(x, *args, adapter_names=adapter_names, **kwargs)
         if self.disable_adapters:
-            if self.merged:
-                self.unmerge()
+            for layer in self.base_weight.layers() if self.merged else ():
+                layer.unmerge()  # all of them: what they merged lies in this layer's weight too
             return self.base_layer(x, *args, **kwargs)
-        together = self.siblings is not None and sharing_allowed(x) and not args and not kwargs
-        if together and (y := self.siblings.output(self, self.place, x)) is not None:  # pyright: ignore[reportOptionalMemberAccess]
-            return y
         adapters = [] if self.merged else self.adapters(self.active_adapters)
-        if not adapters:
-            return self.base_layer(x, *args, **kwargs)
-        member = self.member() if not args and not kwargs else None
-        if member is None:
-            y = self.base_layer(x, *args, **kwargs)
-            for adapter in adapters:
-                y = adapter(y, x)
-            return y
-        return low_rank_linear(x, member.weight, member.bias, member.terms)  # pyright: ignore[reportArgumentType]
+        return self.adapted_output(adapters, x, *args, **kwargs) if adapters else self.base_layer(x, *args, **kwargs)
 
-    def member(self) -> Member | None:
-        """This layer for the fused computation; None where it has nothing to add or its base must compute its own output."""
-        if self.merged_adapters or self._disable_adapters:
-            return None
-        base, adapters = self.base_layer, self.adapters(self.active_adapters)
-        if not adapters or not all(a.fixed for a in adapters) or (weight := _plain_weight(base)) is None:
-            return None
-        return Member(weight.T if self.transposed else weight, base.bias, [a.term() for a in adapters])  # pyright: ignore[reportArgumentType]
+    def adapted_output(self, adapters: list[Adapter], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The base's output plus what each adapter adds."""
+        y = self.base_layer(x, *args, **kwargs)
+        for adapter in adapters:
+            y = adapter(y, x)
+        return y
 
     def _forward_mixed_batch(self, x: Tensor, *args: Any, adapter_names: list[str], **kwargs: Any) -> Tensor:
         """Row i of the batch through adapter `adapter_names[i]`; "__base__" is no adapter."""
@@ -131,8 +134,7 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
         """The update of one adapter in the base weight's own layout, at least float32."""
         factors = self.lowrank_adapters[adapter].factors()  # pyright: ignore[reportCallIssue]
         wide = torch.promote_types(factors.up.dtype, torch.float32)
-        delta = factors.detach().to(wide).delta()
-        return delta.T if self.transposed else delta
+        return self.kind.in_weight_layout(factors.detach().to(wide).delta())
 
     def merged_weight(self, names: Sequence[str]) -> Tensor:
         """The base weight plus these adapters' updates, summed in float32 or wider and rounded once to its dtype."""
@@ -146,8 +148,8 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Adds the adapters' updates to the base weight.
 
-        The weight as it was is kept in main memory, so that `unmerge` brings it back bit for bit (a quantised base is
-        requantised, which rounds).
+        The weight as it was is kept in main memory, so that `unmerge` brings it back bit for bit, also where other layers
+        share it (a quantised base is requantised, which rounds).
 
         Args:
             safe_merge: check the merged weight first; raises ValueError and changes nothing if it is not finite.
@@ -165,8 +167,8 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
         if safe_merge and not torch.isfinite(merged).all():
             raise RankfoldError(f"NaNs detected in the merged weights. The adapters {names} seem to be broken")
         with torch.no_grad():
-            if backend is None and not self.merged:
-                self._weight_before_merge = self.get_base_weight().to("cpu", copy=True)
+            if backend is None and self.base_weight.before is None:
+                self.base_weight.before = self.get_base_weight().to("cpu", copy=True)
             self.set_base_weight(merged)
         self.merged_adapters += names
 
@@ -175,27 +177,22 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
+        names, self.merged_adapters = self.merged_adapters, []
+        others = [layer for layer in self.base_weight.layers() if layer.merged]
+        before = self.base_weight.before
         with torch.no_grad():
-            if self._weight_before_merge is not None:
-                self.set_base_weight(self._weight_before_merge.to(self.get_base_weight().device))
+            if before is not None:
+                self.set_base_weight(before.to(self.get_base_weight().device, copy=True))
+                for layer in others:
+                    layer.set_base_weight(layer.merged_weight(layer.merged_adapters))
             else:
                 weight = self.get_base_weight()
-                for name in self.merged_adapters:
+                for name in names:
                     weight = weight - self.get_delta_weight(name).to(weight.device, weight.dtype)
                 self.set_base_weight(weight)
-        self._weight_before_merge = None
-        self.merged_adapters.clear()
+        if not others:
+            self.base_weight.before = None
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether PEFT's `convert_to_lora` applies (`rankfold fold` does the same exactly, and faster)."""
         return adapter_name not in self.lowrank_adapters or self.adapters([adapter_name])[0].fixed
-
-
-def _plain_weight(base: nn.Module) -> Tensor | None:
-    """The weight of a base that is nothing but x Wᵀ + b on an ordinary tensor: no subclass, hook, quantisation or shard."""
-    if type(base) not in (nn.Linear, Conv1D) or replaced(base):
-        return None
-    if base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks:
-        return None
-    weight = base.weight
-    return weight if type(weight) in (nn.Parameter, Tensor) else None  # pyright: ignore[reportReturnType]

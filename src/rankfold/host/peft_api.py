@@ -1,8 +1,9 @@
-"""The one place that touches what PEFT does not offer as an interface: a new member of its `PeftType` enum.
+"""Everything of PEFT that is not a documented interface, in one place: private names, and a new member of its `PeftType` enum.
 
-PEFT's public `register_peft_method` refuses names that the enum lacks, and there is no entry point for third parties
-(shared/field.md, appendix A.1). Tested with the PEFT versions named in `TESTED`; outside that range importing rankfold
-raises ImportError, because layers and checkpoints might be silently wrong there.
+No other file of the package imports a private name of PEFT (tests/test_imports.py). Where a name is missing, importing rankfold
+says so in one sentence. PEFT's public `register_peft_method` refuses names that the enum lacks, and third parties have no entry
+point, so a member is added. Outside the range `TESTED`, importing rankfold raises ImportError, because layers and checkpoints
+might be silently wrong there.
 """
 
 from __future__ import annotations
@@ -14,6 +15,37 @@ from peft.utils import PeftType
 
 #: First version that works, first version not tried.
 TESTED = (Version("0.21.0"), Version("0.22.0"))
+
+try:
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+    from peft.tuners.tuners_utils import (
+        _get_in_out_features,
+        _maybe_include_all_linear_layers,
+        check_adapters_to_merge,
+        onload_layer,
+    )
+    from peft.utils.other import get_pattern_key
+except ImportError as error:
+    raise ImportError(
+        f"rankfold needs a name that PEFT {version('peft')} does not have ({error}); "
+        f"install peft>={TESTED[0]},<{TESTED[1]}, the range it is tested with"
+    ) from error
+
+in_out_features = _get_in_out_features
+include_all_linear_layers = _maybe_include_all_linear_layers
+
+__all__ = [
+    "PEFT_TYPE_TO_CONFIG_MAPPING",
+    "TESTED",
+    "add_peft_type",
+    "check_adapters_to_merge",
+    "check_peft",
+    "get_pattern_key",
+    "in_out_features",
+    "include_all_linear_layers",
+    "onload_layer",
+    "peft_name",
+]
 
 
 def check_peft() -> None:
@@ -47,33 +79,16 @@ def add_peft_type(name: str) -> PeftType:
     return member
 
 
-# for fold: what it needs of PEFT beyond the documented interface, each a name below or a member of a class
-from peft.tuners.lora import LoraLayer  # noqa: E402
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer  # noqa: E402
-from peft.tuners.tuners_utils import _get_in_out_features as in_out_features  # noqa: E402
-from peft.utils.other import get_pattern_key  # noqa: E402
+# for fold and inspect: what reading PEFT's own adapters needs. The members are called on PEFT's classes and layers
+try:
+    from peft.tuners.lora import LoraLayer
+    from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 
-__all__ = [
-    "TESTED",
-    "BaseTunerLayer",
-    "LoraLayer",
-    "add_peft_type",
-    "check_fold_members",
-    "check_peft",
-    "get_pattern_key",
-    "in_out_features",
-    "peft_name",
-]
+    _MEMBERS = (BaseTunerLayer._get_available_adapters, BaseTuner._remap_adapter_state_dict_for_load)
+except (ImportError, AttributeError) as error:
+    raise ImportError(
+        f"rankfold needs a name that PEFT {version('peft')} does not have ({error}); "
+        f"install peft>={TESTED[0]},<{TESTED[1]}, the range it is tested with"
+    ) from error
 
-_FOLD_MEMBERS = ((BaseTunerLayer, "_get_available_adapters"), (BaseTuner, "_remap_adapter_state_dict_for_load"))
-
-
-def check_fold_members() -> None:
-    """Raises ImportError, in one sentence, where PEFT lacks a member that folding PEFT's own adapters calls."""
-    missing = [f"{owner.__name__}.{name}" for owner, name in _FOLD_MEMBERS if not hasattr(owner, name)]
-    if missing:
-        low, high = TESTED
-        raise ImportError(
-            f"folding needs {', '.join(missing)} of peft, which version {version('peft')} lacks; "
-            f"run: pip install 'peft>={low},<{high}'"
-        )
+__all__ += ["BaseTuner", "BaseTunerLayer", "LoraLayer"]

@@ -6,13 +6,12 @@ import difflib
 import fnmatch
 from dataclasses import dataclass
 
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import register_peft_method
 
 from rankfold.errors import RankfoldError
 from rankfold.host.adapter import Adapter
 from rankfold.host.config import LowRankConfig
-from rankfold.host.peft_api import add_peft_type, peft_name
+from rankfold.host.peft_api import PEFT_TYPE_TO_CONFIG_MAPPING, add_peft_type, peft_name
 from rankfold.host.tuner import PREFIX, LowRankTuner
 
 
@@ -62,7 +61,9 @@ def register(method: Method) -> Method:
         raise RankfoldError(f"Method: {method.config.__name__}.method={method.config.method!r} must be {method.name!r}")
     name = peft_name(method.name)
     if add_peft_type(name) not in PEFT_TYPE_TO_CONFIG_MAPPING:
-        tuner = type(f"{method.adapter.__name__}Model", (LowRankTuner,), {"method": method, "__module__": __name__})
+        tuner = type(
+            f"{method.adapter.__name__}Model", (LowRankTuner,), {"adapter_cls": method.adapter, "__module__": __name__}
+        )
         globals()[tuner.__name__] = tuner  # pickle finds a class by its module and name
         register_peft_method(name=name, config_cls=method.config, model_cls=tuner, prefix=PREFIX)
     method.adapter.has_schedule = method.controller is not None

@@ -6,35 +6,31 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
-from peft.tuners.tuners_utils import (
-    BaseTuner,
-    BaseTunerLayer,
-    _get_in_out_features,
-    _maybe_include_all_linear_layers,
-    onload_layer,
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import (
+    TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
+    AuxiliaryTrainingWrapper,
+    get_quantization_kwargs,
 )
-from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, get_quantization_kwargs
-from peft.utils.other import AuxiliaryTrainingWrapper
-from peft.utils.quantization_utils import resolve_quantization_backend
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from rankfold.errors import RankfoldError
-from rankfold.host.adapter import Group, SharedState, Site
+from rankfold.host.adapter import Adapter, Group, SharedState, Site
 from rankfold.host.config import LowRankConfig
 from rankfold.host.fused_mlp import fuse_mlps, unfuse_mlps
-from rankfold.host.layer import AdaptedLinear
-from rankfold.host.siblings import link_siblings
-
-if TYPE_CHECKING:
-    from rankfold.host.registry import Method
+from rankfold.host.kinds import KINDS, kind_of
+from rankfold.host.layer import AdaptedLayer
+from rankfold.host.linear_layer import AdaptedLinear
+from rankfold.host.peft_api import include_all_linear_layers, onload_layer
+from rankfold.host.siblings import link_siblings, part_siblings
+from rankfold.host.tied import link_tied, warn_tied
 
 PREFIX = "lowrank_"
 SHARED = "lowrank_shared"  # ModuleDict on the adapted model: adapter name → group key → state
-LAYERS = "lowrank_adapters"  # ModuleDict on each AdaptedLinear: adapter name → Adapter
+LAYERS = "lowrank_adapters"  # ModuleDict on each AdaptedLayer: adapter name → Adapter
 
 
 @dataclass(frozen=True)
@@ -49,9 +45,10 @@ class LowRankTuner(BaseTuner):
     """Hosts every method. PEFT makes one per model; `registry` derives one class per method from it."""
 
     prefix = PREFIX
-    tuner_layer_cls = AdaptedLinear
+    tuner_layer_cls = AdaptedLayer
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-    method: ClassVar[Method]
+    #: The method's; `registry` sets it.
+    adapter_cls: ClassVar[type[Adapter]]
 
     # Planning -------------------------------------------------------------------------------------------------------
 
@@ -63,7 +60,7 @@ class LowRankTuner(BaseTuner):
             ValueError: sites that cannot share as the config asks.
         """
         config = self._prepare_adapter_config(config, self.get_model_config(model))  # pyright: ignore[reportAssignmentType]
-        config = _maybe_include_all_linear_layers(config, model)  # pyright: ignore[reportAssignmentType]
+        config = include_all_linear_layers(config, model)  # pyright: ignore[reportAssignmentType]
         named = (
             None
             if state_dict is None
@@ -80,7 +77,7 @@ class LowRankTuner(BaseTuner):
             if not (key in named if named is not None else self._check_target_module_exists(config, key)):
                 continue
             sites[key] = site_of(key, module)
-        adapter_cls = self.method.adapter
+        adapter_cls = self.adapter_cls
         members: dict[str, list[Site]] = {}
         for site in sites.values():
             group_key = adapter_cls.group_key(config, site)
@@ -111,6 +108,8 @@ class LowRankTuner(BaseTuner):
         if adapter_name in stale:
             del stale[adapter_name]
         super().inject_adapter(model, adapter_name, *args, state_dict=state_dict, **kwargs)
+        for tied in link_tied([(n, m) for n, m in model.named_modules() if isinstance(m, AdaptedLayer)]):
+            warn_tied(tied)
         link_siblings(model, AdaptedLinear)
         if config.fuse_mlp:
             fuse_mlps(model, AdaptedLinear)
@@ -119,12 +118,13 @@ class LowRankTuner(BaseTuner):
         self, peft_config: Any, adapter_name, target, target_name, parent, current_key, parameter_name=None
     ) -> None:
         site = self._plan.sites[current_key.removeprefix("_orig_mod.")]
-        adapter = self.method.adapter(peft_config, site, self._shared_state(peft_config, adapter_name, site))
+        adapter = self.adapter_cls(peft_config, site, self._shared_state(peft_config, adapter_name, site))
         adapter.reset_parameters(peft_config.init_lora_weights)
         layer = target
-        if not isinstance(layer, AdaptedLinear):
+        if not isinstance(layer, AdaptedLayer):
             quantised = get_quantization_kwargs(self.model)
-            layer = AdaptedLinear(target, quantised.get("get_apply_tensor_subclass"))
+            kind = next(kind for kind in KINDS if kind.name == site.kind)
+            layer = kind.layer(target, kind, quantised.get("get_apply_tensor_subclass"))
             layer._active_adapter = self.active_adapters
             self._replace_module(parent, target_name, layer, target)
         layer.shared_state = (getattr(self.model, SHARED, None),)
@@ -143,7 +143,7 @@ class LowRankTuner(BaseTuner):
             by_group[adapter_name] = nn.ModuleDict()
         key = group.key.replace(".", "/")
         if key not in by_group[adapter_name]:
-            shared = self.method.adapter.make_shared(config, group)
+            shared = self.adapter_cls.make_shared(config, group)
             if shared is None:
                 return None
             by_group[adapter_name][key] = shared
@@ -164,6 +164,12 @@ class LowRankTuner(BaseTuner):
                 if t.is_floating_point() and t.dtype.itemsize < 4:
                     t.data = t.data.float()
 
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        if not self.peft_config:
+            part_siblings(self.model)
+            unfuse_mlps(self.model)
+
     # Merging --------------------------------------------------------------------------------------------------------
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
@@ -176,6 +182,7 @@ class LowRankTuner(BaseTuner):
     ):
         if merge and safe_merge:
             self._check_finite(adapter_names)
+        part_siblings(self.model)
         model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         unfuse_mlps(self.model)
         if hasattr(model, SHARED):
@@ -185,7 +192,7 @@ class LowRankTuner(BaseTuner):
     def _check_finite(self, adapter_names: list[str] | None) -> None:
         """Looks at every layer before any is merged, so that a safe merge is all or nothing (PEFT stops half way)."""
         for name, layer in self.model.named_modules():
-            if isinstance(layer, AdaptedLinear):
+            if isinstance(layer, AdaptedLayer):
                 wanted = layer.active_adapters if adapter_names is None else adapter_names
                 new = [n for n in wanted if n in layer.lowrank_adapters and n not in layer.merged_adapters]
                 with onload_layer(layer):
@@ -219,7 +226,7 @@ class LowRankTuner(BaseTuner):
         hooks = [
             m.register_forward_pre_hook(pass_names, with_kwargs=True)
             for m in self.model.modules()
-            if isinstance(m, (AdaptedLinear, AuxiliaryTrainingWrapper))
+            if isinstance(m, (AdaptedLayer, AuxiliaryTrainingWrapper))
         ]
         try:
             yield
@@ -263,16 +270,19 @@ class LowRankTuner(BaseTuner):
 
 
 def site_of(name: str, module: Any) -> Site:
+    """Where an adapter of this module would sit.
+
+    Raises:
+        TypeError: nothing here adapts such a module.
+    """
     base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-    quantised = resolve_quantization_backend(base, get_apply_tensor_subclass=lambda: None)
-    linear = isinstance(base, (nn.Linear, Conv1D)) or (quantised is not None and quantised.layer_type == "linear")
-    if not linear or (isinstance(module, BaseTunerLayer) and not isinstance(module, AdaptedLinear)):
+    kind = kind_of(base)
+    if kind is None or (isinstance(module, BaseTunerLayer) and not isinstance(module, AdaptedLayer)):
         raise TypeError(
             f"target_modules: {name} is a {type(module).__name__}, and only linear layers (torch.nn.Linear, "
             "transformers' Conv1D, quantised linears) can be adapted; leave it out of target_modules"
         )
-    in_features, out_features = _get_in_out_features(base)
-    return Site(name, int(in_features), int(out_features))  # pyright: ignore[reportArgumentType]
+    return Site(name, *kind.features(base), kind.name)
 
 
 def _owned(model: nn.Module, adapter_name: str) -> tuple[str, ...]:
@@ -280,7 +290,7 @@ def _owned(model: nn.Module, adapter_name: str) -> tuple[str, ...]:
     own = []
     for name, module in model.named_modules():
         dot = f"{name}." if name else ""
-        if isinstance(module, AdaptedLinear) and adapter_name in module.lowrank_adapters:
+        if isinstance(module, AdaptedLayer) and adapter_name in module.lowrank_adapters:
             own.append(f"{dot}{LAYERS}.{adapter_name}.")
         elif isinstance(module._modules.get(SHARED), nn.ModuleDict):
             own.append(f"{dot}{SHARED}.{adapter_name}.")
@@ -292,7 +302,7 @@ def _check_scheduled(model: nn.Module, config: LowRankConfig, adapter_name: str)
     if config.allow_unscheduled:
         return
     for module in model.modules():
-        if isinstance(module, AdaptedLinear):
+        if isinstance(module, AdaptedLayer):
             for adapter in module.adapters([adapter_name]):
                 if adapter.trained_unscheduled():
                     raise RuntimeError(

@@ -16,7 +16,7 @@ from rankfold.errors import RankfoldError
 from rankfold.fold import native
 from rankfold.host import registry
 from rankfold.host.config import LowRankConfig
-from rankfold.host.layer import AdaptedLinear
+from rankfold.host.layer import AdaptedLayer
 from rankfold.host.peft_api import LoraLayer, get_pattern_key
 from rankfold.inspect.inspection import Inspection, ModuleUpdate
 from rankfold.io.adapters import find_adapter, read_config, read_tensors
@@ -58,7 +58,7 @@ def _of_model(model: nn.Module, adapter_name: str) -> dict[str, Found]:
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     updates = {}
     for name, module in base.named_modules():
-        if isinstance(module, AdaptedLinear) and adapter_name in module.lowrank_adapters:
+        if isinstance(module, AdaptedLayer) and adapter_name in module.lowrank_adapters:
             updates[name] = _live(*_ours(module, adapter_name))
         elif isinstance(module, LoraLayer) and adapter_name in module.lora_A:
             _check_plain(model.peft_config[adapter_name])  # pyright: ignore
@@ -69,7 +69,7 @@ def _of_model(model: nn.Module, adapter_name: str) -> dict[str, Found]:
     return updates
 
 
-def _ours(layer: AdaptedLinear, adapter_name: str) -> tuple[Factors, int]:
+def _ours(layer: AdaptedLayer, adapter_name: str) -> tuple[Factors, int]:
     (adapter,) = layer.adapters([adapter_name])
     return adapter.factors(), sum(block.rank for block in adapter.blocks())
 

@@ -58,8 +58,8 @@ def adapter_flops(model: nn.Module) -> tuple[float, float] | None:
     forward = both = 0.0
     for names in alike(layers):
         layer: Any = layers[names[0]]
-        if hasattr(layer, "sit_with"):
-            layer.sit_with(None, 0)  # alone: its siblings are counted for themselves
+        if hasattr(layer, "link_to"):
+            layer.link_to(None, 0)  # alone: its siblings are counted for themselves
         into, out = in_and_out(layer.get_base_layer())
         if layer.get_base_layer().weight.is_floating_point():
             layer.to(torch.bfloat16)  # in float32 our contraction may take another order for so many tokens

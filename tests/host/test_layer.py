@@ -1,0 +1,132 @@
+"""What a merge does to a weight that several layers share; copies and pickles of scheduled models."""
+
+from __future__ import annotations
+
+import copy
+import io
+import warnings
+
+import pytest
+import torch
+from peft import get_peft_model
+from torch import nn
+from torch.testing import assert_close
+
+from rankfold import AdaSvdConfig, PlainLoraConfig, RasaConfig, SoraConfig
+from rankfold.host.layer import AdaptedLayer
+
+
+class Tied(nn.Module):
+    """Zamba2's way (peft#2018): the same parameter in two layers."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8, bias=False, dtype=dtype), nn.Linear(8, 8, bias=False, dtype=dtype)
+        self.second.weight = self.first.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(torch.tanh(self.first(x)))
+
+
+def tied(config: type = PlainLoraConfig, dtype: torch.dtype = torch.float32, **fields) -> nn.Module:
+    torch.manual_seed(0)
+    with pytest.warns(UserWarning, match=r"first, second share one weight"):
+        return get_peft_model(
+            Tied(dtype), config(r=2, target_modules=["first", "second"], init_lora_weights=False, **fields)
+        )
+
+
+@pytest.mark.parametrize("config", [PlainLoraConfig, RasaConfig, SoraConfig])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_unmerging_tied_layers_gives_the_base_back(config, dtype):
+    model = tied(config, dtype)
+    weight = model.base_model.model.first.base_layer.weight
+    before, x = weight.detach().clone(), torch.randn(3, 8, dtype=dtype)
+    expected = model(x)
+    for _ in range(10):
+        model.merge_adapter()
+        assert not torch.equal(weight, before)
+        model.unmerge_adapter()
+        assert torch.equal(weight, before)
+    assert model.base_model.model.second.base_layer.weight is weight
+    assert_close(model(x), expected, rtol=0, atol=0)
+
+
+def test_disabling_while_merged_gives_the_base_back():
+    model = tied()
+    bare, x = Tied(), torch.randn(3, 8)
+    bare.load_state_dict({"first.weight": model.base_model.model.first.base_layer.weight}, strict=False)
+    model.merge_adapter()
+    with model.disable_adapter():
+        assert_close(model(x), bare(x), rtol=0, atol=0)
+
+
+def test_one_of_two_tied_layers_unmerged_leaves_the_others_update():
+    model = tied()
+    first, second = model.base_model.model.first, model.base_model.model.second
+    before = first.base_layer.weight.detach().clone()
+    model.merge_adapter()
+    first.unmerge()
+    assert_close(first.base_layer.weight, before + second.get_delta_weight("default"))
+    second.unmerge()
+    assert torch.equal(first.base_layer.weight, before)
+
+
+def test_a_copy_of_a_merged_tied_model_unmerges_for_itself():
+    model = tied()
+    before = model.base_model.model.first.base_layer.weight.detach().clone()
+    model.merge_adapter()
+    twin = copy.deepcopy(model)
+    twin.unmerge_adapter()
+    assert torch.equal(twin.base_model.model.second.base_layer.weight, before)
+    assert not torch.equal(model.base_model.model.first.base_layer.weight, before)
+    model.unmerge_adapter()
+    assert torch.equal(model.base_model.model.first.base_layer.weight, before)
+
+
+# Copies of scheduled models ---------------------------------------------------------------------------------------------
+
+
+def scheduled(config: type) -> nn.Module:
+    torch.manual_seed(0)
+    return get_peft_model(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4)), config(target_modules=["0"]))
+
+
+def pickled(model: nn.Module) -> nn.Module:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickled], ids=["copied", "pickled"])
+@pytest.mark.parametrize("config", [AdaSvdConfig, SoraConfig])
+@pytest.mark.parametrize("attached", [False, True])
+def test_a_copy_trained_without_its_controller_warns_and_is_not_saved(copied, config, attached, tmp_path):
+    """A copy has no controller, whatever the original has: it hangs on the original's optimiser."""
+    from rankfold import attach
+
+    model = scheduled(config)
+    if attached:
+        attach(model, torch.optim.SGD(model.parameters(), lr=0.1), total_steps=10)
+    twin = copied(model)
+    optimizer = torch.optim.SGD(twin.parameters(), lr=0.1)
+    twin(torch.randn(2, 8)).sum().backward()
+    with pytest.warns(UserWarning, match="trained without its controller"):
+        optimizer.step()
+    with pytest.raises(RuntimeError, match="trained without its controller"):
+        twin.save_pretrained(tmp_path)
+
+
+def test_a_copied_layer_keeps_what_it_needs():
+    model = get_peft_model(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4)), RasaConfig(r=4, target_modules=["0", "1"]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for twin in (copy.deepcopy(model), pickled(model)):
+            x = torch.randn(2, 8)
+            assert_close(twin(x), model(x), rtol=0, atol=0)
+            layers = [m for m in twin.modules() if isinstance(m, AdaptedLayer)]
+            assert all(layer.base_weight.layers() == [layer] for layer in layers)
+            twin.merge_adapter()
+            twin.unmerge_adapter()
+            assert_close(twin(x), model(x), rtol=0, atol=0)
