@@ -77,9 +77,21 @@ def test_a_probe_whose_logits_are_not_finite_is_skipped_and_the_report_is_json(
     nn.init.constant_(model.model.norm.weight, float("inf"))
     model.save_pretrained(base)
     report = fold_adapter(adapter, tmp_path / "out")
-    assert report.probe == {"skipped": "the logits are not finite"}
+    assert report.probe == {"skipped": "the logits of the trained adapter are not finite"}
     text = (tmp_path / "out" / "fold_report.json").read_text()
     json.loads(text, parse_constant=pytest.fail)
+
+
+def test_a_probe_that_fails_does_not_cost_the_fold(
+    adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise ImportError("no package bitsandbytes\nsecond line")
+
+    monkeypatch.setattr(LlamaForCausalLM, "from_pretrained", broken)
+    report = fold_adapter(adapter, tmp_path / "out")
+    assert str(report.probe["skipped"]).endswith("no package bitsandbytes")
+    assert (tmp_path / "out" / WEIGHTS).is_file()
 
 
 def test_shards_that_were_not_gathered(adapter: Path, tmp_path: Path) -> None:

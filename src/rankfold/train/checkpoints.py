@@ -49,6 +49,6 @@ def what_is_damaged(checkpoint: Path) -> str | None:
         for key, tensor in read_tensors(checkpoint / "adapter_model.safetensors"):
             if not bool(torch.isfinite(tensor).all()):
                 return f"{key} holds NaN or infinite numbers"
-    except RankfoldError as e:
-        return str(e)
+    except RankfoldError:
+        return "adapter_model.safetensors is cut off or foreign"
     return None
