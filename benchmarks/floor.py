@@ -50,7 +50,7 @@ class _Together(torch.autograd.Function):
         outputs = []
         for weight, up, part in zip(weights, ups, h.chunk(len(ups), 1), strict=True):
             outputs.append(linear(flat, weight))
-            add_product_(outputs[-1], part, up.T)
+            add_product_(outputs[-1], part, up.T, 1.0)
         ctx.save_for_backward(x, h, down, *tensors)
         return tuple([y.view(*x.shape[:-1], -1) for y in outputs])
 
@@ -66,8 +66,8 @@ class _Together(torch.autograd.Function):
         d_down = product(gh.T, x.view(-1, x.shape[-1]))
         dx = product(grads[0], weights[0])
         for g, weight in zip(grads[1:], weights[1:], strict=True):
-            add_product_(dx, g, weight)
-        add_product_(dx, gh, down)
+            add_product_(dx, g, weight, 1.0)
+        add_product_(dx, gh, down, 1.0)
         return dx.view(x.shape), d_down, *[t for d in d_ups for t in (None, d)]
 
 
@@ -77,11 +77,11 @@ class _Mlp(torch.autograd.Function):
         flat = x.view(-1, x.shape[-1])
         h, r = linear(flat, down_x), len(down_p)
         e, u = linear(flat, gate), linear(flat, up)
-        add_product_(e, h[:, :r], up_e.T)
-        add_product_(u, h[:, r:], up_u.T)
+        add_product_(e, h[:, :r], up_e.T, 1.0)
+        add_product_(u, h[:, r:], up_u.T, 1.0)
         p = F.silu(e).mul_(u)
         y, hp = linear(p, down), linear(p, down_p)
-        add_product_(y, hp, up_y.T)
+        add_product_(y, hp, up_y.T, 1.0)
         ctx.save_for_backward(x, e, u, h, hp, gate, up, down, down_x, up_e, up_u, down_p, up_y)
         return y.view(x.shape)
 
@@ -95,7 +95,7 @@ class _Mlp(torch.autograd.Function):
         d_up_y, gh = product(hp.T, g).T, product(g, up_y)
         d_down_p = product(gh.T, p)
         da = product(g, down, out=p)
-        add_product_(da, gh, down_p)
+        add_product_(da, gh, down_p, 1.0)
         du = s.mul_(da)
         de = da.mul_(u)
         torch.ops.aten.silu_backward.grad_input(de, e, grad_input=de)
@@ -103,8 +103,8 @@ class _Mlp(torch.autograd.Function):
         gh = torch.cat((product(de, up_e), product(du, up_u)), 1)
         d_down_x = product(gh.T, flat)
         dx = product(de, gate)
-        add_product_(dx, du, up)
-        add_product_(dx, gh, down_x)
+        add_product_(dx, du, up, 1.0)
+        add_product_(dx, gh, down_x, 1.0)
         return dx.view(x.shape), None, None, None, d_down_x, d_up_e, d_up_u, d_down_p, d_up_y
 
 

@@ -587,3 +587,34 @@ def test_two_processes_agree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_the_public_names() -> None:
     assert rankfold.attach is attach
+
+
+# What lacks something ---------------------------------------------------------------------------------------------------
+
+
+@scheduled
+def test_a_schedule_that_ran_does_not_start_again_without_its_state(method: str, tmp_path: Path) -> None:
+    """A loop that loads only the adapter: living ranks went up again, and nobody was told."""
+    model = adapted(method)
+    optimizer = adamw(model)
+    attach(model, optimizer, total_steps=STEPS)
+    train(model, optimizer, range(6))
+    model.save_pretrained(tmp_path)
+    resumed = PeftModel.from_pretrained(toy.Toy(), tmp_path, is_trainable=True).train()
+    optimizer = adamw(resumed)
+    attach(resumed, optimizer, total_steps=STEPS)
+    before = {n: p.detach().clone() for n, p in resumed.named_parameters()}
+    with pytest.raises(ValueError, match="has run 6 steps, but this optimiser has no state of it"):
+        train(resumed, optimizer, [6])
+    assert all(torch.equal(p, before[n]) for n, p in resumed.named_parameters())
+    resumed.peft_config["default"].schedule = None  # on purpose
+    train(resumed, optimizer, [6])
+
+
+@scheduled
+def test_an_optimiser_that_holds_part_of_an_adapter_is_refused(method: str) -> None:
+    """Matrices in one optimiser, gates in another: two controllers for one adapter, and ranks that never fall."""
+    model = adapted(method)
+    matrices = [p for p in model.parameters() if p.requires_grad and p.ndim == 2]
+    with pytest.raises(ValueError, match=r"holds down, up but not gate"):
+        attach(model, torch.optim.SGD(matrices, lr=0.1), total_steps=STEPS)

@@ -18,7 +18,7 @@ from rankfold import Factors
 from rankfold.kernel import gated_mlp, scratch
 from rankfold.kernel import linears as contraction
 from rankfold.kernel.linears import Member, Term, low_rank_linears
-from rankfold.kernel.scratch import Scratch, scratch_for, take
+from rankfold.kernel.scratch import Scratch, buffer, scratch_for
 
 T = TypeVar("T")
 WIDTH, INNER = 6, 10
@@ -60,13 +60,13 @@ DROPOUTS = pytest.mark.parametrize("net_and_input", [0.0, 0.05, 0.3], indirect=T
 def test_places_and_sizes():
     held = Scratch()
     like = torch.empty(0)
-    a, b = take(held, 0, (4, 6), like), take(held, 1, (4, 6), like)
+    a, b = buffer(held, "a", (4, 6), like), buffer(held, "b", (4, 6), like)
     assert a.data_ptr() != b.data_ptr()
-    assert take(held, 0, (3, 5), like).data_ptr() == a.data_ptr()
-    assert take(held, 0, (3, 5), like).is_contiguous()
-    assert take(held, 0, (4, 6), like.bfloat16()).data_ptr() != a.data_ptr()
-    assert take(held, 0, (40, 6), like).shape == (40, 6)
-    assert take(None, 0, (4, 6), like.to("meta")).device.type == "meta"
+    assert buffer(held, "a", (3, 5), like).data_ptr() == a.data_ptr()
+    assert buffer(held, "a", (3, 5), like).is_contiguous()
+    assert buffer(held, "a", (4, 6), like.bfloat16()).data_ptr() != a.data_ptr()
+    assert buffer(held, "a", (40, 6), like).shape == (40, 6)
+    assert buffer(None, "a", (4, 6), like.to("meta")).device.type == "meta"
 
 
 def in_a_new_thread(run: Callable[[], T]) -> T:
@@ -110,20 +110,20 @@ def test_nothing_depends_on_what_it_holds_nor_is_left_in_it(net_and_input, monke
 
     def poisoned(held: Scratch | None, *args) -> Tensor:
         assert held is not None
-        return take(held, *args).fill_(torch.nan)
+        return buffer(held, *args).fill_(torch.nan)
 
     for module in (contraction, gated_mlp):
-        monkeypatch.setattr(module, "take", poisoned)
+        monkeypatch.setattr(module, "buffer", poisoned)
     torch.manual_seed(1)
     y = net.forward(x)
     held = scratch_for(x)
     assert held is not None
     assert held.buffers
-    for buffer in held.buffers.values():
-        buffer.fill_(torch.nan)
+    for kept in held.buffers.values():
+        kept.fill_(torch.nan)
     found = [y.detach().clone(), *torch.autograd.grad(y.square().sum(), [x, *net.leaves])]
-    for buffer in held.buffers.values():
-        buffer.fill_(torch.nan)
+    for kept in held.buffers.values():
+        kept.fill_(torch.nan)
     for got, want in zip(found, expected, strict=True):
         assert_close(got, want, rtol=0, atol=0)
 

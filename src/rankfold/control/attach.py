@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from rankfold.control.controller import Controller
+from rankfold.errors import RankfoldError
 from rankfold.host import registry
 from rankfold.host.layer import AdaptedLayer
 
@@ -49,7 +50,7 @@ _ATTACHED: WeakKeyDictionary[torch.optim.Optimizer, Attached] = WeakKeyDictionar
 
 
 def attach(model: nn.Module, optimizer: torch.optim.Optimizer, *, total_steps: int | None = None) -> Attached:
-    """Attaches the controller of every scheduled adapter of `model` that is trainable now; none is no error.
+    """Attaches the controller of every scheduled adapter of `model` that is trainable now; having none is not an error.
 
     What was attached to the same optimiser before is detached; its state carries on.
 
@@ -59,15 +60,18 @@ def attach(model: nn.Module, optimizer: torch.optim.Optimizer, *, total_steps: i
         total_steps: optimiser steps of the whole run; schedules that need it say so.
 
     Raises:
-        ValueError: a schedule that does not fit, or that needs total_steps and has none.
+        ValueError: a schedule that does not fit, or that needs total_steps and has none; an optimiser that holds only part of
+            an adapter. The first step raises where a schedule has run and the optimiser has no state of it.
     """
     optimizer = getattr(optimizer, "optimizer", optimizer)
     if optimizer in _ATTACHED:
         _ATTACHED.pop(optimizer).remove()
     controllers: dict[str, Controller] = {}
-    for name, (config, adapters) in _trainable(model, optimizer).items():
+    stepped = {id(p) for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
+    for name, (config, adapters) in _trainable(model, stepped).items():
         controller_cls = registry.get(config.method).controller
         if controller_cls is not None:
+            _refuse_partial(name, adapters, stepped)
             controllers[name] = controller_cls(config, adapters, total_steps)
     attached = Attached(controllers)
     if not controllers:
@@ -82,7 +86,8 @@ def attach(model: nn.Module, optimizer: torch.optim.Optimizer, *, total_steps: i
             elif saved[name] is not controller.state:
                 controller.load_state(saved[name])
                 saved[name] = controller.state
-            controller.config.schedule = controller.progress() if controller.step else None
+            if controller.step or not _has_run(controller):
+                controller.config.schedule = controller.progress() if controller.step else None
 
     def before(opt: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
         if (len(args) > 1 and args[1] is not None) or kwargs.get("closure") is not None:
@@ -91,6 +96,8 @@ def attach(model: nn.Module, optimizer: torch.optim.Optimizer, *, total_steps: i
                 "yourself and then optimizer.step()"
             )
         adopt()
+        for name, controller in controllers.items():
+            _refuse_fresh_start(name, controller)
         attached._skipped = _amp_skips(opt)
         if attached._skipped:
             return
@@ -110,6 +117,8 @@ def attach(model: nn.Module, optimizer: torch.optim.Optimizer, *, total_steps: i
             with torch.no_grad():
                 controller.after_step(opt)
             controller.config.schedule = controller.progress()
+            for adapter in controller.adapters:
+                adapter.has_history = True
 
     adopt()  # raises before anything is hooked
     attached._handles = [optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)]
@@ -120,10 +129,40 @@ def attach(model: nn.Module, optimizer: torch.optim.Optimizer, *, total_steps: i
     return attached
 
 
-def _trainable(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, tuple[Any, list]]:
-    """Adapter name to its config and adapters, for those that the optimiser steps."""
-    # A frozen adapter's parameters are in AdamW(model.parameters()) too
-    stepped = {id(p) for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
+def _refuse_fresh_start(name: str, controller: Controller) -> None:
+    """A schedule that has run, and an optimiser without its state: starting again at 0 would give ranks back."""
+    ran = (controller.config.schedule or {}).get("step", 0)
+    if ran and not controller.step and _has_run(controller):
+        raise RankfoldError(
+            f"adapter {name!r}: its schedule has run {ran} steps, but this optimiser has no state of it, so it would start again "
+            "at step 0. Load the optimiser's state from the same checkpoint (save_only_model=False), or set "
+            f"model.peft_config[{name!r}].schedule = None to start a new schedule on purpose"
+        )
+
+
+def _has_run(controller: Controller) -> bool:
+    """Whether these very adapters were trained under the schedule that their config records, here or before they were loaded; a
+    used config may also be given to a new adapter."""
+    return any(adapter.has_history for adapter in controller.adapters)
+
+
+def _refuse_partial(name: str, adapters: list, stepped: set[int]) -> None:
+    """An optimiser that holds only part of an adapter, as matrices in Muon and gates in AdamW."""
+    for adapter in adapters:
+        held = {n: id(p) in stepped for n, p in adapter.named_parameters() if p.requires_grad}
+        if not all(held.values()):
+            have = ", ".join(n for n, there in held.items() if there)
+            lack = ", ".join(n for n, there in held.items() if not there)
+            raise RankfoldError(
+                f"adapter {name!r} at {adapter.site.name}: the optimiser holds {have} but not {lack}, and a schedule needs one "
+                "optimiser for the whole adapter; put all of its parameters into this one, in groups of their own if they need "
+                "other settings"
+            )
+
+
+def _trainable(model: nn.Module, stepped: set[int]) -> dict[str, tuple[Any, list]]:
+    """Adapter name to its config and adapters, for those with a parameter (by id) that the optimiser steps. A frozen adapter's
+    are in AdamW(model.parameters()) too, but are not stepped."""
     configs: dict[str, Any] = next((c for m in model.modules() if (c := getattr(m, "peft_config", None))), {})
     found: dict[str, tuple[Any, list]] = {}
     for module in model.modules():

@@ -9,6 +9,7 @@ from peft.utils import CONFIG_NAME
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from rankfold.control.attach import Attached, attach
+from rankfold.errors import RankfoldError
 from rankfold.io.files import append_line, read_json_lines, write_whole
 
 
@@ -33,6 +34,13 @@ class AdapterCallback(TrainerCallback):
         **kwargs,
     ) -> None:
         self.attached = attach(model, optimizer, total_steps=state.max_steps)  # pyright: ignore[reportArgumentType]
+        for name, controller in self.attached.controllers.items():
+            if state.global_step and not controller.step:
+                raise RankfoldError(
+                    f"adapter {name!r}: training resumes at step {state.global_step}, but the checkpoint's optimiser state holds no "
+                    "schedule, so it would start again at step 0. Resume from a checkpoint with optimizer.pt "
+                    "(save_only_model=False), or train anew without resume_from_checkpoint"
+                )
         if self.attached.controllers and state.is_world_process_zero:
             self.written = _drop_later_lines(self._path(args), state.global_step)
 
@@ -54,8 +62,9 @@ class AdapterCallback(TrainerCallback):
         if args.load_best_model_at_end and state.best_model_checkpoint:
             # The weights are those of an earlier step again, and so is how far their schedule has run
             for name, controller in self.attached.controllers.items():
-                saved = Path(state.best_model_checkpoint, "" if name == "default" else name, CONFIG_NAME)
-                if saved.exists():
+                # Trainer looks for weights at the checkpoint's top alone, where only the adapter "default" lies
+                saved = Path(state.best_model_checkpoint, CONFIG_NAME)
+                if name == "default" and saved.exists():
                     controller.config.schedule = json.loads(saved.read_text(encoding="utf-8")).get("schedule")
         self.attached.remove()
 

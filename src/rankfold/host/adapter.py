@@ -55,14 +55,21 @@ class Group:
 #: Every adapter that has a schedule. A hook on all optimisers sees one that is stepped without its controller: a parameter's
 #: version counter would not (fused kernels leave it alone, loading moves it).
 _WATCHED: WeakSet[Adapter] = WeakSet()
+#: Every adapter that no optimiser has stepped yet.
+_NEW: WeakSet[Adapter] = WeakSet()
 
 
-def _notice_unscheduled(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+def _after_any_step(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
     waiting = [a for a in _WATCHED if not a.scheduled and not a._stepped_unscheduled]
-    if not waiting:
+    if not waiting and not _NEW:
         return
-    stepped = {id(p) for g in optimizer.param_groups for p in g["params"] if p.requires_grad and p.grad is not None}
-    found = [a for a in waiting if any(id(p) in stepped for p in a.parameters())]
+    held = {id(p): p.grad is not None for g in optimizer.param_groups for p in g["params"] if p.requires_grad}
+    _notice_unscheduled(waiting, held)
+    _notice_dead(held)
+
+
+def _notice_unscheduled(waiting: list[Adapter], held: dict[int, bool]) -> None:
+    found = [a for a in waiting if any(held.get(id(p)) for p in a.parameters())]
     for adapter in found:
         adapter._stepped_unscheduled = True
     if found:
@@ -70,11 +77,27 @@ def _notice_unscheduled(optimizer: torch.optim.Optimizer, args: tuple, kwargs: d
             f"{type(found[0]).__name__} at {found[0].site.name} is being trained without its controller, so its ranks will "
             "never change: call rankfold.attach(model, optimizer, total_steps=...) before the loop, or give "
             "Trainer callbacks=[rankfold.AdapterCallback()]",
-            stacklevel=2,
+            stacklevel=3,
         )
 
 
-register_optimizer_step_post_hook(_notice_unscheduled)
+def _notice_dead(held: dict[int, bool]) -> None:
+    """Names adapters whose module's weight is read past its forward (nn.MultiheadAttention's out_proj; peft#2200, #761)."""
+    own = {a: [held[id(p)] for p in a._parameters.values() if p is not None and id(p) in held] for a in list(_NEW)}
+    stepped = {a: any(grads) for a, grads in own.items() if grads}
+    for adapter in stepped if any(stepped.values()) else ():
+        _NEW.discard(adapter)
+    dead = sorted(a.site.name for a, alive in stepped.items() if not alive)
+    if dead and len(dead) < len(stepped):
+        warnings.warn(
+            f"{', '.join(dead[:5])}{f' and {len(dead) - 5} more' if len(dead) > 5 else ''}: the adapter got no gradient in the first "
+            "step, so it learns nothing; the model may read that module's weight without calling the module. Leave it out "
+            "with exclude_modules",
+            stacklevel=3,
+        )
+
+
+register_optimizer_step_post_hook(_after_any_step)
 
 
 class Adapter(nn.Module):
@@ -92,6 +115,10 @@ class Adapter(nn.Module):
     has_schedule: ClassVar[bool] = False
     scheduled: bool = False
     _stepped_unscheduled: bool = False
+    #: Whether its values come from a schedule: a controller stepped it, or they were loaded.
+    has_history: bool = False
+    #: Keys of its tensors in a state dict, as they were before any wrapper hid them; the layer sets them.
+    tensor_names: tuple[str, ...] = ()
 
     def __init__(self, config: LowRankConfig, site: Site, shared: nn.Module | None = None) -> None:
         super().__init__()
@@ -103,6 +130,10 @@ class Adapter(nn.Module):
         self.dropout, self.own_mask = float(config.lora_dropout), not config.share_dropout
         # In a tuple, out of the module registry: the model owns shared state once (tuner.py), each adapter only reads it
         self._shared = (shared,)
+        self._register()
+
+    def _register(self) -> None:
+        _NEW.add(self)
         if self.has_schedule:
             _WATCHED.add(self)
 
@@ -110,8 +141,7 @@ class Adapter(nn.Module):
         """A copy, or what was unpickled, has no controller: that hangs on the optimiser of the original."""
         super().__setstate__(state)
         self.scheduled = False
-        if self.has_schedule:
-            _WATCHED.add(self)
+        self._register()
 
     @property
     def shared(self) -> Any:
@@ -161,6 +191,9 @@ class Adapter(nn.Module):
         return sum(block.rank for block in self.blocks())
 
     def term(self) -> Term:
+        """What it adds, for the kernel."""
+        if not torch.compiler.is_compiling():
+            self._heal_vectors()
         return Term(self.blocks(), self.dropout if self.training else 0.0, self.own_mask)
 
     def forward(self, y: Tensor, x: Tensor) -> Tensor:
@@ -171,6 +204,14 @@ class Adapter(nn.Module):
             x: … × in.
         """
         return low_rank_update(y, x, [self.term()])
+
+    def _heal_vectors(self) -> None:
+        """Gates in float32 again where a trainer cast them by hand: `param.data = param.data.to(bfloat16)` (trl#7268)."""
+        for owner in (self, self.shared):
+            for p in () if owner is None else owner._parameters.values():
+                if p is not None and p.ndim <= 1 and p.dtype in (torch.bfloat16, torch.float16):
+                    p.data = p.data.float()
+                    p.grad = None if p.grad is None else p.grad.float()
 
     # The trap of a schedule that nobody runs ------------------------------------------------------------------------
 
@@ -200,6 +241,9 @@ class Adapter(nn.Module):
 
 class Shared(nn.Module):
     """State that a group shares. Owned by the model, once; see `Adapter.make_shared`."""
+
+    #: Keys of its tensors in a state dict, as they were before any wrapper hid them; the tuner sets them.
+    tensor_names: tuple[str, ...] = ()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         return super()._apply(lambda t: _keep_vectors_wide(fn, t), recurse)

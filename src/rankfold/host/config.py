@@ -10,11 +10,13 @@ from peft import PeftConfig
 from peft.utils import PeftType
 
 from rankfold.errors import RankfoldError
+from rankfold.host.field_types import field_types, fits, in_words
+from rankfold.host.lora_fields import LoraFields
 from rankfold.host.peft_api import get_pattern_key, peft_name
 
 
 @dataclass
-class LowRankConfig(PeftConfig):
+class LowRankConfig(PeftConfig, metaclass=LoraFields):
     """Base of every method's config.
 
     Args:
@@ -75,6 +77,8 @@ class LowRankConfig(PeftConfig):
         default=None, metadata={"help": "Written by the controller: how far the schedule has run. Not for you to set."}
     )
 
+    #: Schemes of `init_lora_weights` beside true and false.
+    inits: ClassVar[tuple[str, ...]] = ()
     #: The method's name in the registry; its PEFT type is this in upper case behind "RANKFOLD_".
     method: ClassVar[str]
 
@@ -89,7 +93,12 @@ class LowRankConfig(PeftConfig):
         self.check()
 
     def check(self) -> None:
-        """Raises ValueError for a field out of its range. Methods extend it."""
+        """Raises ValueError for a field of another type or out of its range. Methods extend it."""
+        for name, hint in field_types(type(self)).items():
+            self.require(name, getattr(self, name), fits(getattr(self, name), hint), in_words(hint))
+        init = self.init_lora_weights
+        names = ["true", "false", *(f'"{name}"' for name in self.inits)]
+        self.require("init_lora_weights", init, isinstance(init, bool) or init in self.inits, " or ".join(names))
         self.require("r", self.r, is_whole(self.r) and self.r > 0, "an integer > 0")
         self.require("lora_alpha", self.lora_alpha, is_number(self.lora_alpha) and self.lora_alpha > 0, "a number > 0")
         p = self.lora_dropout

@@ -76,6 +76,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
 
     def add_adapter(self, name: str, adapter: Adapter, inference_mode: bool = False) -> None:
         """Hosts one more adapter, in the base's mode, device and dtype; it becomes trainable if it is active."""
+        adapter.tensor_names = tuple(adapter.state_dict())
         self.lowrank_adapters[name] = adapter.train(self.training)
         self._move_adapter_to_device_of_base_layer(name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)

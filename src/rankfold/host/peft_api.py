@@ -9,9 +9,13 @@ might be silently wrong there.
 from __future__ import annotations
 
 from importlib.metadata import version
+from types import SimpleNamespace
+from typing import Any
 
 from packaging.version import Version
 from peft.utils import PeftType
+
+from rankfold.errors import RankfoldError
 
 #: First version that works, first version not tried.
 TESTED = (Version("0.21.0"), Version("0.22.0"))
@@ -19,6 +23,7 @@ TESTED = (Version("0.21.0"), Version("0.22.0"))
 try:
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
     from peft.tuners.tuners_utils import (
+        _check_lora_target_modules_mamba,
         _get_in_out_features,
         _maybe_include_all_linear_layers,
         check_adapters_to_merge,
@@ -39,6 +44,7 @@ __all__ = [
     "TESTED",
     "add_peft_type",
     "check_adapters_to_merge",
+    "check_as_lora",
     "check_peft",
     "get_pattern_key",
     "in_out_features",
@@ -46,6 +52,19 @@ __all__ = [
     "onload_layer",
     "peft_name",
 ]
+
+
+def check_as_lora(config: Any, model: Any, target_name: str) -> None:
+    """Raises ValueError for a module that PEFT refuses to adapt with its own LoRA types, which it lists by name: fused kernels
+    (Mamba's) read its weight past its forward."""
+    as_lora: Any = SimpleNamespace(peft_type="LORA")
+    try:
+        _check_lora_target_modules_mamba(as_lora, model, target_name)
+    except ValueError as error:
+        raise RankfoldError(
+            f"{type(config).__name__}: target_modules: {target_name} of a {model.config.model_type} model cannot be adapted, because "
+            "its fused kernels read the weight past the module; leave it out of target_modules"
+        ) from error
 
 
 def check_peft() -> None:

@@ -138,7 +138,7 @@ def members_together(layers: Sequence[Sibling]) -> list[Member] | None:
     return members
 
 
-def has_patched_forward(module: nn.Module) -> bool:
+def has_patched_forward(module: object) -> bool:
     """Whether an instance has a forward of its own, as accelerate gives it to fetch offloaded weights first."""
     return "forward" in vars(module)
 
@@ -153,8 +153,7 @@ def link_siblings(model: nn.Module, layer_cls: type) -> None:
     Args:
         layer_cls: the class of layers that can be computed together, a `Sibling`.
     """
-    for old in {id(s): s for m in model.modules() if (s := getattr(m, "siblings", None)) is not None}.values():
-        old.part()
+    part_siblings(model)
     for parent, layers in _groups(model, layer_cls):
         together = Siblings(len(layers))
         together.watch(parent)
@@ -164,14 +163,15 @@ def link_siblings(model: nn.Module, layer_cls: type) -> None:
 
 def part_siblings(model: nn.Module) -> None:
     """Undoes `link_siblings`."""
-    link_siblings(model, type(None))
+    for siblings in [s for m in model.modules() if (s := getattr(m, "siblings", None)) is not None]:
+        siblings.part()
 
 
 def _groups(model: nn.Module, layer_cls: type) -> Iterator[tuple[nn.Module, list[Any]]]:
     for name, parent in model.named_modules():
         for ending, children in TOGETHER:
             if name == ending or name.endswith("." + ending):
-                layers = [c for child in children if isinstance(c := getattr(parent, child, None), layer_cls)]
+                layers: list[Any] = [c for n in children if isinstance(c := getattr(parent, n, None), layer_cls)]
                 for width in {layer.in_features for layer in layers}:
                     alike = [layer for layer in layers if layer.in_features == width]
                     if len(alike) > 1:

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-#: Multiplications from which oneDNN's call is paid for.
+#: Minimum multiply-adds for which oneDNN's call overhead pays off.
 WORTH = 2**21
 #: Inner size from which a product that is added is worth a buffer of its own.
 WIDE = 64
@@ -42,8 +42,8 @@ def product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     return torch.mm(a, b, out=out)
 
 
-def add_product_(out: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0) -> None:
-    """out += alpha · a b, in place."""
+def add_product_(out: Tensor, a: Tensor, b: Tensor, alpha: float) -> None:
+    """out += alpha · a b, in place. `alpha` has no default: with dynamic shapes a compiler takes a default for a symbol."""
     if b.shape[0] >= WIDE and _in_onednn(a, b, b.shape[0]):
         out.add_(product(a, b), alpha=alpha)
     else:
@@ -68,7 +68,7 @@ def _is_plain(t: Tensor) -> bool:
 
 
 def is_subclass(t: Tensor) -> bool:
-    """Whether t is more than its numbers: sharded, fake, quantised."""
+    """Whether t is a tensor subclass: sharded, fake, quantised."""
     return type(t) not in (Tensor, torch.nn.Parameter)
 
 

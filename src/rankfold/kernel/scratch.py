@@ -1,10 +1,10 @@
 """Memory for what is needed only while one node of autograd computes, used again by the next node.
 
     scratch = scratch_for(x)                 # None where the allocator keeps what it is given
-    a = take(scratch, 0, x.shape, x)         # contents undefined
+    a = buffer(scratch, "input", x.shape, x) # contents undefined
 
 A CPU's allocator hands large buffers back to the system as soon as they are freed, and touching a fresh page costs more than the
-arithmetic on its numbers. So the nodes of a thread hold one `Scratch` together, until their backward.
+arithmetic on it. So the nodes of a thread hold one `Scratch` together, until their backward.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from rankfold.kernel.matmul import is_subclass
 
 
 class Scratch:
-    """Buffers by place and dtype. A node takes what it needs and leaves nothing there that is wanted later."""
+    """Buffers by use and dtype. A node takes what it needs and leaves nothing there that is wanted later."""
 
     def __init__(self) -> None:
-        self.buffers: dict[tuple[int, torch.dtype], Tensor] = {}
+        self.buffers: dict[tuple[str, torch.dtype], Tensor] = {}
 
 
 _of_thread: WeakValueDictionary[int, Scratch] = WeakValueDictionary()
@@ -41,16 +41,16 @@ def scratch_for(x: Tensor) -> Scratch | None:
     return found
 
 
-def take(scratch: Scratch | None, place: int, shape: Sequence[int], like: Tensor) -> Tensor:
+def buffer(scratch: Scratch | None, use: str, shape: Sequence[int], like: Tensor) -> Tensor:
     """A contiguous tensor with the dtype and device of `like`, its contents undefined.
 
     Args:
-        place: two tensors that are wanted at the same time have two places.
+        use: what it holds; two tensors that are wanted at the same time have two uses.
     """
     if scratch is None:
         return torch.empty(shape, dtype=like.dtype, device=like.device)
     n = torch.Size(shape).numel()
-    buffer = scratch.buffers.get((place, like.dtype))
-    if buffer is None or buffer.numel() < n:
-        buffer = scratch.buffers[place, like.dtype] = torch.empty(n, dtype=like.dtype, device=like.device)
-    return buffer[:n].view(shape)
+    found = scratch.buffers.get((use, like.dtype))
+    if found is None or found.numel() < n:
+        found = scratch.buffers[use, like.dtype] = torch.empty(n, dtype=like.dtype, device=like.device)
+    return found[:n].view(shape)

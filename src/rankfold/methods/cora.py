@@ -61,8 +61,6 @@ class CoraConfig(LowRankConfig):
         self.require("basis", self.basis, given, "the path of a file that `rankfold subspace` wrote")
         self.basis = str(Path(self.basis).absolute())  # the adapter may be loaded from elsewhere
         self.require("approach", self.approach, self.approach in (1, 2), "1 (B frozen) or 2 (B trained)")
-        init = self.init_lora_weights
-        self.require("init_lora_weights", init, init in (True, False), "true or false")
         if self.basis_hash is None and (found := self.subspace()) is not None:
             self.basis_hash = found.hash
             for r in (self.r, *self.rank_pattern.values()):

@@ -26,11 +26,7 @@ class PlainLoraConfig(LowRankConfig):
     """
 
     method: ClassVar[str] = "lora"
-
-    def check(self) -> None:
-        super().check()
-        init = self.init_lora_weights
-        self.require("init_lora_weights", init, init in (True, False, "gaussian"), 'true, false or "gaussian"')
+    inits: ClassVar[tuple[str, ...]] = ("gaussian",)
 
 
 class Lora(Adapter):

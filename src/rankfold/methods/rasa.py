@@ -42,8 +42,6 @@ class RasaConfig(LowRankConfig):
 
     def check(self) -> None:
         super().check()
-        init = self.init_lora_weights
-        self.require("init_lora_weights", init, init in (True, False), "true or false")
         k = self.shared_rank
         self.require(
             "shared_rank", k, k is None or (is_whole(k) and k >= 0), "an integer >= 0, or null for max(r/8, 1)"
