@@ -30,10 +30,11 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-import rankfold.methods  # noqa: F401  (its adapters are PEFT adapters from here on)
 from rankfold.cli import _quiet
 from rankfold.fold import fold_adapter
+from rankfold.host import registry
 from rankfold.io import assets as bundled
+from rankfold.runfile.checks import config_class, config_fields
 from rankfold.runfile.schema import parse
 from rankfold.train.run import TrainResult, train
 
@@ -54,15 +55,6 @@ RUNS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 COMMON = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"}
-#: What each method needs beside LoRA's fields to get by with about the budget of LoRA at r = 8.
-METHODS: dict[str, dict[str, Any]] = {
-    "rasa": {"shared_rank": 1},
-    "sora": {"threshold": 1e-3},
-    "adalora": {"r": 12, "target_r": 8, "tinit": 20, "tfinal": 50, "deltaT": 5, "orth_reg_weight": 0.1, "lora_alpha": 24},
-    "cora": {"target_modules": None},  # the basis names them
-    "dynamic_dora": {"r": 12, "target_r": 8, "interval": 10, "lora_dropout": 0.0, "lora_alpha": 24},
-}  # fmt: skip
-
 #: Runs in a process of its own, which never hears of rankfold.
 STOCK = """
 import json, logging, sys
@@ -97,14 +89,14 @@ def main() -> None:
     results: dict[str, TrainResult] = {}
     for method in (args.method, "peft:lora"):
         name = method.replace(":", "-")
-        if method == "cora":
-            METHODS[method]["basis"] = str(basis(args.model, args.out))
+        given = {} if method.startswith("peft:") else dict(registry.get(method).example or {})
+        if "basis" in config_fields(config_class(method)):
+            given["basis"] = str(basis(args.model, args.out))
         console.rule(f"{method} on {RUNS[args.model]['model']}")
         run = parse(
             {
                 **RUNS[args.model],
-                "method": {"name": method}
-                | {k: v for k, v in {**COMMON, **METHODS.get(method, {})}.items() if v is not None},
+                "method": {"name": method} | {k: v for k, v in {**COMMON, **given}.items() if v is not None},
                 "output": str(args.out / f"demo-{args.model}-{name}"),
             }
         )
@@ -148,7 +140,9 @@ def main() -> None:
 def basis(model: str, out: Path) -> Path:
     """A common subspace of siblings of the model that were tuned on other tasks than the demo's."""
     if model != "minilm":
-        sys.exit("cora: the siblings that examples/make_siblings.py makes are of MiniLM; use make demo METHOD=cora")
+        sys.exit(
+            "--method: the siblings that examples/make_siblings.py makes for a basis are of MiniLM; use --model minilm"
+        )
     file = out / "siblings.safetensors"
     script, tasks = (
         Path(__file__).with_name("make_siblings.py"),

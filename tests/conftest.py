@@ -40,3 +40,11 @@ def masks_of_peft(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rankfold.kernel.linears.drop_mask", bernoulli)
     monkeypatch.setattr("rankfold.host.siblings.Siblings.output", lambda *_: None)
     monkeypatch.setattr("rankfold.host.fused_mlp._members", lambda _: None)
+
+
+@pytest.fixture
+def own_registry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the test registers is forgotten after it."""
+    from rankfold.host import registry
+
+    monkeypatch.setattr(registry, "_ROWS", dict(registry.METHODS))

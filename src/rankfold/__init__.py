@@ -19,6 +19,9 @@ from rankfold.methods import (  # noqa: E402
 )
 
 from rankfold.control import AdapterCallback, attach  # noqa: E402  isort: skip
+from rankfold.host.registry import discover  # noqa: E402  isort: skip
+
+discover()  # at the end: what an entry point names may import everything from here
 
 __version__ = "0.1.0"
 __all__ = [

@@ -21,6 +21,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = _parser().parse_args(argv)
     try:
+        if arguments.imports:
+            from rankfold.host.plugins import load_plugin
+
+            for name in arguments.imports:
+                load_plugin(name)
         return arguments.call(arguments) or 0
     except KeyboardInterrupt:
         print("\ninterrupted; `rankfold train ... --resume` continues from the last checkpoint", file=sys.stderr)
@@ -74,9 +79,8 @@ def _train(a: argparse.Namespace) -> None:
 def _sparsify(a: argparse.Namespace) -> None:
     if not a.debug:
         _quiet()
-    from rankfold.methods.sora import thresholds
     from rankfold.runfile.schema import load
-    from rankfold.train.sparsify import sparsify
+    from rankfold.train.sparsify import sparsify, thresholds
 
     schedule = thresholds(a.first, a.last, a.stages, a.schedule)
     stages = sparsify(
@@ -114,12 +118,16 @@ def _validate(a: argparse.Namespace) -> None:
 
 def _init(a: argparse.Namespace) -> None:
     from rankfold.compare.template import template as compare_template
+    from rankfold.runfile.imports import seen_from
     from rankfold.runfile.template import template
 
     path = Path(a.run_file)
     if path.exists() and not a.force:
         raise FileExistsError(f"'{path}' exists; give another name or --force")
-    path.write_text(compare_template(a.task) if a.compare else template(a.task, a.method), encoding="utf-8")
+    path.write_text(
+        compare_template(a.task) if a.compare else template(a.task, a.method, seen_from(a.imports, path)),
+        encoding="utf-8",
+    )
     print(f"wrote {path}; next: rankfold {'compare' if a.compare else 'train'} {path} --dry-run")
 
 
@@ -251,6 +259,14 @@ def _parser() -> argparse.ArgumentParser:
     def command(name: str, call: object, text: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
         sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        sub.add_argument(
+            "--import",
+            dest="imports",
+            action="append",
+            default=[],
+            metavar="MODULE",
+            help="a module or file (./my_method.py) that registers a method of yours (repeatable)",
+        )
         sub.set_defaults(call=call)
         return sub
 

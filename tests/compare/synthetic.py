@@ -189,3 +189,41 @@ def halving(found: Sequence[TrialLine], seed: int = 0) -> list[TrialLine]:
         best = alive[0].rate
         kept += [line for line in found if line.label == label and line.rate == best and line.seed != seed]
     return kept
+
+
+def equal(
+    methods: int, seeds: int, rows: int, spread: float, *, random: int, unequal: Sequence[float] | None = None
+) -> list[TrialLine]:
+    """The least that an analysis needs of methods that are equal in the long run.
+
+    Args:
+        rows: right or wrong each; 0 for macro F1, whose rows do not make it up.
+        unequal: what the spread over seeds of each method is multiplied by.
+    """
+    rng = np.random.default_rng(random)
+    hardness = rng.normal(0, 1.2, rows)
+    found = []
+    for m in range(methods):
+        for seed in range(seeds):
+            moved = rng.normal(0, spread) * (unequal[m] if unequal else 1.0)
+            right = (1 + moved + hardness + rng.normal(0, 0.6, rows) > 0).astype(float)
+            test = float(right.mean()) if rows else 0.6 + 0.05 * moved
+            name = "rasa" if m else "peft:lora"
+            found.append(
+                TrialLine(
+                    id=f"{m}/{seed}",
+                    label=f"m{m}",
+                    method=name,
+                    rate=1e-3,
+                    seed=seed,
+                    status="done",
+                    config={},
+                    run={},
+                    metric="accuracy" if rows else "macro_f1",
+                    greater_is_better=True,
+                    validation=0.5,
+                    test=test,
+                    items=right.tolist() if rows else None,
+                )
+            )
+    return found

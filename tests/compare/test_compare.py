@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from rankfold.cli import main
+from rankfold.compare import contenders
 from rankfold.compare import trial_process as trial_module
 from rankfold.compare.command import run_compare
 from rankfold.compare.contenders import Entry, resolve
@@ -334,7 +335,7 @@ def test_who_cannot_run_is_recorded(values: Values, here: list[str]):
     where = {"outside": {"layers": [7]}, "first": {"layers": "first third"}}
     lines = run(values | {"methods": values["methods"][:1], "where": where})
     assert {line.where: line.status for line in lines} == {"outside": "failed", "first": "done"}
-    assert lines[0].reason == "where: layers: 7 is no layer; the model has layers 0 to 2"
+    assert lines[0].reason == "where: layers: 7 is not a layer; the model has layers 0 to 2"
     assert len(here) == 1
     with pytest.raises(ValueError, match="no contender can be trained: rasa: method: No modules"):
         run(values | {"methods": [{"name": "rasa", "target_modules": ["nothing"]}], "output": values["output"] + "2"})
@@ -363,18 +364,17 @@ def test_places(values: Values, capsys: pytest.CaptureFixture[str]):
 
 
 def test_a_budget_is_met_in_every_place(values: Values, here: list[str]):
-    pytest.importorskip("rankfold.plan.match", reason="rankfold.plan.match is not merged yet")
     where = {"all": {}, "first": {"layers": "first third"}}
     methods = [{"name": "peft:lora", "label": "LoRA"}, {"name": "rasa", "shared_rank": 1}]
     file = parse(values | {"methods": methods, "where": where, "budget": {"of": {"name": "peft:lora", "r": 4}}})
-    field = resolve(file)
+    lineup = resolve(file)
     whole = 4 * (3 * (4 * 32 + 2 * 48) + 32)
-    assert field.budget == whole
-    found = {e.name(): e for e in field.entries}
+    assert lineup.budget == whole
+    found = {e.name(): e for e in lineup.entries}
     assert found["LoRA"].method["r"] == 4
     assert found["LoRA"].trained == whole
     assert found["LoRA, first"].method["r"] == whole // (4 * 32 + 2 * 48)  # a third of the layers, three times the rank
-    for entry in field.entries:
+    for entry in lineup.entries:
         assert entry.trained is not None
         assert 0.7 * whole < entry.trained <= whole
     lines = run(values | {"methods": methods, "budget": 1500})
@@ -382,6 +382,20 @@ def test_a_budget_is_met_in_every_place(values: Values, here: list[str]):
     assert all((line.parameters["trained"] or 0) <= 1500 for line in lines)
     with pytest.raises(ValueError, match=r"no contender can be trained: LoRA: .*budget is 100"):
         resolve(parse(values | {"methods": methods[:1], "budget": 100}))
+
+
+@pytest.mark.parametrize(("budget", "built"), [(None, 2), ({"of": {"name": "peft:lora", "r": 2}}, 1)])
+def test_a_contender_is_counted_once(budget: Any, built: int, values: Values, monkeypatch: pytest.MonkeyPatch):
+    adapted, counted = contenders._Bench.adapted, []
+
+    def spy(bench: Any, method: Values) -> Any:
+        counted.append(method["name"])
+        return adapted(bench, method)
+
+    monkeypatch.setattr(contenders._Bench, "adapted", spy)
+    lineup = resolve(parse(values | {"budget": budget}))
+    assert all(entry.trained for entry in lineup.entries)
+    assert len(counted) == built  # at a budget the solver has counted the contenders already
 
 
 def test_layers_beside_a_regex(values: Values):

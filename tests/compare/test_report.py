@@ -139,7 +139,7 @@ def test_the_same_lines_make_the_same_page(tmp_path: Path) -> None:
 
 
 def test_bad_input_is_one_line_and_writes_nothing(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="is no folder"):
+    with pytest.raises(FileNotFoundError, match="is not a folder"):
         write_report(tmp_path / "none")
     with pytest.raises(ValueError, match="there are no trials yet; run"):
         write_report(tmp_path)

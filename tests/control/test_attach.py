@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 import toy
 from accelerate import Accelerator
-from peft import PeftModel, inject_adapter_in_model, set_peft_model_state_dict
+from peft import PeftModel, get_peft_model, inject_adapter_in_model, set_peft_model_state_dict
 from torch import nn
 from toy import SCHEDULED, STEPS, adamw, adapted, adapters, alive, assert_same, train
 
@@ -618,3 +618,34 @@ def test_an_optimiser_that_holds_part_of_an_adapter_is_refused(method: str) -> N
     matrices = [p for p in model.parameters() if p.requires_grad and p.ndim == 2]
     with pytest.raises(ValueError, match=r"holds down, up but not gate"):
         attach(model, torch.optim.SGD(matrices, lr=0.1), total_steps=STEPS)
+
+
+@pytest.mark.parametrize(("tinit", "total"), [(11, 12), (0, 1)])
+def test_a_schedule_that_could_never_cut_is_refused(tinit: int, total: int) -> None:
+    model = adapted("adalora", tinit=tinit, tfinal=0)
+    with pytest.raises(ValueError, match=r"leave no step to cut ranks"):
+        attach(model, adamw(model), total_steps=total)
+
+
+def test_one_output_has_no_variance_and_no_nan() -> None:
+    base = nn.Sequential(nn.Linear(6, 1), nn.Linear(1, 3))
+    model = get_peft_model(base, toy.config("dynamic_dora", target_modules=["0", "1"], r=2, target_r=1))
+    optimizer = adamw(model)
+    attach(model, optimizer, total_steps=STEPS)
+    for _ in range(3):
+        model(torch.randn(4, 6)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+def test_an_optimiser_without_a_rate_is_refused_before_anything_moves() -> None:
+    model = adapted("sora")
+    optimizer = adamw(model)
+    attach(model, optimizer, total_steps=STEPS)
+    for group in optimizer.param_groups:
+        group["lr"] = None  # as transformers' Adafactor keeps it
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(ValueError, match=r"lr is None; set gate_lr"):
+        train(model, optimizer, [0])
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))

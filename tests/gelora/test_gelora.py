@@ -16,7 +16,7 @@ from peft.tuners.lora import LoraLayer
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import nn
 
-from rankfold.gelora import GeloraPlan, assign_ranks, gelora_plan, gelora_ranks, intrinsic_dimensions
+from rankfold.gelora import GeloraPlan, assign_ranks, gelora_plan, gelora_ranks, intrinsic_dimensions, show
 from rankfold.gelora.blocks import find_stacks
 from rankfold.gelora.command import run_gelora
 from rankfold.gelora.states import Chain, Dimensions, masked_mean, pooled_states
@@ -477,17 +477,17 @@ def test_table_and_picture(tmp_path: Path, ending: str) -> None:
 
     plan = replace(measured(t5(), [[1.0, 12.0, 3.0], [2.0, 2.0, 3.0]]), notes=("a note",))
     console = Console(width=80, record=True, file=io.StringIO())
-    console.print(plan.table())
+    console.print(show.table(plan))
     shown = console.export_text()
     assert "encoder.block.0" in shown
     assert "a note" in shown
     assert f"{plan.parameters:,} parameters" in shown
     assert max(map(len, shown.splitlines())) <= 80
-    plan.picture(tmp_path / f"plan.{ending}")
+    show.picture(plan, tmp_path / f"plan.{ending}")
     start = (tmp_path / f"plan.{ending}").read_bytes()[:5]
     assert start in (b"<?xml", b"\x89PNG\r")
     with pytest.raises(ValueError, match="must end in"):
-        plan.picture(tmp_path / "plan.txt")
+        show.picture(plan, tmp_path / "plan.txt")
 
 
 # The command ----------------------------------------------------------------------------------------------------------

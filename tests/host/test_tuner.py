@@ -122,6 +122,7 @@ def test_a_field_assigned_after_construction_is_checked_when_it_is_used():
         (PlainLoraConfig, "rank_pattern", [1]),
         (PlainLoraConfig, "lora_alpha", True),
         (PlainLoraConfig, "layers_to_transform", "1"),
+        (AdaSvdConfig, "beta1", 0),
     ],
 )
 def test_every_field_has_its_type(config, field, value):
@@ -198,3 +199,14 @@ def test_a_saved_folder_has_legal_names(tmp_path: Path):
     model = get_peft_model(llama(), rasa())
     model.save_pretrained(tmp_path)
     assert not any(set(k) & set('/\\:*?"<>|') for k in load_file(tmp_path / "adapter_model.safetensors"))
+
+
+def test_a_pool_of_an_offloaded_model_is_fetched():
+    """accelerate's cpu_offload (peft#2407): the pool's module is called, so that its hook brings the values."""
+    from accelerate import cpu_offload
+
+    model = get_peft_model(llama(), rasa()).eval()
+    expected = model(IDS).logits
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    assert all(p.is_meta for p in model.parameters())
+    assert_close(model(IDS).logits, expected)

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from rankfold import PlainLoraConfig, SoraConfig, attach
 from rankfold.control import Controller
 from rankfold.host.linear_layer import AdaptedLinear
-from rankfold.methods.sora import Sora, reference_threshold, soft_threshold, thresholds
+from rankfold.methods.sora import Sora, reference_threshold, soft_threshold
+from rankfold.train.sparsify import thresholds
 
 PROX = {"soft": soft_threshold, "reference": reference_threshold}
 

@@ -18,13 +18,13 @@ from rankfold.host import registry
 from rankfold.io.models import ModelError
 from rankfold.methods.cora_subspace import content_hash, write_subspace
 from rankfold.plan.base_facts import describe
-from rankfold.plan.contenders import everyone
+from rankfold.plan.candidates import everyone
 from rankfold.plan.cost import cost
 from rankfold.plan.folding import Fold
 from rankfold.plan.meta import meta_model
 from rankfold.train import budget
 
-CONTENDERS = {c.label: c.with_rank(4) for c in everyone()}
+CANDIDATES = {c.label: c.with_rank(4) for c in everyone()}
 TASKS = {"bert": "classification"}
 TARGETS = {"llama": ["q_proj", "v_proj", "down_proj"], "gpt2": ["c_attn"], "bert": ["query", "value"], "t5": ["q", "wo"], "vit": ["fc1"]}  # fmt: skip
 
@@ -54,15 +54,15 @@ def built(name: str, config: PeftConfig, shake: bool = True) -> PeftModel:
 
 
 def test_every_method_is_planned() -> None:
-    assert registry.METHODS.keys() <= {c.name for c in CONTENDERS.values()}
+    assert registry.METHODS.keys() <= {c.name for c in CANDIDATES.values()}
 
 
 @pytest.mark.parametrize("arch", CONFIGS)
-@pytest.mark.parametrize("label", CONTENDERS)
+@pytest.mark.parametrize("label", CANDIDATES)
 def test_counts_are_those_of_the_adapter(label: str, arch: str, tmp_path: Path) -> None:
-    task, contender = TASKS.get(arch), CONTENDERS[label]
+    task, candidate = TASKS.get(arch), CANDIDATES[label]
     base = meta_model(str(folder(tmp_path / "base", arch)), task)
-    planned = contender.config(base, task, TARGETS[arch])
+    planned = candidate.config(base, task, TARGETS[arch])
     if arch == "gpt2" and label in ("peft:loha", "peft:lokr"):
         with pytest.raises(ValueError, match="Conv1D'> not supported"):
             cost(base, planned)
@@ -70,8 +70,8 @@ def test_counts_are_those_of_the_adapter(label: str, arch: str, tmp_path: Path) 
     found = cost(base, planned)
 
     config = planned
-    if contender.name == "cora":
-        fields = {"basis": basis(real(arch), TARGETS[arch], tmp_path / "basis.safetensors"), **contender.fields}
+    if candidate.name == "cora":
+        fields = {"basis": basis(real(arch), TARGETS[arch], tmp_path / "basis.safetensors"), **candidate.fields}
         config = registry.get("cora").config(
             **fields, target_modules=TARGETS[arch], task_type=planned.task_type, modules_to_save=planned.modules_to_save
         )

@@ -8,13 +8,13 @@ from shapes import folder
 from torch import nn
 
 from rankfold import AdaSvdConfig, PlainLoraConfig, RasaConfig
-from rankfold.plan.contenders import everyone
+from rankfold.plan.candidates import everyone
 from rankfold.plan.cost import trained
 from rankfold.plan.match import largest, match, parse_budget
 from rankfold.plan.meta import meta_model
 from rankfold.plan.ranks import setting
 
-CONTENDERS = {c.label: c.with_rank(8) for c in everyone()}
+CANDIDATES = {c.label: c.with_rank(8) for c in everyone()}
 BUDGET = 3000
 
 
@@ -23,10 +23,10 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> nn.Module:
     return meta_model(str(folder(tmp_path_factory.mktemp("llama"), "llama")), "causal-lm")
 
 
-@pytest.mark.parametrize("label", CONTENDERS)
+@pytest.mark.parametrize("label", CANDIDATES)
 @pytest.mark.parametrize("budget", [800, BUDGET, 8192])
 def test_never_exceeded_and_the_next_would(label: str, budget: int, llama: nn.Module) -> None:
-    config = CONTENDERS[label].config(llama, "causal-lm", ["q_proj", "v_proj", "down_proj"])
+    config = CANDIDATES[label].config(llama, "causal-lm", ["q_proj", "v_proj", "down_proj"])
     found = match(llama, config, budget)
     assert found.cost.trained == trained(llama, found.config) <= budget
     assert found.share == found.cost.trained / budget
@@ -62,7 +62,7 @@ def test_the_budget_of_a_lora_is_that_lora(llama: nn.Module) -> None:
 
 
 def test_what_cannot_be_solved(llama: nn.Module) -> None:
-    with pytest.raises(ValueError, match=r"^PlainLoraConfig: even r=1 trains 256 numbers, and the budget is 100$"):
+    with pytest.raises(ValueError, match=r"^PlainLoraConfig: even r=1 trains 256 parameters, and the budget is 100$"):
         match(llama, PlainLoraConfig(target_modules=["q_proj", "o_proj"]), 100)
     for config in (OFTConfig(target_modules=["q_proj"]), IA3Config(target_modules=["q_proj"], feedforward_modules=[])):
         with pytest.raises(ValueError, match="has no rank"):
@@ -104,7 +104,7 @@ def test_any_rising_curve(budget: int) -> None:
 def test_budgets_in_words() -> None:
     assert [parse_budget(t) for t in ("1200000", "1.2M", "300k", "1_000", "2,000")] == [1200000, 1200000, 300000, 1000, 2000]  # fmt: skip
     for bad in ("", "-3", "0", "M", "1.2MB", "lots", "nan"):
-        with pytest.raises(ValueError, match="is no number of parameters"):
+        with pytest.raises(ValueError, match="is not a number of parameters"):
             parse_budget(bad)
 
 

@@ -86,7 +86,7 @@ def test_a_model_of_eight_billion(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 BAD = {
     "no method can meet the budget of 3 parameters": ["--budget", "3"],
-    "--budget 'much' is no number": ["--budget", "much"],
+    "--budget 'much' is not a number": ["--budget", "much"],
     "method='rassa' is not known; did you mean 'rasa'?": ["--method", "rassa"],
     "has no field 'rank'": ["--method", "lora:rank=3"],
     "must look like field=value": ["--budget-of", "lora:8"],

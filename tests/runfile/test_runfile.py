@@ -71,7 +71,7 @@ def test_every_problem_at_once_with_line_path_value_and_nearest(tmp_path):
         "run.yaml:7: training.epochs: 'yes' is not a number or null",
         "run.yaml:8: training.batch_size: 0 is not allowed, should be greater than 0",
         "run.yaml:10: trainin: unknown key (value {}); did you mean 'training'?; "
-        "known keys: data, method, model, output, task, training",
+        "known keys: data, imports, method, model, output, task, training",
     ]
 
 

@@ -11,12 +11,11 @@ import torch
 from safetensors.torch import load_file
 
 from rankfold.io.models import ModelError
-from rankfold.methods.sora import thresholds
 from rankfold.runfile.problems import RunFileError
 from rankfold.runfile.schema import RunFile, parse
 from rankfold.train import sparsify as module
 from rankfold.train.run import train
-from rankfold.train.sparsify import sparsify
+from rankfold.train.sparsify import sparsify, thresholds
 
 Values = dict[str, Any]
 

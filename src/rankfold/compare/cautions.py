@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from rankfold.compare.analysis import Analysis
 from rankfold.compare.trial_file import TrialLine
-
-if TYPE_CHECKING:
-    from rankfold.compare.statistics import Analysis
 
 
 def cautions(analysis: Analysis, lines: Sequence[TrialLine], trials: Sequence[TrialLine]) -> list[str]:
@@ -41,37 +39,52 @@ def cautions(analysis: Analysis, lines: Sequence[TrialLine], trials: Sequence[Tr
             )
     if edges["only"]:
         found.append(f"Only one learning rate was tried for {', '.join(edges['only'])}: it was not tuned.")
-    most = max((len(c.seeds) for c in analysis.contenders), default=0)
-    if most == 1:
-        drawn = (
-            "the intervals come from the test rows alone and" if analysis.rows else "there are no intervals, and they"
-        )
-        found.append(f"There is one seed: {drawn} say nothing about how the result moves with the seed.")
-    elif most in (2, 3):
-        found.append(
-            f"{most} seeds hardly tell how much the result moves with the seed; the intervals are long for it."
-        )
+    found += _few_seeds(analysis)
     alike = [c.name for c in analysis.contenders if c.interval and c.interval[0] == c.interval[1]]
     if alike:
         found.append(
-            f"Nothing varies in the scores of {', '.join(alike)}: a bootstrap cannot tell how sure they are, and the "
+            f"Nothing varies in the scores of {', '.join(alike)}: how sure they are cannot be told, and the "
             "interval has no length."
         )
     if analysis.rows and analysis.rows < 30:
         found.append(f"There are {analysis.rows} test rows: too few to trust an interval.")
     if not analysis.rows and trials:
         found.append(
-            f"The scores of the test rows do not make up {analysis.metric} (or are missing): only seeds are drawn."
+            f"The scores of the test rows do not make up {analysis.metric} (or are missing): what other test rows would "
+            "change is not in the intervals."
         )
     trained = [c.trained for c in analysis.contenders if c.trained]
     if trained and max(trained) > 1.05 * min(trained):
         found.append(
             f"The contenders do not have one budget: {min(trained):,.0f} to {max(trained):,.0f} trained parameters."
         )
-    found += [f"The trials do not share `{key}`: they are no fair comparison." for key in _unshared(lines)]
+    found += [f"The trials do not share `{key}`: the comparison is not fair." for key in _unshared(lines)]
     hosts = {(t.host, t.threads) for t in trials}
     if len(hosts) > 1:
         found.append("Trials ran on different machines or numbers of threads: their times cannot be compared.")
+    return found
+
+
+def _few_seeds(analysis: Analysis) -> list[str]:
+    """What cannot be shown, and how many seeds it takes."""
+    least = analysis.least_seeds
+    most = max((len(c.seeds) for c in analysis.contenders), default=0)
+    takes = f"no difference between contenders can be shown: that takes at least {least} seeds"
+    if most == 1:
+        rows = "each interval is of one model on other test rows" if analysis.rows else "no interval can be given"
+        return [f"There is one seed: {rows}, and {takes}."]
+    if 1 < most < least:
+        return [f"There are {most} seeds: no interval can be given, and {takes}."]
+    found = [
+        f"{c.name} finished {len(c.seeds)} {'seed' if len(c.seeds) == 1 else 'seeds'}: it has no interval and is not tested against any "
+        f"other; that takes at least {least} seeds."
+        for c in analysis.contenders
+        if len(c.seeds) < least
+    ]
+    if least <= most < 5:
+        found.append(
+            f"{most} seeds hardly tell how much the result moves with the seed; the intervals are long for it."
+        )
     return found
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rankfold.compare.contenders import Field, resolve
+from rankfold.compare.contenders import Lineup, resolve
 from rankfold.compare.executors import Executor
 from rankfold.compare.experiment import check_folder, compare
 from rankfold.compare.file import CompareFile
@@ -49,7 +49,7 @@ def run_compare(
     print(f"wrote {page}")
 
 
-def _print_plan(field: Field, file: CompareFile) -> None:
+def _print_plan(lineup: Lineup, file: CompareFile) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -57,21 +57,21 @@ def _print_plan(field: Field, file: CompareFile) -> None:
     table = Table(title="comparison (nothing was trained or written)", title_justify="left", box=None, pad_edge=False)
     for name in ("contender", "where", "trained", "of budget", "head", "fields"):
         table.add_column(name, justify="right" if name in ("trained", "of budget", "head") else "left")
-    for e in field.entries:
-        share = f"{e.trained / field.budget:.1%}" if e.trained is not None and field.budget else ""
+    for e in lineup.entries:
+        share = f"{e.trained / lineup.budget:.1%}" if e.trained is not None and lineup.budget else ""
         numbers = ("", "", "") if e.trained is None else (f"{e.trained:,}", share, f"{e.head:,}")
         fields = ", ".join(f"{k} {v}" for k, v in e.method.items() if k != "name")
         table.add_row(e.label, e.where, *numbers, f"cannot be trained: {e.reason}" if e.reason else fields)
     console = Console()
     console.print(table)
-    known = [wanted(e, file, done) for e in field.entries]
+    known = [wanted(e, file, done) for e in lineup.entries]
     trials = [t for found, _ in known for t in found]
     total, there = len(trials) + sum(later for _, later in known), sum(t.id in done for t in trials)
-    rows = ", ".join(f"{count:,} {split}" for split, count in field.rows.items())
+    rows = ", ".join(f"{count:,} {split}" for split, count in lineup.rows.items())
     console.print(
-        f"{total:,} trials of at most {field.steps:,} steps"
+        f"{total:,} trials of at most {lineup.steps:,} steps"
         + (f", {there:,} of them done already" if there else "")
         + f"; {rows} rows",
         highlight=False,
     )
-    print(*field.notes, sep="\n")
+    print(*lineup.notes, sep="\n")

@@ -7,10 +7,12 @@ import json
 from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from rankfold.compare.file import THIRDS, CompareFile, Contender, Place, SameAs, number, with_targets
+from rankfold.compare.file import THIRDS, CompareFile, ContenderSpec, Place, SameAs, number, with_targets
 from rankfold.errors import RankfoldError
+from rankfold.plan.match import solve
 from rankfold.runfile.checks import config_fields, peft_config
 from rankfold.train import budget, model
 from rankfold.train.datafile import DataError
@@ -18,7 +20,8 @@ from rankfold.train.prepare import Prepared, make_plan, prepare
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from transformers import PreTrainedModel
+
+    from rankfold.runfile.schema import RunFile
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,7 @@ class Entry:
 
     Args:
         method: its section of a run file.
-        trained, head: numbers trained in the adapter, and in full beside it; None if it cannot be built.
+        trained, head: parameters trained in the adapter, and in full beside it; None if it cannot be built.
         reason: why it cannot be trained, or None.
     """
 
@@ -44,11 +47,11 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Field:
+class Lineup:
     """Who competes, and on what.
 
     Args:
-        budget: in trained numbers of the adapter, or None.
+        budget: in trained parameters of the adapter, or None.
         steps: of a whole trial.
         rows: by split.
     """
@@ -60,7 +63,7 @@ class Field:
     notes: list[str]
 
 
-def resolve(file: CompareFile) -> Field:
+def resolve(file: CompareFile) -> Lineup:
     """Places every contender and solves its ranks, on the shapes of the model alone.
 
     Raises:
@@ -86,7 +89,7 @@ def resolve(file: CompareFile) -> Field:
             names = f"'{other.name()}' and '{entry.name()}'"
             raise RankfoldError(f"methods: {names} are the same method with the same fields; remove one")
     rows = {split: len(prepared.rows.splits[split]) for split in ("train", "validation", "test")}
-    return Field(entries, limit, plan.steps, rows, prepared.rows.notes)
+    return Lineup(entries, limit, plan.steps, rows, prepared.rows.notes)
 
 
 class _Bench:
@@ -94,48 +97,54 @@ class _Bench:
 
     def __init__(self, file: CompareFile, prepared: Prepared):
         self.file, self.prepared = file, prepared
+        self.counted: dict[str, budget.Budget] = {}
         self.skeleton, self.head = model.load_model(prepared.run, prepared.place, prepared.config, weights=False)
 
-    def all(self) -> Iterator[tuple[str, Contender, str, Place]]:
+    def all(self) -> Iterator[tuple[str, ContenderSpec, str, Place]]:
         for label, contender in zip(self.file.labels(), self.file.methods, strict=True):
             for where, place in self.file.places.items():
                 yield label, contender, where, place
 
     def adapted(self, method: dict[str, Any]) -> PeftModel:
-        run = self.file.run_file(method, self.file.rates[0], self.file.seeds[0], "-")
-        return model.adapt(self.base(), run, self.head, self.prepared.tokenizer)
+        return model.adapt(deepcopy(self.skeleton), self.run(method), self.head, self.prepared.tokenizer)
 
-    def base(self) -> PreTrainedModel:
-        return deepcopy(self.skeleton)
+    def run(self, method: dict[str, Any]) -> RunFile:
+        return self.file.run_file(method, self.file.rates[0], self.file.seeds[0], "-")
+
+    def count(self, method: dict[str, Any]) -> budget.Budget:
+        """What the optimiser trains; counted once per method and fields."""
+        key = json.dumps(method, sort_keys=True, default=str)
+        if key not in self.counted:
+            self.counted[key] = budget.count(self.adapted(method))
+        return self.counted[key]
 
     def limit(self) -> int | None:
         """The budget as a number."""
         if not isinstance(self.file.budget, SameAs):
             return None if self.file.budget is None else number(self.file.budget)
-        return budget.count(self.adapted(with_targets(self.file.budget.of, self.file.targets))).adapter
+        return self.count(with_targets(self.file.budget.of, self.file.targets)).adapter
 
-    def entry(self, label: str, contender: Contender, where: str, place: Place, limit: int | None) -> Entry:
+    def entry(self, label: str, contender: ContenderSpec, where: str, place: Place, limit: int | None) -> Entry:
         method = with_targets(contender, self.file.targets)
         try:
             method |= self.placed(place, method.get("target_modules"))
             if limit is not None:
-                method |= self.solved(method, limit)
-            spent = budget.count(self.adapted(method))
+                return Entry(label, where, *self.solved(method, limit))
+            spent = self.count(method)
         except ValueError as e:
             return Entry(label, where, method, reason=str(e))
-        if limit is not None and spent.adapter > limit:
-            return Entry(label, where, method, reason=f"it trains {spent.adapter:,} numbers, the budget is {limit:,}")
         return Entry(label, where, method, spent.adapter, spent.head)
 
-    def solved(self, method: dict[str, Any], limit: int) -> dict[str, Any]:
-        """The fields of the method that the budget changes."""
-        from rankfold.plan.match import match
-
-        config = peft_config(self.file.run_file(method, self.file.rates[0], self.file.seeds[0], "-"))
-        before = dataclasses.asdict(config)
-        after = dataclasses.asdict(match(self.base(), config, limit).config)
+    def solved(self, method: dict[str, Any], limit: int) -> tuple[dict[str, Any], int, int]:
+        """The method with the fields that the budget changes, and what it trains in the adapter and in full beside it."""
+        config = peft_config(self.run(method))
+        if self.prepared.run.task == "classification":
+            model.keep(config, self.head)
+        found = solve(self.skeleton, config, limit)
+        before, after = dataclasses.asdict(config), dataclasses.asdict(found.config)
         known = config_fields(type(config))
-        return {key: _plain(after[key]) for key in known if _plain(after[key]) != _plain(before[key])}
+        changed = {key: _plain(after[key]) for key in known if _plain(after[key]) != _plain(before[key])}
+        return method | changed, found.trained, found.head
 
     def placed(self, place: Place, targets: Any) -> dict[str, Any]:
         targets = targets if place.target_modules is None else place.target_modules
@@ -145,9 +154,10 @@ class _Bench:
         if isinstance(targets, str) and targets.lower() != "all-linear":
             raise RankfoldError(f"where: layers cannot be chosen beside the regex '{targets}'; list the modules' names")
         # PEFT counts layers only where the names of the modules are listed.
-        names = self.linear() if isinstance(targets, str) else targets
+        names = self.linear if isinstance(targets, str) else targets
         return {"target_modules": names, "layers_to_transform": self.layers(place.layers)}
 
+    @cached_property
     def linear(self) -> list[str]:
         """The last names of what all-linear stands for."""
         adapted = self.adapted({"name": "peft:lora", "r": 1, "target_modules": "all-linear"})
@@ -162,7 +172,7 @@ class _Bench:
             part = THIRDS.index(wanted)
             return list(range(round(part * count / 3), round((part + 1) * count / 3)))
         if outside := [layer for layer in wanted if not 0 <= layer < count]:
-            raise RankfoldError(f"where: layers: {outside[0]} is no layer; the model has layers 0 to {count - 1}")
+            raise RankfoldError(f"where: layers: {outside[0]} is not a layer; the model has layers 0 to {count - 1}")
         return wanted
 
 

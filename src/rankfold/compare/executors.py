@@ -1,4 +1,4 @@
-"""Where trials run: processes of this machine, or tasks of a Ray cluster. Either way one process a trial, started alike."""
+"""Where trials run: processes of this machine, or tasks of a Ray cluster. Either way one process per trial, started alike."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from rankfold.compare.contenders import Field, resolve
+from rankfold.compare.contenders import Lineup, resolve
 from rankfold.compare.executors import Executor, Submit, executor
 from rankfold.compare.file import CompareFile, load
 from rankfold.compare.time_left import Estimate
@@ -53,9 +53,9 @@ def compare(
         raise RankfoldError(f"--workers {workers}: must be at least 1")
     out = Path(file.output)
     check_folder(file)
-    field = resolve(file)
-    check_labels(field, file, read(out / FILE))
-    for sentence in [*field.notes, *refusals(field)]:
+    lineup = resolve(file)
+    check_labels(lineup, file, read(out / FILE))
+    for sentence in [*lineup.notes, *refusals(lineup)]:
         say(sentence)
     out.mkdir(parents=True, exist_ok=True)
     lock = FileLock(out / ".lock", timeout=0)
@@ -66,7 +66,7 @@ def compare(
     try:
         write_whole(out / COPY, f"# {command or 'rankfold.compare.experiment.compare'}\n{file.to_yaml()}")
         with executor(kind, workers, file.launch) as submit:
-            _Comparison(file, field, out, workers, command, say, submit).run(retry_failed)
+            _Comparison(file, lineup, out, workers, command, say, submit).run(retry_failed)
     finally:
         lock.release()
     return out
@@ -75,7 +75,7 @@ def compare(
 @dataclass
 class _Comparison:
     file: CompareFile
-    field: Field
+    lineup: Lineup
     out: Path
     workers: int
     command: str
@@ -119,7 +119,7 @@ class _Comparison:
 
     def wanted(self, done: dict[str, TrialLine]) -> tuple[list[Trial], int]:
         """Of all contenders, one trial of each in turn, so that early results are of all of them."""
-        found = [wanted(entry, self.file, done) for entry in self.field.entries]
+        found = [wanted(entry, self.file, done) for entry in self.lineup.entries]
         turns = sorted((number, i) for i, (trials, _) in enumerate(found) for number in range(len(trials)))
         unique = {found[i][0][number].id: found[i][0][number] for number, i in turns}
         return list(unique.values()), sum(later for _, later in found)
@@ -154,9 +154,9 @@ def result(line: TrialLine) -> str:
     return f"validation {line.metric.replace('_', ' ')} {line.validation:.4f}{took}"
 
 
-def refusals(field: Field) -> list[str]:
+def refusals(lineup: Lineup) -> list[str]:
     """A sentence for every contender that cannot be trained."""
-    return [f"{e.name()} cannot be trained: {e.reason}" for e in field.entries if e.reason]
+    return [f"{e.name()} cannot be trained: {e.reason}" for e in lineup.entries if e.reason]
 
 
 # --- the folder -----------------------------------------------------------------------------------------------------------
@@ -184,14 +184,14 @@ def check_folder(file: CompareFile) -> None:
         )
 
 
-def check_labels(field: Field, file: CompareFile, lines: list[TrialLine]) -> None:
+def check_labels(lineup: Lineup, file: CompareFile, lines: list[TrialLine]) -> None:
     """One label must mean one thing in the report.
 
     Raises:
         FolderError: a contender was something else when trials of it were run.
     """
     for line in lines:
-        for entry in field.entries:
+        for entry in lineup.entries:
             now = {k: v for k, v in entry.method.items() if k != "name"}
             if (line.label, line.where) != (entry.label, entry.where) or line.wall_seconds is None:  # it never ran
                 continue

@@ -17,6 +17,8 @@ from pydantic import Field, ValidationError
 
 from rankfold.plan.match import parse_budget
 from rankfold.runfile.checks import check, config_class, config_fields
+from rankfold.runfile.imports import DESCRIPTION as IMPORTS
+from rankfold.runfile.imports import load_all, with_places
 from rankfold.runfile.problems import Problem, RunFileError, explain, short
 from rankfold.runfile.schema import (
     Data,
@@ -34,7 +36,7 @@ from rankfold.runfile.yaml import KeyPath
 THIRDS = ("first third", "middle third", "last third")
 
 
-class Contender(Method):
+class ContenderSpec(Method):
     """A method as in a run file, and what it is called in the report."""
 
     label: str | None = Field(default=None, description="Its name in the report; by default the method's.")
@@ -59,7 +61,7 @@ class HalvingSearch(Section):
 
 
 class SameAs(Section):
-    of: Contender = Field(description="A method and its fields, whose trained parameters are the budget.")
+    of: ContenderSpec = Field(description="A method and its fields, whose trained parameters are the budget.")
 
 
 class CompareFile(Section):
@@ -68,7 +70,7 @@ class CompareFile(Section):
     model: Model = Field(description="The pretrained model, as in a run file.")
     task: Task = Field(description="causal-lm or classification.")
     data: Data = Field(description="The rows, as in a run file; validation and test rows are needed.")
-    methods: list[Contender] = Field(min_length=1, description="Who competes: names, or {name, label, fields...}.")
+    methods: list[ContenderSpec] = Field(min_length=1, description="Who competes: names, or {name, label, fields...}.")
     targets: str | list[str] = Field(
         default="all-linear", description="target_modules of every contender that does not name its own."
     )
@@ -77,7 +79,7 @@ class CompareFile(Section):
     )
     budget: int | str | SameAs | None = Field(
         default=None,
-        description="Trained numbers of every adapter: 1200000, 1.2M, or {of: {name: peft:lora, r: 8}}; the ranks of "
+        description="Trained parameters of every adapter: 1200000, 1.2M, or {of: {name: peft:lora, r: 8}}; the ranks of "
         "every contender follow. None: as the contenders say.",
     )
     rates: list[float] = Field(min_length=1, description="Learning rates to try with every contender.")
@@ -99,6 +101,7 @@ class CompareFile(Section):
     launch: str | None = Field(
         default=None, description="What starts a trial on several devices: accelerate launch --num_processes 2."
     )
+    imports: list[str] = Field(default=[], description=IMPORTS)
     output: str = Field(description="Folder of the comparison. One that is there is continued.")
 
     @property
@@ -129,7 +132,7 @@ class CompareFile(Section):
 
     def run_file(self, method: dict[str, Any], rate: float, seed: int, output: str) -> RunFile:
         """The run file of a trial."""
-        shared = self.model_dump(include={"model", "task", "data", "training"}, exclude_none=True)
+        shared = self.model_dump(include={"model", "task", "data", "training", "imports"}, exclude_none=True)
         shared["training"] |= {"learning_rate": rate, "seed": seed}
         return RunFile.model_validate({**shared, "method": method, "output": output})
 
@@ -162,7 +165,7 @@ def parse(
         RunFileError: one line for each problem.
     """
     lines = dict(lines or {})
-    values = overridden(values, CompareFile, overrides, where, lines)
+    values = with_places(overridden(values, CompareFile, overrides, where, lines), where)
     problems = _short_forms(values)
     if not problems:
         try:
@@ -170,14 +173,14 @@ def parse(
         except ValidationError as e:
             problems = explain(e, CompareFile)
         else:
-            problems = _check(file)
+            problems = load_all(file.imports) or _check(file)
             if not problems:
                 return file
     raise RunFileError(problems, where, lines)
 
 
 def _short_forms(values: dict[str, Any]) -> list[Problem]:
-    """Expands `methods: [rasa]`, `budget: none` and `search: halving`, and fills in what a comparison decides by itself."""
+    """Expands `methods: [NAME]`, `budget: none` and `search: halving`, and fills in what a comparison decides by itself."""
     problems = []
     methods = values.get("methods")
     if isinstance(methods, list):
@@ -221,7 +224,7 @@ def _check(file: CompareFile) -> list[Problem]:
     problems += [Problem(("seeds",), f"{seed} must not be less than 0") for seed in file.seeds if seed < 0]
     if foreign := [s for s in file.search_seeds or () if s not in file.seeds]:
         problems.append(
-            Problem(("search_seeds",), f"{foreign[0]} is none of seeds ({', '.join(map(str, file.seeds))})")
+            Problem(("search_seeds",), f"{foreign[0]} is not one of seeds ({', '.join(map(str, file.seeds))})")
         )
     if not isinstance(file.search, str) and file.training.early_stopping:
         problems.append(
@@ -231,7 +234,7 @@ def _check(file: CompareFile) -> list[Problem]:
         problems.append(
             Problem(
                 ("training", "metric"),
-                "'macro_f1' is no mean over rows, so test rows cannot be resampled for it; use accuracy or loss",
+                "'macro_f1' is not a mean over rows, so test rows cannot be resampled for it; use accuracy or loss",
             )
         )
     problems += [Problem(("where", name, "layers"), "is empty") for name, p in file.where.items() if p.layers == []]
@@ -249,7 +252,7 @@ def _check(file: CompareFile) -> list[Problem]:
 
 def _check_runs(file: CompareFile) -> list[Problem]:
     """What a run file of each contender would complain about, at its place in this file; the same complaint once."""
-    contenders: list[tuple[KeyPath, Contender]] = [(("methods", i), c) for i, c in enumerate(file.methods)]
+    contenders: list[tuple[KeyPath, ContenderSpec]] = [(("methods", i), c) for i, c in enumerate(file.methods)]
     if isinstance(file.budget, SameAs):
         contenders.append((("budget", "of"), file.budget.of))
     found: dict[Problem, None] = {}
@@ -262,7 +265,7 @@ def _check_runs(file: CompareFile) -> list[Problem]:
     return list(found)
 
 
-def _check_places(file: CompareFile, contender: Contender) -> str | None:
+def _check_places(file: CompareFile, contender: ContenderSpec) -> str | None:
     if not file.where:
         return None
     try:
@@ -275,7 +278,7 @@ def _check_places(file: CompareFile, contender: Contender) -> str | None:
     return f"'{contender.name}' has no field {lacks[0]}, so `where` cannot place it" if lacks else None
 
 
-def with_targets(contender: Contender, targets: str | list[str]) -> dict[str, Any]:
+def with_targets(contender: ContenderSpec, targets: str | list[str]) -> dict[str, Any]:
     """The contender as the method of a run file, on the shared targets if it names none."""
     fields = dict(contender.fields)
     try:
@@ -287,5 +290,5 @@ def with_targets(contender: Contender, targets: str | list[str]) -> dict[str, An
 
 
 def number(text: int | str) -> int:
-    """A count as people write it: 1200000, "1.2M", "300k"; raises ValueError where it is none."""
+    """A count as people write it: 1200000, "1.2M", "300k"; raises RankfoldError where it is not one."""
     return parse_budget(str(text))

@@ -130,15 +130,22 @@ def choose(trials: Trials, greater_is_better: bool) -> Sensitivity | None:
     at_end = [p.mean for p in in_question if p.mean is not None]
     means = [p.first for p in points if p.first is not None] or at_end
     place, last = trials.rates.index(best.rate), len(points) - 1
-    edge: Edge | None = "only" if not last else "lowest" if place == 0 else "highest" if place == last else None
     return Sensitivity(
         points=points,
         best=best.rate,
         seeds=tuple(sorted(common)),
-        edge=edge,
+        edge=_edge(place, last),
         steps_to_edge=min(place, last - place),
         spread=max(means) - min(means) if len(means) > 1 else None,
     )
+
+
+def _edge(place: int, last: int) -> Edge | None:
+    """Of the rates from 0 to `last`, where the one at `place` stands."""
+    if last == 0:
+        return "only"
+    edges: dict[int, Edge] = {0: "lowest", last: "highest"}
+    return edges.get(place)
 
 
 def _values(lines: dict[int, TrialLine]) -> dict[int, float]:

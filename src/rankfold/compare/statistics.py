@@ -5,158 +5,31 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from itertools import combinations
 from statistics import fmean, stdev
-from typing import Any, Literal
 
-from rankfold.compare.bootstrap import CONFIDENCE, DRAWS, Array, Draws, interval, simultaneous
+import numpy as np
+
+from rankfold.compare.analysis import Analysis, Contender, Difference, Failure, Over, Verdict
 from rankfold.compare.cautions import cautions
+from rankfold.compare.intervals import CONFIDENCE, LEAST_SEEDS, Rows, alone, together
 from rankfold.compare.pareto import front
 from rankfold.compare.selection import Sensitivity, Trials, choose, contenders
 from rankfold.compare.trial_file import TrialLine
 from rankfold.errors import RankfoldError
 
-Verdict = Literal["better", "worse", "no difference shown", "not tested"]
-Over = Literal["seeds and rows", "rows", "seeds", "nothing"]
+#: Between which a metric lies, whatever the data; an interval is cut off there, which leaves out nothing that could be true.
+BOUNDS = {"accuracy": (0.0, 1.0), "macro_f1": (0.0, 1.0), "token_accuracy": (0.0, 1.0), "loss": (0.0, math.inf)}
 
 
-@dataclass(frozen=True)
-class Failure:
-    """A trial that did not finish: `status` is "failed" or "diverged"."""
-
-    name: str
-    rate: float
-    seed: int
-    rung: int | None
-    status: str
-    reason: str
-
-
-@dataclass(frozen=True)
-class Contender:
-    """One method (at one place of the adapters) at its best learning rate. Counts and times are means over the seeds.
-
-    Args:
-        name: the label, with the target variant where there are several.
-        seeds, tests: the finished seeds at the chosen rate, and the test metric of each.
-        failed: seeds that failed or diverged at the chosen rate.
-        missing: seeds that other contenders finished and this one was not tried with at its rate.
-        validation: mean at the chosen rate, over all of `seeds`.
-        test: mean over `seeds`, `deviation` their standard deviation (None for one seed).
-        interval: 95 %, for this contender by itself; `over`: what was drawn for it.
-        trained, head, stored, folded: numbers; `kept` is the plain LoRA of the components left after training.
-        front_trained, front_kept: whether no other has a better test metric with fewer numbers.
-        seconds: in optimiser steps.
-    """
-
-    name: str
-    label: str
-    where: str
-    method: str
-    rate: float
-    seeds: tuple[int, ...]
-    tests: tuple[float, ...]
-    failed: tuple[int, ...]
-    missing: tuple[int, ...]
-    validation: float | None
-    test: float
-    deviation: float | None
-    before: float | None
-    interval: tuple[float, float] | None
-    over: Over
-    trained: float | None
-    head: float | None
-    stored: float | None
-    folded: float | None
-    folded_rank: float | None
-    kept: float | None
-    front_trained: bool
-    front_kept: bool
-    steps: float | None
-    seconds: float | None
-    tokens_per_second: float | None
-    peak_bytes: float | None
-    config: dict[str, Any]
-    sensitivity: Sensitivity
-
-
-@dataclass(frozen=True)
-class Difference:
-    """Test metric of `a` minus that of `b` over the seeds both finished.
-
-    Args:
-        interval: 95 % for all pairs with the reference together, and for all other pairs together.
-        verdict: of `a` against `b`; "no difference shown" where the interval holds 0, "not tested" where there is none.
-    """
-
-    a: str
-    b: str
-    seeds: tuple[int, ...]
-    value: float
-    interval: tuple[float, float] | None
-    verdict: Verdict
-
-
-@dataclass(frozen=True)
-class Analysis:
-    """Everything the report says in numbers; `to_json` is OUT/analysis.json.
-
-    Args:
-        rows: test rows that were drawn, or None where they could not be.
-        over: what was drawn for the intervals.
-        contenders: in the order of the compare file, those with a finished trial.
-        unfinished: names of contenders without one.
-        differences: every pair once, earlier contender first.
-        reference: the contender the others are held against first: plain LoRA, else the first.
-        warnings: sentences a reader must see before the numbers.
-        trials: lines; `failures` are those that did not finish.
-    """
-
-    metric: str
-    greater_is_better: bool
-    confidence: float
-    draws: int
-    rows: int | None
-    over: Over
-    contenders: tuple[Contender, ...]
-    unfinished: tuple[str, ...]
-    differences: tuple[Difference, ...]
-    reference: str | None
-    warnings: tuple[str, ...]
-    trials: int
-    failures: tuple[Failure, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
-    @property
-    def ranked(self) -> list[Contender]:
-        """The contenders, the best test mean first."""
-        return sorted(self.contenders, key=lambda c: c.test, reverse=self.greater_is_better)
-
-    def difference(self, a: str, b: str) -> Difference | None:
-        """`a` minus `b`, whichever of the two comes first in the file."""
-        for d in self.differences:
-            if (d.a, d.b) == (a, b):
-                return d
-            if (d.a, d.b) == (b, a):
-                flipped: Verdict = "worse" if d.verdict == "better" else "better" if d.verdict == "worse" else d.verdict
-                turned = None if d.interval is None else (-d.interval[1], -d.interval[0])
-                return Difference(a, b, d.seeds, -d.value, turned, flipped)
-        return None
-
-
-def analyse(lines: Sequence[TrialLine], *, reference: str | None = None, seed: int = 0, draws: int = DRAWS) -> Analysis:
+def analyse(lines: Sequence[TrialLine], *, reference: str | None = None) -> Analysis:
     """Select on validation rows, judge on test rows.
 
     Args:
         reference: name of the contender the others are held against; None for plain LoRA, else the first.
-        seed: of the bootstrap's random numbers; equal lines and seed give equal numbers.
-        draws: replicates of the bootstrap.
 
     Raises:
-        ValueError: no lines, lines of several metrics, or a reference that is no contender.
+        ValueError: no lines, lines of several metrics, or a reference that is not a contender.
     """
     if not lines:
         raise RankfoldError("there are no trials yet; run `rankfold compare` first")
@@ -181,15 +54,15 @@ def analyse(lines: Sequence[TrialLine], *, reference: str | None = None, seed: i
                 chosen.append((group, sensitivity, finished))
     trials = [line for *_, finished in chosen for line in finished]
     rows = _rows(trials)
-    shared = Draws([t.items or [] for t in trials] if rows else [], [t.weights for t in trials], seed=seed, draws=draws)
+    scores = _scores(trials) if rows else None
     place = {id(t): i for i, t in enumerate(trials)}
     all_seeds = {t.seed for t in trials}
+    most = max((len(finished) for *_, finished in chosen), default=0)
 
     found = []
     for group, sensitivity, finished in chosen:
         tests = [_number(t.test) for t in finished]
-        over = _over(len(finished), rows)
-        deviations = shared.deviations(tests, [(place[id(t)], 1 / len(tests)) for t in finished] if rows else [])
+        over = _over(len(finished), most, rows)
         tried = {*group.ended[sensitivity.best], *group.failed.get(sensitivity.best, {})}
         found.append(
             Contender(
@@ -206,7 +79,7 @@ def analyse(lines: Sequence[TrialLine], *, reference: str | None = None, seed: i
                 test=fmean(tests),
                 deviation=stdev(tests) if len(tests) > 1 else None,
                 before=_mean(finished, lambda t: t.before),
-                interval=None if over == "nothing" else interval(fmean(tests), deviations),
+                interval=None if over == "nothing" else _interval(tests, finished, scores, place, metric),
                 over=over,
                 **{
                     key: _mean(finished, lambda t, key=key: t.parameters.get(key))
@@ -232,12 +105,12 @@ def analyse(lines: Sequence[TrialLine], *, reference: str | None = None, seed: i
         metric=metric,
         greater_is_better=greater,
         confidence=CONFIDENCE,
-        draws=draws,
+        least_seeds=LEAST_SEEDS,
         rows=rows,
-        over=_over(max((len(c.seeds) for c in found), default=0), rows),
+        over=_over(most, most, rows),
         contenders=tuple(found),
         unfinished=tuple(names[id(g)] for g in groups if names[id(g)] not in named),
-        differences=tuple(_differences(by_name, shared, place if rows else None, greater, held)),
+        differences=tuple(_differences(by_name, scores, place, metric, greater, held)),
         reference=held,
         warnings=(),
         trials=len(lines),
@@ -256,10 +129,12 @@ def _mean(lines: Sequence[TrialLine], read: Callable[[TrialLine], float | None])
     return fmean(values) if values else None
 
 
-def _over(seeds: int, rows: int | None) -> Over:
-    if seeds > 1:
+def _over(seeds: int, most: int, rows: int | None) -> Over:
+    """What an interval over `seeds` seeds allows for, where the contender with most of them has `most`."""
+    if seeds >= LEAST_SEEDS:
         return "seeds and rows" if rows else "seeds"
-    return "rows" if rows and seeds else "nothing"
+    # The interval of one model on other rows would mislead beside those of others that know how much seeds matter
+    return "rows" if rows and seeds == most == 1 else "nothing"
 
 
 def _rows(trials: Sequence[TrialLine]) -> int | None:
@@ -278,35 +153,57 @@ def _rows(trials: Sequence[TrialLine]) -> int | None:
     return counts.pop()
 
 
+def _scores(trials: Sequence[TrialLine]) -> Rows:
+    weights = [t.weights or [1.0] * len(t.items or []) for t in trials]
+    return Rows(np.array([t.items for t in trials], dtype=float), np.array(weights, dtype=float))
+
+
+def _interval(
+    tests: Sequence[float], finished: Sequence[TrialLine], scores: Rows | None, place: dict[int, int], metric: str
+) -> tuple[float, float] | None:
+    variance = scores.variance([place[id(t)] for t in finished]) if scores else None
+    half = alone(tests, variance, scores.freedom if scores else 1)
+    return None if half is None else _within(fmean(tests), half, BOUNDS.get(metric, (-math.inf, math.inf)))
+
+
+def _within(middle: float, half: float, bounds: tuple[float, float]) -> tuple[float, float]:
+    return max(middle - half, bounds[0]), min(middle + half, bounds[1])
+
+
 def _differences(
     trials: dict[str, dict[int, TrialLine]],
-    shared: Draws,
-    place: dict[int, int] | None,
+    scores: Rows | None,
+    place: dict[int, int],
+    metric: str,
     greater: bool,
     reference: str | None,
 ) -> list[Difference]:
     """Every pair; the pairs with the reference hold together, and so do all others: fewer at a time are shorter."""
-    found: dict[tuple[str, str], Difference] = {}
+    tests = {name: {s: _number(t.test) for s, t in some.items()} for name, some in trials.items()}
+    places = {name: {s: place[id(t)] for s, t in some.items()} for name, some in trials.items()}
+    low, high = BOUNDS.get(metric, (-math.inf, math.inf))
+    pairs = list(combinations(trials, 2))
+    halves: dict[tuple[str, str], float] = {}
     for family in (True, False):
-        tested: list[tuple[Difference, Array]] = []
-        for a, b in combinations(trials, 2):
-            seeds = sorted(trials[a].keys() & trials[b].keys())
-            if (reference in (a, b)) is not family or not seeds:
-                continue
-            values = [_number(trials[a][s].test) - _number(trials[b][s].test) for s in seeds]
-            drawn = []
-            if place is not None:
-                signs = ((a, 1.0), (b, -1.0))
-                drawn = [(place[id(trials[n][s])], sign / len(seeds)) for s in seeds for n, sign in signs]
-            found[a, b] = Difference(a, b, tuple(seeds), fmean(values), None, "not tested")
-            if drawn or len(seeds) > 1:
-                tested.append((found[a, b], shared.deviations(values, drawn)))
-        intervals = simultaneous([d.value for d, _ in tested], [deviations for _, deviations in tested])
-        for (d, _), (low, high) in zip(tested, intervals, strict=True):
-            better: Verdict = "better" if (low > 0) == greater else "worse"
-            verdict: Verdict = "no difference shown" if low <= 0 <= high else better
-            found[d.a, d.b] = dataclasses.replace(d, interval=(low, high), verdict=verdict)
-    return [found[pair] for pair in combinations(trials, 2) if pair in found]
+        halves |= together([p for p in pairs if (reference in p) is family], tests, scores, places)
+    found: list[Difference] = []
+    for a, b in pairs:
+        seeds = tuple(sorted(tests[a].keys() & tests[b].keys()))
+        if not seeds:
+            continue
+        value = fmean(tests[a][s] - tests[b][s] for s in seeds)
+        if (a, b) in halves:
+            interval = _within(value, halves[a, b], (low - high, high - low))
+            found.append(Difference(a, b, seeds, value, interval, _verdict(interval, greater)))
+        else:
+            found.append(Difference(a, b, seeds, value, None, "not tested"))
+    return found
+
+
+def _verdict(interval: tuple[float, float], greater: bool) -> Verdict:
+    if interval[0] <= 0 <= interval[1]:
+        return "no difference shown"
+    return "better" if (interval[0] > 0) == greater else "worse"
 
 
 def _with_fronts(found: list[Contender], greater: bool) -> list[Contender]:
@@ -321,7 +218,7 @@ def _with_fronts(found: list[Contender], greater: bool) -> list[Contender]:
 def _reference(found: Sequence[Contender], asked: str | None) -> str | None:
     if asked is not None:
         if asked not in {c.name for c in found}:
-            raise RankfoldError(f"reference '{asked}' is no contender; there are {', '.join(c.name for c in found)}")
+            raise RankfoldError(f"reference '{asked}' is not a contender; there are {', '.join(c.name for c in found)}")
         return asked
     for method in ("peft:lora", "lora"):
         for c in found:

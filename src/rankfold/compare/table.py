@@ -8,11 +8,11 @@ from rich.text import Text
 
 from rankfold import text
 from rankfold.compare import wording as say
-from rankfold.compare.statistics import Analysis
+from rankfold.compare.analysis import Analysis
 
 
 def show(analysis: Analysis) -> Group:
-    """The answer, a row a contender with the best test metric first, what to beware of, and what did not finish."""
+    """The answer, one row per contender with the best test metric first, what to beware of, and what did not finish."""
     n = say.digits(analysis)
     table = text.table()
     table.add_column("contender", overflow="fold")
@@ -24,7 +24,6 @@ def show(analysis: Analysis) -> Group:
     table.add_column("kept", justify="right", no_wrap=True)
     table.add_column(f"against {analysis.reference}")
     for c in analysis.ranked:
-        against = analysis.difference(c.name, analysis.reference) if analysis.reference else None
         failed = f" of {len(c.seeds) + len(c.failed)}" if c.failed else ""
         table.add_row(
             Text(c.name),  # a label may hold square brackets
@@ -34,11 +33,7 @@ def show(analysis: Analysis) -> Group:
             f"{len(c.seeds)}{failed}",
             say.short(c.trained) if c.trained is not None else say.NOTHING,
             say.short(c.kept) if c.kept is not None else say.NOTHING,
-            "reference"
-            if c.name == analysis.reference
-            else f"{say.signed(against.value, n)}, {against.verdict}"
-            if against
-            else say.NOTHING,
+            say.against(analysis, c),
         )
     parts: list[RenderableType] = [Text(say.answer(analysis)), Text("")]
     if analysis.contenders:

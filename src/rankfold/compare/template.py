@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from rankfold.host import registry
 from rankfold.runfile.schema import Task
 
 _START = {
@@ -29,9 +30,8 @@ _REST = """\
 # Who competes. A name, or {name, label, fields of its config}; names as in `rankfold methods`, or peft:NAME.
 methods:
   - {name: peft:lora, label: LoRA, lora_alpha: 16}
-  - {name: rasa, label: RaSA, lora_alpha: 16}
-
-# The most numbers an adapter may train; ranks follow from it. 1200000, 1.2M, {of: {name: ..., fields}}, or none.
+%s
+# The most parameters that an adapter may train; ranks follow from it. 1200000, 1.2M, {of: {name: ..., fields}}, or none.
 # LoRA trains %s at r = 8. A little above that, so that a method's few gates do not cost it a whole rank.
 budget: %s
 
@@ -46,7 +46,7 @@ targets: all-linear
 
 # Learning rates to try with every contender. Validation chooses; test is only reported.
 rates: [1e-3, 2e-3, 5e-3]
-seeds: [0, 1]
+seeds: [0, 1, 2]                            # at least three: with fewer, no difference can be shown
 
 # grid runs every rate with every seed. Cheaper:
 # search_seeds: [0]                         # choose the rate with these seeds, run the others at that rate alone
@@ -56,8 +56,10 @@ seeds: [0, 1]
 
 def template(task: Task = "classification") -> str:
     """The text of a compare file for a task."""
+    starters = [row for row in registry.find() if row.starter]
+    methods = "".join(f"  - {{name: {row.name}, label: {row.title}, lora_alpha: 16}}\n" for row in starters)
     return f"""\
 # rankfold compare compare.yaml               run what is missing; a killed comparison goes on where it stopped
 # rankfold compare compare.yaml --dry-run     contenders, their parameters at the budget, and how many trials
 # model, task, data and training are those of a run file: `rankfold init` explains every key.
-{_START[task]}{_REST % _BUDGET[task]}"""
+{_START[task]}{_REST % (methods, *_BUDGET[task])}"""

@@ -1,4 +1,4 @@
-"""`trials.jsonl`: one JSON object a line, one line a finished trial."""
+"""`trials.jsonl`: one JSON object per finished trial."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class TrialLine:
     Args:
         id: hash of what defines the trial.
         label: how the compare file calls the contender.
-        method: its method: "rasa", "peft:lora".
+        method: its name in a run file, such as "peft:lora".
         where: name of the target variant; "all" where the file has none.
         rung: of successive halving, counted from 0, for a trial that was measured before its end and has `validation`
             but no `test`; the same trial at its end is another line, with None.
@@ -38,7 +38,7 @@ class TrialLine:
         weights: of the items, so that their weighted mean is `test`; None for equal ones.
         curve: {"loss": [[step, value], ...], "validation": [[step, value], ...]}.
         parameters: trained, head, stored, folded, folded_rank.
-        kept: numbers of the plain LoRA that holds just the components left after training, Σ rank·(in + out).
+        kept: parameters of the plain LoRA that holds just the components left after training, Σ rank·(in + out).
         ranks: by module, after training.
         seconds: in all optimiser steps; evaluation does not count. Of a trial that was resumed, from the time of a step
             since then.
@@ -94,7 +94,7 @@ class TrialLine:
         """The line of a JSON object; fields of a later version are left out.
 
         Raises:
-            ValueError: it is not a trial line.
+            RankfoldError: it is not a trial line.
         """
         if not isinstance(values, dict):
             raise RankfoldError("a trial line is a JSON object")
@@ -109,10 +109,10 @@ def read(path: str | Path) -> list[TrialLine]:
     """The lines of a comparison; of trials that were tried again, the last line of each.
 
     Args:
-        path: trials.jsonl, or the comparison's folder; no file is no lines.
+        path: trials.jsonl, or the comparison's folder; without a file there are no lines.
 
     Raises:
-        ValueError: a line that is no trial line, unless it is the last one and was cut off while it was written.
+        RankfoldError: a line that is not a trial line, unless it is the last one and was cut off while it was written.
     """
     path = Path(path)
     path = path / FILE if path.is_dir() else path

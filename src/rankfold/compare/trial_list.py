@@ -64,7 +64,7 @@ def wanted(entry: Entry, file: CompareFile, done: Mapping[str, TrialLine]) -> tu
 def make(entry: Entry, file: CompareFile, rate: float, seed: int, until: float, before: float) -> Trial:
     """The trial of a contender at a rate and a seed, whose steps up to the share `before` are made already."""
     run = file.run_file(entry.method, rate, seed, "-")
-    key = hash_of(run.model_dump(exclude_defaults=True, exclude={"output"}), file.launch)
+    key = hash_of(run.model_dump(exclude_defaults=True, exclude={"output", "imports"}), file.launch)
     number = file.rungs.index(until)
     whole = until == 1
     folder = Path(file.output, FOLDER, key)

@@ -76,7 +76,7 @@ def measure(line: TrialLine, folder: Path, until: float) -> TrialLine:
     """Trains the trial up to a share of its steps and measures it: at its end on test rows, before that on validation rows only.
 
     Raises:
-        DivergedError: the loss or the metric is no number. And what `train` raises.
+        DivergedError: the loss or the metric is not finite. And what `train` raises.
     """
     from rankfold.compare.scores import RowScores, row_scores
     from rankfold.runfile.schema import parse

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import rankfold.text
-from rankfold.compare.statistics import Analysis, Contender, Difference
+from rankfold.compare.analysis import Analysis, Contender, Difference
 
 MINUS, NOTHING = "−", "–"
 
@@ -75,11 +75,7 @@ def answer(analysis: Analysis) -> str:
     if not analysis.contenders:
         return f"None of the {analysis.trials} trials finished, so there is no result. The failures below say why."
     best = analysis.ranked[0]
-    second = _second(analysis, best)
-    if analysis.over == "rows" and len(analysis.contenders) > 1:
-        # Two models were compared, not two methods
-        second = f"For this one seed: {second[0].lower()}{second[1:]}"
-    return f"{_first(analysis, best)} {second}"
+    return f"{_first(analysis, best)} {_second(analysis, best)}"
 
 
 def _first(analysis: Analysis, best: Contender) -> str:
@@ -88,7 +84,7 @@ def _first(analysis: Analysis, best: Contender) -> str:
     seeds = f"mean of {len(best.seeds)} seeds" if len(best.seeds) > 1 else "one seed"
     if best.failed:
         seeds += f", while {len(best.failed)} more did not finish"
-    sure = f"95 % interval {between(best.interval, n)}, " if best.interval else ""
+    sure = f"95 % interval {between(best.interval, n)}, " if best.interval and best.over != "rows" else ""
     rate = f"at learning rate {best.rate:g}"
     if len(analysis.contenders) == 1:
         return f"{best.name} reaches a test {words(analysis.metric)} of {number(best.test, n)} ({sure}{seeds}) {rate}."
@@ -104,7 +100,7 @@ def _second(analysis: Analysis, best: Contender) -> str:
     open_ = [name for name in others if (d := found[name]) and d.verdict == "no difference shown"]
     untested = [name for name in others if name not in beaten and name not in open_]
     if len(untested) == len(others):
-        return "How sure its lead is cannot be told from these trials."
+        return _untold(analysis, others, [len(d.seeds) for d in found.values() if d])
     parts = []
     reference = analysis.reference
     if reference in found and found[reference] is not None and reference not in untested and len(others) > 1:
@@ -125,8 +121,34 @@ def _second(analysis: Analysis, best: Contender) -> str:
         if open_:
             parts.append(f"against {names(open_)}, no difference shown")
         if untested:
-            parts.append(f"against {names(untested)} nothing could be tested")
+            parts.append(f"against {names(untested)} nothing could be tested ({_takes(analysis)})")
     return _capital("; ".join(parts) + ".")
+
+
+def _untold(analysis: Analysis, others: Sequence[str], shared: Sequence[int]) -> str:
+    """Why nothing at all can be said of the best one's lead."""
+    most = max(shared, default=0)
+    if most >= analysis.least_seeds:
+        return "How sure its lead is cannot be told, as nothing varies between these trials."
+    there = {0: "it shares none with them", 1: "there is one", 2: "there are two"}.get(most, f"there are {most}")
+    return f"Nothing can be shown of how it stands to {names(others)}: {_takes(analysis)}, and {there}."
+
+
+def _takes(analysis: Analysis) -> str:
+    return f"that takes at least {analysis.least_seeds} seeds that both finished"
+
+
+def against(analysis: Analysis, c: Contender) -> str:
+    """How a contender stands to the reference, as "−0.0028, no difference shown"."""
+    if c.name == analysis.reference:
+        return "reference"
+    d = analysis.difference(c.name, analysis.reference) if analysis.reference else None
+    return f"{signed(d.value, digits(analysis))}, {d.verdict}" if d else NOTHING
+
+
+def in_common(d: Difference) -> str:
+    """How many seeds two contenders share, as "2 seeds in common"."""
+    return "1 seed in common" if len(d.seeds) == 1 else f"{len(d.seeds)} seeds in common"
 
 
 def _held(analysis: Analysis, d: Difference) -> str:
@@ -141,34 +163,44 @@ def _capital(text: str) -> str:
 
 def method(analysis: Analysis) -> str:
     """How the numbers were made, in a short paragraph."""
-    drawn = {
-        "seeds and rows": f"seeds and the {analysis.rows or 0:,} test rows are both drawn with replacement",
-        "rows": f"only the {analysis.rows or 0:,} test rows are drawn with replacement, as there is one seed",
-        "seeds": "only seeds are drawn with replacement",
-        "nothing": "there is nothing to draw, so there are no intervals",
-    }[analysis.over]
+    least = analysis.least_seeds
+    rows = f"test rows than these {analysis.rows or 0:,}"
     text = (
         f"The learning rate of each contender is the one with the best mean {words(analysis.metric)} on validation rows; "
-        "rates at which a seed failed come last. Only then are the test rows looked at. The choice is not drawn again. "
-        f"In the bootstrap ({analysis.draws:,} replicates) {drawn}"
+        "rates at which a seed failed come last. Only then are the test rows looked at. That another rate might have been chosen is "
+        "not in the intervals. "
     )
-    if analysis.over == "nothing":
-        return text + "."
-    text += ", the same draws for all contenders"
-    if analysis.over.startswith("seeds"):
-        text += "; the part of the seeds is stretched as Student's t asks for, because few seeds do not tell how much seeds matter"
-    text += ". The interval of a contender is for it alone."
-    pairs = len(analysis.differences)
-    if pairs == 1:
-        text += " There is one difference, so there is nothing to adjust its interval for."
-    elif pairs:
-        held = sum(analysis.reference in (d.a, d.b) for d in analysis.differences)
-        text += f" Intervals of differences are adjusted for their number: the {held:,} against {analysis.reference} hold together"
-        text += (
-            f" with 95 % probability, and so do the {pairs - held:,} others."
-            if pairs > held
-            else " with 95 % probability."
-        )
-    if pairs:
+    text += {
+        "seeds and rows": f"A 95 % interval allows for other seeds and for other {rows}.",
+        "rows": f"With one seed, an interval allows only for other {rows}: it is of the one model that was trained.",
+        "seeds": "A 95 % interval allows for other seeds, and not for other test rows.",
+        "nothing": f"An interval takes at least {least} seeds, so none is given.",
+    }[analysis.over]
+    if analysis.over != "nothing":
+        text += " The interval of a contender is for it alone."
+    tested = [d for d in analysis.differences if d.interval]
+    if tested:
+        held = sum(analysis.reference in (d.a, d.b) for d in tested)
+        text += " " + _family(analysis, held, len(tested) - held)
         text += " “No difference shown” means that the interval holds 0; it does not mean that the two are equal."
+    if len(tested) < len(analysis.differences):
+        text += f" “Not tested” means that the two finished fewer than {least} seeds in common, or that nothing varies between them."
     return text
+
+
+def _family(analysis: Analysis, held: int, others: int) -> str:
+    """What the intervals of differences promise together."""
+    if held + others == 1:
+        return "One difference was tested, so there is nothing to adjust its interval for."
+    counts = ((held, f"against {analysis.reference}"), (others, "between other contenders"))
+    told = [
+        f"the {n:,} {what} hold together with 95 % probability"
+        if n > 1
+        else f"the one {what} holds with 95 % probability"
+        for n, what in counts
+        if n
+    ]
+    return (
+        f"Intervals of differences are adjusted for their number: {', and '.join(told)}. How much seeds matter is pooled over the "
+        "contenders; where their spreads are unequal, the intervals are longer for it."
+    )

@@ -27,6 +27,7 @@ from rankfold.fold.source import (
     output_head,
 )
 from rankfold.host import registry
+from rankfold.host.adapter import not_fixed
 from rankfold.host.config import LowRankConfig
 from rankfold.host.layer import AdaptedLayer
 from rankfold.host.tuner import LAYERS, SHARED, site_of
@@ -129,9 +130,7 @@ def check_foldable(config: PeftConfig) -> LowRankConfig:
         )
     method = registry.get(config.method)
     if not method.foldable:
-        raise RankfoldError(
-            f"{method.title}: its update depends on the input, so no LoRA equals it; merge or serve it live"
-        )
+        raise RankfoldError(not_fixed(method.title))
     if method.controller is not None and not config.schedule and not config.allow_unscheduled:
         raise RankfoldError(
             f"this {config.method} adapter was saved without its schedule having run, so its ranks were never chosen; "

@@ -28,7 +28,7 @@ class Source:
     """One adapter, ready to be folded.
 
     Args:
-        method: what it is, for people: "rasa", "peft:dora".
+        method: what it is, for people: our name of it, or PEFT's as in "peft:dora".
         config: its config, of which a fold keeps base, revision, task type and modules_to_save.
         update: the trained update of a module by name, with gate and scale; in any order.
         adapted: names of the modules that have the adapter, as the base model knows them.

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rankfold.gelora import show
 from rankfold.gelora.ranks import GeloraPlan, Rounding, gelora_plan
 from rankfold.gelora.samples import Sample
 from rankfold.inspect.pictures import check_picture
@@ -67,7 +68,7 @@ def run_gelora(
         return plan
     from rich.console import Console
 
-    Console().print(plan.table())
+    Console().print(show.table(plan))
     for name in filter(None, (out, picture)):
         print(f"wrote {name}")
     return plan
@@ -131,4 +132,4 @@ def _write(plan: GeloraPlan, out: str | None, picture: str | None) -> None:
         write_whole(Path(out), plan.to_json())
     if picture:
         Path(picture).parent.mkdir(parents=True, exist_ok=True)
-        plan.picture(picture)
+        show.picture(plan, Path(picture))

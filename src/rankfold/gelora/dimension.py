@@ -63,7 +63,7 @@ def random_halves(n: int, count: int, seed: int) -> list[Tensor]:
 def distances(points: Tensor) -> Tensor:
     """All distances (N × N) in float64, from differences: the product form |x|² + |y|² − 2xy cancels where points are close."""
     if points.ndim != 2:
-        raise RankfoldError(f"points: shape {tuple(points.shape)} is not N × D; give one row a point")
+        raise RankfoldError(f"points: shape {tuple(points.shape)} is not N × D; give one row per point")
     if not torch.isfinite(points).all():
         raise RankfoldError("points: NaN or infinity among them; look for a layer that overflows, or use float32")
     wide = points.detach().to("cpu", torch.float64)
@@ -71,7 +71,7 @@ def distances(points: Tensor) -> Tensor:
 
 
 def distinct(points: Tensor, table: Tensor) -> Tensor:
-    """The points (bool N) that are no duplicate of an earlier one: further away than rounding of their type, or of
+    """The points (bool N) that are not duplicates of an earlier one: further away than rounding of their type, or of
     float32 where that is coarser, at the size that the points have."""
     eps = torch.finfo(torch.float32).eps if points.dtype != torch.float64 else torch.finfo(torch.float64).eps
     largest = points.detach().to("cpu", torch.float64).norm(dim=1).max() if len(points) else torch.tensor(0.0)

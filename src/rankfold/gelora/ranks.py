@@ -27,7 +27,6 @@ from dataclasses import asdict, dataclass, field
 from datetime import date
 from importlib.metadata import version
 from itertools import pairwise
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from peft import LoraConfig
@@ -41,7 +40,6 @@ from rankfold.gelora.states import FEWEST, Chain, Dimensions, intrinsic_dimensio
 from rankfold.methods.lora import PlainLoraConfig
 
 if TYPE_CHECKING:
-    from rich.console import Group
     from transformers import PreTrainedTokenizerBase
 
 Rounding = Literal["round", "ceil_diff", "floor_diff"]
@@ -57,7 +55,7 @@ def gelora_ranks(d: Sequence[float], rounding: Rounding = "round", max_rank: int
     [4, 4, 1, 5, 1]
 
     Raises:
-        ValueError: a rounding that is none, or max_rank below 1.
+        ValueError: an unknown rounding, or max_rank below 1.
     """
     if rounding not in get_args(Rounding):
         raise RankfoldError(f"rounding={rounding!r} must be one of {', '.join(get_args(Rounding))}")
@@ -137,7 +135,7 @@ class GeloraPlan:
 
     @property
     def parameters(self) -> int:
-        """Trainable numbers of the LoRA: Σ r·(in + out)."""
+        """Trainable parameters of the LoRA: Σ r·(in + out)."""
         return sum(block.parameters for block in self.blocks)
 
     def fields(self) -> dict[str, Any]:
@@ -160,18 +158,6 @@ class GeloraPlan:
     def peft_config(self, **changes: Any) -> LoraConfig:
         """PEFT's own LoRA with these ranks."""
         return LoraConfig(**{**self.fields(), **changes})
-
-    def table(self) -> Group:
-        """For a terminal, 80 columns wide."""
-        from rankfold.gelora.show import table
-
-        return table(self)
-
-    def picture(self, path: str | Path) -> None:
-        """Dimension with its spread, and rank, by layer; SVG, PNG or PDF by the file's ending."""
-        from rankfold.gelora.show import picture
-
-        picture(self, Path(path))
 
     # As a file --------------------------------------------------------------------------------------------------------
 
@@ -230,7 +216,7 @@ def assign_ranks(
     recipe: dict[str, Any] | None = None,
     notes: Sequence[str] = (),
 ) -> GeloraPlan:
-    """The plan that follows from `intrinsic_dimensions(model, ...)`, for inputs that are no texts, too.
+    """The plan that follows from `intrinsic_dimensions(model, ...)`, for inputs that are not texts, too.
 
     Args:
         rounding: before the rule (see the module's docstring).

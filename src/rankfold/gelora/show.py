@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from rankfold.gelora.ranks import BlockRank, GeloraPlan
 from rankfold.inspect.pictures import INK, check_picture
-
-if TYPE_CHECKING:
-    from rankfold.gelora.ranks import BlockRank, GeloraPlan
 
 DIMENSION, RANK = "#4878a8", "#d1603d"
 
 
 def table(plan: GeloraPlan) -> Group:
-    """One row a block, and below it what was measured."""
+    """One row per block, 80 columns wide, and below it what was measured."""
     t = Table(box=None, pad_edge=False, header_style="bold")
     t.add_column("block", no_wrap=True)
     for name in ("d in", "d out", "rise", "rank", "by chance", "parameters"):
@@ -56,10 +54,10 @@ def _facts(plan: GeloraPlan) -> list[str]:
 
 
 def picture(plan: GeloraPlan, path: Path) -> None:
-    """Above, the dimension of the state between blocks, with its spread; below, the rank of each block. A column a stack.
+    """Above, the dimension of the state between blocks, with its spread; below, the rank of each block. One column per stack; SVG, PNG or PDF by the file's extension.
 
     Raises:
-        ValueError: an ending that is no picture's.
+        ValueError: unsupported file extension.
     """
     check_picture(path)
     from matplotlib.backends.backend_agg import FigureCanvasAgg

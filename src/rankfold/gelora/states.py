@@ -1,6 +1,6 @@
 """The intrinsic dimension of what enters and leaves every block of a model, on given inputs.
 
-OUR INTERPRETATION of what GeLoRA's summaries leave open: one vector a sequence, the attention-masked mean over tokens
+OUR INTERPRETATION of what GeLoRA's summaries leave open: one vector per sequence, the attention-masked mean over tokens
 (at the embeddings the first token is the same for all inputs, and has no dimension); the model in eval mode without
 adapters; states in float32. They are read from the blocks themselves, so the last one is what the last block gives,
 before the final norm (transformers' `hidden_states[-1]` of a decoder is after it; all others are the same).
@@ -33,7 +33,7 @@ class Chain:
 
     Args:
         stack: its name.
-        samples: L + 1 rows, the input of block 0 and then the output of each block; in a row, one d a subsample.
+        samples: L + 1 rows, the input of block 0 and then the output of each block; in a row, one d per subsample.
     """
 
     stack: str

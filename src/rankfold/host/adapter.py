@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from rankfold.errors import RankfoldError
 from rankfold.host.config import LowRankConfig
 from rankfold.kernel.factors import Factors
 from rankfold.kernel.linears import Term, low_rank_update
@@ -111,8 +112,8 @@ class Adapter(nn.Module):
 
     #: Whether the update is a fixed matrix. A method with an input-dependent update overrides `forward` and sets False.
     fixed: ClassVar[bool] = True
-    #: Whether the method has a schedule (its registry row sets this), and whether a controller runs it here.
-    has_schedule: ClassVar[bool] = False
+    #: Whether the method has a schedule (its config knows), and whether a controller runs it here.
+    has_schedule: bool = False
     scheduled: bool = False
     _stepped_unscheduled: bool = False
     #: Whether its values come from a schedule: a controller stepped it, or they were loaded.
@@ -130,6 +131,7 @@ class Adapter(nn.Module):
         self.dropout, self.own_mask = float(config.lora_dropout), not config.share_dropout
         # In a tuple, out of the module registry: the model owns shared state once (tuner.py), each adapter only reads it
         self._shared = (shared,)
+        self.has_schedule = config.scheduled
         self._register()
 
     def _register(self) -> None:
@@ -175,12 +177,9 @@ class Adapter(nn.Module):
         (an update that is not zero, for tests), or a scheme that the method names."""
 
     def factors(self) -> Factors:
-        """The whole update as one pair; raises TypeError where it is not a fixed matrix."""
+        """The whole update as one pair; raises RankfoldError where it is not a fixed matrix."""
         if not self.fixed:
-            raise TypeError(
-                f"{type(self).__name__} at {self.site.name}: its update depends on the input, "
-                "so no pair of factors equals it"
-            )
+            raise RankfoldError(not_fixed(f"{type(self).__name__} at {self.site.name}"))
         first, *rest = self.blocks()
         return first.concat(*rest)
 
@@ -237,6 +236,11 @@ class Adapter(nn.Module):
 
     def extra_repr(self) -> str:
         return f"r={self.r}, scaling={self.scaling:g}, dropout={self.dropout:g}"
+
+
+def not_fixed(what: str) -> str:
+    """Why an adapter that is not `fixed` has no delta, merge, fold or spectrum, in one sentence."""
+    return f"{what}: its update depends on the input, so no matrix and no LoRA equals it; serve it with PEFT, unmerged"
 
 
 class Shared(nn.Module):

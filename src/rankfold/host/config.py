@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar, Self
 
 from peft import PeftConfig
 from peft.utils import PeftType
@@ -81,10 +82,18 @@ class LowRankConfig(PeftConfig, metaclass=LoraFields):
     inits: ClassVar[tuple[str, ...]] = ()
     #: The method's name in the registry; its PEFT type is this in upper case behind "RANKFOLD_".
     method: ClassVar[str]
+    #: Whether a controller belongs to it; its registration sets this.
+    scheduled: ClassVar[bool] = False
+    #: The field that decides how large the method is; `with_rank` sets it.
+    grows_with: ClassVar[str] = "r"
+    #: The field whose growing value makes the update sparser, where there is one: `rankfold sparsify` raises it.
+    sparser_with: ClassVar[str | None] = None
+    #: What the reader of a plan should know of its counts.
+    note: ClassVar[str | None] = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = PeftType[peft_name(self.method).upper()]
+        self.peft_type = self.peft_kind()
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             if isinstance(value, (list, tuple)):
@@ -124,6 +133,56 @@ class LowRankConfig(PeftConfig, metaclass=LoraFields):
         """What to adapt where `target_modules` is None; None leaves it to PEFT's table of architectures."""
         return None
 
+    # What a plan and a comparison ask --------------------------------------------------------------------------------
+
+    @classmethod
+    def peft_kind(cls) -> PeftType:
+        return PeftType[peft_name(cls.method).upper()]
+
+    @classmethod
+    def planned(cls, **fields: Any) -> LowRankConfig:
+        """The config with these fields, for counting alone: what it needs beside them may not exist yet.
+
+        Raises:
+            RankfoldError: as the constructor.
+        """
+        return cls(**fields)
+
+    @classmethod
+    def fields_at(cls, r: int) -> dict[str, int]:
+        """The fields that stand for "rank r" where methods are compared; where ranks fall, they end there."""
+        return {"r": r}
+
+    def changed(self, **fields: Any) -> Self:
+        """A copy with other fields; raises RankfoldError where they are out of range."""
+        other = copy.deepcopy(self)
+        for name, value in fields.items():
+            setattr(other, name, value)
+        other.check()
+        return other
+
+    def with_rank(self, n: int) -> Self:
+        """A copy with n for the field `grows_with`, and with all that follows from it. Parameters never fall as n rises.
+
+        Raises:
+            RankfoldError: n is out of range.
+        """
+        return self.changed(**{self.grows_with: n})
+
+    def at_the_end(self) -> Self | None:
+        """For a method whose ranks fall, a copy with the ranks of the end, spread evenly; else None."""
+        return None
+
+    def ranks(self) -> dict[str, int]:
+        """The rank settings, defaults resolved, as a run file writes them."""
+        return {self.grows_with: getattr(self, self.grows_with)}
+
+    def ranks_in_words(self) -> str:
+        """The rank settings in a few letters, for a narrow column: "r 8"."""
+        return ", ".join(f"{name} {value}" for name, value in self.ranks().items())
+
+    # Checking ---------------------------------------------------------------------------------------------------------
+
     def require(self, name: str, value: object, ok: bool, allowed: str) -> None:
         """Raises ValueError, naming field, value and what is allowed, unless `ok`."""
         if not ok:
@@ -142,5 +201,5 @@ def is_whole(value: object) -> bool:
 
 
 def is_number(value: object) -> bool:
-    """Whether it is a finite number; true and false are none."""
+    """Whether it is a finite number; true and false are not."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

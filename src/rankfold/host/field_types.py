@@ -40,7 +40,8 @@ def field_types(config: type) -> dict[str, Any]:
 
 
 def fits(value: Any, hint: Any) -> bool:
-    """Whether a value has a declared type; a bool is not an integer, an integer is a number, and any collection is a list."""
+    """Whether a value has a declared type; a bool is not an integer, an integer is a number, and any collection is a list. What
+    a mapping holds is for the field's own check, which can name the entry."""
     origin, args = get_origin(hint), get_args(hint)
     if hint is Any:
         return True
@@ -55,8 +56,6 @@ def fits(value: Any, hint: Any) -> bool:
         return isinstance(value, int) and not isinstance(value, bool)
     if kind in _LISTS:
         return isinstance(value, _LISTS) and all(fits(item, args[0]) for item in value if args)
-    if kind is dict:
-        return isinstance(value, dict) and all(fits(k, args[0]) and fits(v, args[1]) for k, v in value.items() if args)
     return isinstance(value, kind)
 
 

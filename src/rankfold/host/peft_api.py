@@ -21,7 +21,7 @@ from rankfold.errors import RankfoldError
 TESTED = (Version("0.21.0"), Version("0.22.0"))
 
 try:
-    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
     from peft.tuners.tuners_utils import (
         _check_lora_target_modules_mamba,
         _get_in_out_features,
@@ -41,6 +41,8 @@ include_all_linear_layers = _maybe_include_all_linear_layers
 
 __all__ = [
     "PEFT_TYPE_TO_CONFIG_MAPPING",
+    "PEFT_TYPE_TO_PREFIX_MAPPING",
+    "PEFT_TYPE_TO_TUNER_MAPPING",
     "TESTED",
     "add_peft_type",
     "check_adapters_to_merge",

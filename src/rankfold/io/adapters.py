@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from rankfold.errors import RankfoldError
+from rankfold.host import registry
 
 CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 
@@ -44,7 +45,7 @@ def read_config(folder: Path) -> PeftConfig:
     except (json.JSONDecodeError, AttributeError, UnicodeDecodeError) as error:
         raise RankfoldError(f"{path} is not valid: {error}") from None
     if kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
-        raise RankfoldError(f"{path}: peft_type={kind!r} is not known to PEFT or rankfold")
+        raise RankfoldError(f"{path}: {registry.unknown_type(kind)}")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT's advice about training
         return PeftConfig.from_pretrained(str(folder))

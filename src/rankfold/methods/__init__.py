@@ -1,4 +1,4 @@
-"""One file a method. Importing this package registers them all."""
+"""One file per method. Importing this package registers them all."""
 
 from rankfold.methods.adalora import AdaSvdConfig
 from rankfold.methods.cora import CoraConfig

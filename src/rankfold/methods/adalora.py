@@ -24,7 +24,7 @@ from rankfold.control.sharded import whole, zero_
 from rankfold.errors import RankfoldError
 from rankfold.host.adapter import Site
 from rankfold.host.registry import Method, register
-from rankfold.methods.gated import BudgetConfig, Gated, check_budget, lowest
+from rankfold.methods.gated import BudgetConfig, Gated, check_budget, lowest, on_one_device
 
 
 @dataclass
@@ -58,7 +58,12 @@ class AdaSvdConfig(BudgetConfig):
             self.require(name, getattr(self, name), getattr(self, name) >= 0, "an integer >= 0")
         self.require("deltaT", self.deltaT, self.deltaT >= 1, "an integer >= 1")
         for name in ("beta1", "beta2"):
-            self.require(name, getattr(self, name), 0 <= getattr(self, name) < 1, "in [0, 1)")
+            self.require(
+                name,
+                getattr(self, name),
+                0 < getattr(self, name) < 1,
+                "in (0, 1): PEFT asserts it, and at 0 every score is 0",
+            )
         self.require("orth_reg_weight", self.orth_reg_weight, self.orth_reg_weight >= 0, "a number >= 0")
 
 
@@ -97,10 +102,11 @@ class AdaSvdController(Controller[AdaSvd, AdaSvdConfig]):
         assert self.total_steps is not None
         c, room = self.config, self.total_steps - config.tfinal - config.tinit
         check_budget(config, self.adapters)
-        if room <= 0:
+        # t = tinit is the last step before the first cut, and the last step of all is total − 1
+        if room <= 0 or c.tinit >= self.total_steps - 1:
             raise RankfoldError(
                 f"AdaSvdConfig: tinit={c.tinit} + tfinal={c.tfinal} leave no step to cut ranks in a run of "
-                f"{self.total_steps}; choose tinit + tfinal < {self.total_steps}"
+                f"{self.total_steps}; choose tinit + tfinal < {self.total_steps} and tinit < {self.total_steps - 1}"
             )
         names = ("down", "up", "gate")
         self.state |= {
@@ -117,7 +123,7 @@ class AdaSvdController(Controller[AdaSvd, AdaSvdConfig]):
             up, down = whole(a.up), whole(a.down)
             eye = torch.eye(a.r, device=up.device, dtype=up.dtype)
             norms += [torch.linalg.norm(up.T @ up - eye), torch.linalg.norm(down @ down.T - eye)]
-        return self.config.orth_reg_weight * torch.stack(norms).mean()
+        return self.config.orth_reg_weight * on_one_device([norm[None] for norm in norms]).mean()
 
     def before_step(self, optimizer: torch.optim.Optimizer) -> None:
         for a in self.adapters:
@@ -171,5 +177,14 @@ ADALORA = register(
         adapter=AdaSvd,
         controller=AdaSvdController,
         folds_at="triplets left, per layer",
+        example={
+            "r": 12,
+            "target_r": 8,
+            "tinit": 20,
+            "tfinal": 50,
+            "deltaT": 5,
+            "orth_reg_weight": 0.1,
+            "lora_alpha": 24,
+        },
     )
 )

@@ -5,7 +5,7 @@ abstract and three short summaries only. From the abstract: B is the matrix that
 half the trainable parameters) or as the start of a trainable B (approach 2). From the summaries: the subspace comes from
 an SVD over the collected q, k and v matrices of several fine-tuned models.
 
-OUR INTERPRETATION is everything else: left singular vectors of the matrices side by side, one basis a layer for q, k and
+OUR INTERPRETATION is everything else: left singular vectors of the matrices side by side, one basis per layer for q, k and
 v (scope, source and scale are options of `build_subspace`); orthonormal columns; A = 0, so that ΔW = 0 at the start and
 A has a gradient at once; the scale α/r of LoRA; the modules of the basis as default targets.
 
@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -56,10 +56,10 @@ class CoraConfig(LowRankConfig):
     approach: int = field(default=1, metadata={"help": "1: B is the basis, frozen. 2: B starts as it and is trained."})
 
     def check(self) -> None:
-        super().check()
         given = isinstance(self.basis, str | os.PathLike) and bool(os.fspath(self.basis))
         self.require("basis", self.basis, given, "the path of a file that `rankfold subspace` wrote")
         self.basis = str(Path(self.basis).absolute())  # the adapter may be loaded from elsewhere
+        super().check()
         self.require("approach", self.approach, self.approach in (1, 2), "1 (B frozen) or 2 (B trained)")
         if self.basis_hash is None and (found := self.subspace()) is not None:
             self.basis_hash = found.hash
@@ -103,6 +103,35 @@ class CoraConfig(LowRankConfig):
     def default_targets(self) -> set[str] | None:
         found = self.subspace()
         return None if found is None else set(found.targets)
+
+    @classmethod
+    def planned(cls, **fields: Any) -> CoraConfig:
+        return cls(**fields) if fields.get("basis") else PlannedCoraConfig(**fields)
+
+
+class _AnyBasis(Subspace):
+    """One for every module, as wide as asked for, without values."""
+
+    def key_for(self, site: Site) -> str:
+        return site.name
+
+    def basis_for(self, site: Site) -> Tensor:
+        return torch.empty(site.out_features, self.rank, device="meta")
+
+
+@dataclass
+class PlannedCoraConfig(CoraConfig):
+    """A CoRA whose basis does not exist yet. Its counts follow from the shapes, so any basis of them will do."""
+
+    note: ClassVar[str] = "counted without a basis: `rankfold subspace` builds it, and its file goes with the adapter"
+    basis: str = field(default="not built yet")
+
+    def subspace(self) -> Subspace:
+        rank = max(self.r, *self.rank_pattern.values(), 1)
+        return _AnyBasis(
+            bases={}, sigmas={}, scope="module", source="weights", scale="none", rank=rank, targets=(), base=None, models=(),
+            hash="",
+        )  # fmt: skip
 
 
 @lru_cache(maxsize=1)  # every site of a model asks; `state` tells a file that was replaced
@@ -171,5 +200,7 @@ CORA = register(
         summary="B is a common subspace of several models: frozen (half the parameters), or a start.",
         config=CoraConfig,
         adapter=Cora,
+        example={"target_modules": None},  # the basis names them
+        variants={"cora 1": {"approach": 1}, "cora 2": {"approach": 2}},
     )
 )

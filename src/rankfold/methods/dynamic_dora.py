@@ -23,7 +23,7 @@ from rankfold.control.sharded import whole, zero_
 from rankfold.errors import RankfoldError
 from rankfold.host.adapter import kaiming_
 from rankfold.host.registry import Method, register
-from rankfold.methods.gated import BudgetConfig, Gated, check_budget, lowest
+from rankfold.methods.gated import BudgetConfig, Gated, check_budget, lowest, on_one_device
 
 
 @dataclass
@@ -86,10 +86,9 @@ class DynamicDoraController(Controller[DynamicDora, DynamicDoraConfig]):
                 f"DynamicDoraConfig: start={config.start} and end={config.end} leave no step to cut ranks in a run of "
                 f"{self.total_steps}; train longer or make them smaller"
             )
-        device = self.adapters[0].gate.device
         self.state |= {
-            "S": [torch.zeros(a.r, device=device) for a in self.adapters],  # smoothed scores
-            "final": [torch.zeros(a.r, device=device, dtype=torch.bool) for a in self.adapters],  # out for good
+            "S": [torch.zeros(a.r, device=a.gate.device) for a in self.adapters],  # smoothed scores
+            "final": [torch.zeros(a.r, device=a.gate.device, dtype=torch.bool) for a in self.adapters],  # out for good
         }
 
     def tau(self, t: int) -> int:
@@ -100,8 +99,10 @@ class DynamicDoraController(Controller[DynamicDora, DynamicDoraConfig]):
     def extra_loss(self) -> Tensor | None:
         if not self.config.dem_weight or self.tau(self.step + 1) > self.tau_max:
             return None
-        variances = [v for a in self.adapters for v in (whole(a.down).var(dim=1), whole(a.up).var(dim=0))]
-        return self.config.dem_weight * torch.cat(variances).mean()
+        spread = [
+            m for a in self.adapters for m in (whole(a.down), whole(a.up).T) if m.shape[1] > 1
+        ]  # one entry has no variance
+        return self.config.dem_weight * on_one_device([m.var(dim=1) for m in spread]).mean() if spread else None
 
     def before_step(self, optimizer: torch.optim.Optimizer) -> None:
         for a in self.adapters:
@@ -142,5 +143,6 @@ DYNAMIC_DORA = register(
         adapter=DynamicDora,
         controller=DynamicDoraController,
         folds_at="components left, per layer",
+        example={"r": 12, "target_r": 8, "interval": 10, "lora_dropout": 0.0, "lora_alpha": 24},
     )
 )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -57,6 +58,23 @@ class BudgetConfig(LowRankConfig):
         steps = self.total_step
         self.require("total_step", steps, steps is None or steps >= 1, "an integer >= 1, or null")
 
+    @classmethod
+    def fields_at(cls, r: int) -> dict[str, int]:
+        return {"r": max(round(1.5 * r), r), "target_r": r}  # the start that the papers take
+
+    def with_rank(self, n: int) -> Self:
+        """The target stays the same share of the start."""
+        return self.changed(r=n, target_r=min(max(round(n * self.target_r / self.r), 1), n))
+
+    def at_the_end(self) -> Self:
+        return self.changed(r=self.target_r)
+
+    def ranks(self) -> dict[str, int]:
+        return {"r": self.r, "target_r": self.target_r}
+
+    def ranks_in_words(self) -> str:
+        return f"r {self.r} to {self.target_r}"
+
 
 def check_budget(config: BudgetConfig, adapters: Sequence[Gated]) -> None:
     """Raises ValueError where the start ranks (`rank_pattern` included) are below the budget."""
@@ -74,7 +92,12 @@ def lowest(scores: Sequence[Tensor], count: int) -> Iterator[Tensor]:
     Ties are broken by position, so exactly `count` are named; `S ≤ kthvalue(count)`, as reference codes have it, names
     more where scores tie. Without ties the two are the same.
     """
-    flat = torch.cat(list(scores))
+    flat = on_one_device(scores)
     mask = torch.zeros_like(flat, dtype=torch.bool)
     mask[flat.argsort(stable=True)[:count]] = True
-    return iter(mask.split([len(s) for s in scores]))
+    return (part.to(s.device) for part, s in zip(mask.split([len(s) for s in scores]), scores, strict=True))
+
+
+def on_one_device(vectors: Sequence[Tensor]) -> Tensor:
+    """The vectors in one, where the first of them lies: layers may be spread over devices."""
+    return torch.cat([v.to(vectors[0].device) for v in vectors])

@@ -15,10 +15,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from rankfold.errors import RankfoldError
 from rankfold.host.adapter import Adapter, Group, Shared, Site, group_by_type, kaiming_
@@ -55,6 +55,16 @@ class RasaConfig(LowRankConfig):
         """k for a module of rank r."""
         return max(r // 8, 1) if self.shared_rank is None else self.shared_rank
 
+    def with_rank(self, n: int) -> Self:
+        """k stays as it is, but never exceeds r."""
+        return self.changed(r=n, shared_rank=None if self.shared_rank is None else min(self.shared_rank, n))
+
+    def ranks(self) -> dict[str, int]:
+        return {"r": self.r, "shared_rank": self.pooled(self.r)}
+
+    def ranks_in_words(self) -> str:
+        return f"r {self.r}, k {self.pooled(self.r)}"
+
 
 class Pool(Shared):
     """A_S and B_S of one module type."""
@@ -64,6 +74,10 @@ class Pool(Shared):
         site = group.sites[0]
         self.down = nn.Parameter(torch.empty(rank, site.in_features))  # A_S, Lk × in
         self.up = nn.Parameter(torch.empty(site.out_features, rank))  # B_S, out × Lk
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        """A_S and B_S; a call, so that accelerate's hooks fetch them where they are offloaded."""
+        return self.down, self.up
 
 
 class Rasa(Adapter):
@@ -119,7 +133,9 @@ class Rasa(Adapter):
             blocks.append(Factors(self.down, self.up, self.gate[: self.private]))
         pool: Pool | None = self.shared
         if pool is not None:
-            blocks.append(Factors(pool.down, pool.up, self.gate[self.private :]))
+            down, up = pool()
+            # Layers may be spread over devices, and the pool lies on one of them
+            blocks.append(Factors(down.to(self.gate.device), up.to(self.gate.device), self.gate[self.private :]))
         return blocks
 
 
@@ -132,5 +148,7 @@ RASA = register(
         config=RasaConfig,
         adapter=Rasa,
         folds_at="r-k+L*k",
+        starter=True,
+        example={"shared_rank": 1},
     )
 )

@@ -26,7 +26,7 @@ from rankfold.errors import RankfoldError
 from rankfold.host.adapter import kaiming_
 from rankfold.host.config import LowRankConfig
 from rankfold.host.registry import Method, register
-from rankfold.methods.gated import Gated
+from rankfold.methods.gated import Gated, on_one_device
 
 PRESETS = {
     "paper": {"prox": "soft", "l1": 0.0, "clip": None},
@@ -50,6 +50,8 @@ class SoraConfig(LowRankConfig):
     """
 
     method: ClassVar[str] = "sora"
+    sparser_with: ClassVar[str] = "threshold"
+    note: ClassVar[str] = "its threshold decides how many ranks are left; counted with all of them"
     threshold: float = field(default=3e-4, metadata={"help": "xi: how far every gate shrinks per optimiser step."})
     preset: str = field(default="paper", metadata={"help": '"paper", or "reference" for the released code.'})
     prox: str | None = field(default=None, metadata={"help": '"soft" or "reference"; default by preset.'})
@@ -93,32 +95,6 @@ def reference_threshold(v: Tensor, xi: float) -> Tensor:
     return torch.where(v.abs() == xi, v, torch.where(v.abs() < 2 * xi, torch.zeros_like(v), shrunk))
 
 
-def thresholds(first: float, last: float, count: int, kind: str = "linear") -> list[float]:
-    """The increasing ξ of the sparsifying schedule (Algorithm 1).
-
-    Args:
-        first, last, count: ends and number of stages, ends included.
-        kind: "linear", "log_linear" (log of equal steps of exp ξ) or "exp_linear" (geometric; first > 0).
-
-    Raises:
-        ValueError: a kind, count or range that makes no schedule.
-    """
-    if count < 2 or last <= first or first < 0:
-        raise RankfoldError(
-            f"thresholds: first={first}, last={last}, count={count} need 0 <= first < last and count >= 2"
-        )
-    steps = [i / (count - 1) for i in range(count)]
-    if kind == "linear":
-        return [first + (last - first) * s for s in steps]
-    if kind == "log_linear":
-        return [math.log(math.exp(first) + (math.exp(last) - math.exp(first)) * s) for s in steps]
-    if kind == "exp_linear":
-        if first <= 0:
-            raise RankfoldError(f"thresholds: first={first} must be > 0 for a geometric schedule")
-        return [first * (last / first) ** s for s in steps]
-    raise RankfoldError(f'thresholds: kind={kind!r} must be "linear", "log_linear" or "exp_linear"')
-
-
 class SoraController(Controller[Sora, SoraConfig]):
     """Owns the gates' optimiser: the user's skips them, and with them its weight decay."""
 
@@ -131,18 +107,20 @@ class SoraController(Controller[Sora, SoraConfig]):
             "v": [torch.zeros_like(a.gate) for a in self.adapters],
         }
         self._grads: list[Tensor | None] = []
+        self._rates: list[float] = []
         self._all_dead = False
 
     def extra_loss(self) -> Tensor | None:
         if not self.config.l1:
             return None
-        gates = torch.cat([a.gate for a in self.adapters])
+        gates = on_one_device([a.gate for a in self.adapters])
         return self.config.l1 * gates.abs().mean()  # λ₁ · Σ|g| / number of gates in the model
 
     def before_step(self, optimizer: torch.optim.Optimizer) -> None:
         if self.config.clip is not None:
             params = [p for group in optimizer.param_groups for p in group["params"]]
             nn.utils.clip_grad_norm_(params, self.config.clip)
+        self._rates = [self._rate(a, optimizer) for a in self.adapters]
         self._grads = [a.gate.grad for a in self.adapters]
         for adapter, grad in zip(self.adapters, self._grads, strict=True):
             if grad is not None:  # now, while the weights are still good
@@ -150,20 +128,26 @@ class SoraController(Controller[Sora, SoraConfig]):
         for adapter in self.adapters:
             adapter.gate.grad = None  # a parameter without a gradient is left alone by every torch optimiser
 
+    def _rate(self, adapter: Sora, optimizer: torch.optim.Optimizer) -> float:
+        """The learning rate of an adapter's gate; asked before anything moves."""
+        if self.config.gate_lr is not None:
+            return self.config.gate_lr
+        lr = next((g["lr"] for g in optimizer.param_groups for p in g["params"] if p is adapter.gate), 0.0)
+        if lr is None:  # Adafactor chooses its own
+            raise RankfoldError(
+                f"SoRA: the gate at {adapter.site.name} has no learning rate, because the optimiser's lr is None; set gate_lr in "
+                "the config"
+            )
+        return float(lr)
+
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:
-        group_lr = {id(p): float(g["lr"]) for g in optimizer.param_groups for p in g["params"]}
         (b1, b2), t = self.BETAS, self.step
         prox = soft_threshold if self.config.prox == "soft" else reference_threshold
-        for adapter, grad, m, v in zip(self.adapters, self._grads, self.state["m"], self.state["v"], strict=True):
+        rows = zip(self.adapters, self._grads, self._rates, self.state["m"], self.state["v"], strict=True)
+        for adapter, grad, lr, m, v in rows:
             gate = adapter.gate
             if not gate.requires_grad:  # frozen by the user: a plain LoRA with a constant gate
                 continue
-            lr = self.config.gate_lr or group_lr.get(id(gate))
-            if lr is None:
-                raise RankfoldError(
-                    f"SoRA: the gate at {adapter.site.name} is in no group of this optimiser, so it has no learning rate; put "
-                    "it in one, or set gate_lr"
-                )
             xi = self.config.threshold * (lr if self.config.threshold_times_lr else 1.0)
             size = lr * math.sqrt(1 - b2**t) / (1 - b1**t)
             if grad is not None:
@@ -193,5 +177,6 @@ SORA = register(
         adapter=Sora,
         controller=SoraController,
         folds_at="gates left, per layer",
+        example={"threshold": 1e-3},
     )
 )

@@ -13,12 +13,12 @@ from rankfold.plan.layers import in_and_out
 
 
 @dataclass(frozen=True)
-class Base:
+class BaseFacts:
     """A base model.
 
     Args:
         architecture: its class.
-        parameters: numbers in it; tied ones count once.
+        parameters: tied ones count once.
         bytes: of its weights as they lie in memory, or None where the quantisation's layout is not known here.
         quantised: how, or None.
         flops: of one token, forward (flops.py says what is counted).
@@ -32,7 +32,7 @@ class Base:
     notes: list[str] = field(default_factory=list)
 
 
-def describe(model: nn.Module) -> Base:
+def describe(model: nn.Module) -> BaseFacts:
     """The facts of a model from `meta_model`, whose linear layers are plain even where its config says how they are quantised."""
     parameters = {id(p): p for p in model.parameters()}.values()
     total = sum(p.numel() for p in parameters)
@@ -49,7 +49,7 @@ def describe(model: nn.Module) -> Base:
     experts = sum(p.numel() for m in model.modules() for p in m.parameters(recurse=False) if _fused(m, p))
     if experts:
         notes.append(f"{experts:,} of the base's parameters are fused experts (3-D), which no method here adapts")
-    return Base(type(model).__name__, total, size, how, base_flops(model), notes)
+    return BaseFacts(type(model).__name__, total, size, how, base_flops(model), notes)
 
 
 def _fused(module: nn.Module, parameter: nn.Parameter) -> bool:

@@ -1,4 +1,4 @@
-"""What one method costs on one model: counted on the adapter itself, put on a copy of the model that has no numbers."""
+"""What one method costs on one model: counted on the adapter itself, put on a copy of the model that has no values."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from rankfold.train import budget
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one adapter on one model.
+    """Cost of one adapter on one model.
 
     Args:
-        trained: numbers the optimiser changes in the adapter; at the start, where ranks fall during training.
-        head: numbers trained in full beside it.
-        stored: numbers in the saved adapter's file, head included.
+        trained: parameters that the optimiser changes in the adapter; at the start, where ranks fall during training.
+        head: parameters trained in full beside it.
+        stored: parameters in the saved adapter's file, head included.
         optimizer_bytes: AdamW's two float32 states of all that is trained.
         fold: the plain LoRA it folds into, or why there is none. Where ranks fall it is the largest that may come out.
         flops: the adapter's matrix products for one token over the base's, forward, and with backward; None where
@@ -47,7 +47,7 @@ class Cost:
 
     @property
     def folded(self) -> int | None:
-        """Numbers in the fold that `rankfold fold` writes, or None."""
+        """Parameters of the fold that `rankfold fold` writes, or None."""
         return self.fold.parameters if isinstance(self.fold, Fold) else None
 
     @property
@@ -71,7 +71,7 @@ def cost(base: nn.Module, config: PeftConfig) -> Cost:
     end = at_the_end(config)
     notes = []
     if added is None:
-        notes.append("its operations could not be counted without numbers")
+        notes.append("its operations could not be counted without values")
     return Cost(
         trained=spent.adapter,
         head=spent.head,
@@ -93,17 +93,12 @@ def _saved(model: PeftModel) -> dict[str, torch.Tensor]:
 
 
 def trained(base: nn.Module, config: PeftConfig) -> int:
-    """Numbers that are trained in the adapter; arguments and errors as `cost`."""
-    return adapter_parameters(adapted(base, config))
-
-
-def adapter_parameters(model: nn.Module) -> int:
-    """Numbers that are trained in the adapter of an adapted model."""
-    return budget.count(model).adapter
+    """Parameters that are trained in the adapter; arguments and errors as `cost`."""
+    return budget.count(adapted(base, config)).adapter
 
 
 def adapted(base: nn.Module, config: PeftConfig) -> PeftModel:
-    """A copy of the model without numbers, with the adapter; arguments and errors as `cost`."""
+    """A copy of the model without values, with the adapter; arguments and errors as `cost`."""
     config = copy.deepcopy(config)
     if isinstance(config, LowRankConfig):
         config.allow_unscheduled = True

@@ -1,4 +1,4 @@
-"""Floating-point operations a token: the base's by formula, an adapter's by counting what its layers do.
+"""Floating-point operations per token: the base's by formula, an adapter's by counting what its layers do.
 
     base, forward         2 · in · out of every linear layer (a fused expert: times the experts a token goes to)
     base, with backward   4 · in · out: frozen weights need the gradient of their input alone
@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from rankfold.plan.layers import adapted_layers, alike, in_and_out
 
 TOKENS = 2048
-"""Tokens a step."""
+"""Tokens per step."""
 
 
 def base_flops(model: nn.Module) -> int:
@@ -52,7 +52,7 @@ def _share_of_experts(model: nn.Module, module: nn.Module) -> float:
 def adapter_flops(model: nn.Module) -> tuple[float, float] | None:
     """Of one token, what the adapters of a meta model add: forward, and forward with backward.
 
-    None where a layer cannot be run without numbers.
+    None where a layer cannot be run without values.
     """
     layers = adapted_layers(model)
     forward = both = 0.0
@@ -72,7 +72,7 @@ def adapter_flops(model: nn.Module) -> tuple[float, float] | None:
                 there = counter.get_total_flops()
                 y.backward(torch.empty_like(y))
             back = counter.get_total_flops()
-        except RuntimeError:  # torch's, of an operation that wants numbers
+        except RuntimeError:  # torch's, of an operation that needs values
             return None
         finally:
             layer.zero_grad()

@@ -23,7 +23,7 @@ class Fold:
     Args:
         rank: the largest any module needs, with every component alive.
         served: the rank it is padded to, which engines name in their flags.
-        parameters: numbers in its matrices, padding included.
+        parameters: of its matrices, padding included.
     """
 
     rank: int

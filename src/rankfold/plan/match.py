@@ -6,76 +6,85 @@ import itertools
 import re
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from peft import PeftConfig
 from torch import nn
 
 from rankfold.errors import RankfoldError
-from rankfold.plan.cost import Cost, adapted, adapter_parameters, cost, trained
+from rankfold.plan.cost import Cost, adapted, cost
 from rankfold.plan.layers import adapted_layers, in_and_out
 from rankfold.plan.ranks import Setting, setting
+from rankfold.train.budget import count as count_parameters
 
 
 @dataclass(frozen=True)
-class Match:
+class Solved:
     """A config at a budget.
 
     Args:
         config: a copy with its rank settings solved.
-        cost: what it comes to.
-        share: trained / budget, ≤ 1.
+        trained, head: parameters that it trains in the adapter, and in full beside it.
         full: the method cannot be larger on this model, so that this is not the budget's doing.
     """
 
     config: PeftConfig
-    cost: Cost
-    share: float
+    trained: int
+    head: int
     full: bool = False
 
 
+@dataclass(frozen=True)
+class Match(Solved):
+    """A config at a budget, and all that it costs; `share` is trained / budget, ≤ 1."""
+
+    cost: Cost = field(kw_only=True)
+    share: float = field(kw_only=True)
+
+
 def match(base: nn.Module, config: PeftConfig, budget: int) -> Match:
+    """As `solve`, with the cost of what was found; arguments and errors are the same."""
+    solved = solve(base, config, budget)
+    spent = cost(base, solved.config)
+    return Match(**vars(solved), cost=spent, share=spent.trained / budget)
+
+
+def solve(base: nn.Module, config: PeftConfig, budget: int) -> Solved:
     """The rank settings of a config that come closest to a budget without exceeding it.
 
-    The number is the largest that the budget allows: one more exceeds it, is refused by the method, or is more than the matrices'
-    own rank. What is held to the
-    budget is what the optimiser trains in the adapter, at the start where ranks fall; a head is no part of it. RaSA keeps
-    its `shared_rank` (at most r; None stays the paper's max(r/8, 1)); AdaLoRA and dynamic DoRA keep target_r's share of r.
+    They belong to the largest n that the budget allows: n + 1 exceeds it, is refused by the method, or is more than the
+    matrices' own rank. What is held to the budget is what the optimiser trains in the adapter, at the start where ranks
+    fall; a head does not count. What follows from n is the method's affair (`LowRankConfig.with_rank`).
 
     Args:
         base: as in `cost`.
-        budget: trained numbers in the adapter, > 0.
+        budget: trained parameters of the adapter, > 0.
 
     Raises:
-        ValueError: the smallest setting exceeds the budget, the method has no rank to solve for, or cannot run on this
+        RankfoldError: the smallest setting exceeds the budget, the method has no rank to solve for, or cannot run on this
             model; in one sentence.
     """
     found = setting(config)
-
     first = adapted(base, config)
-    counted = {found.value: adapter_parameters(first)}
-
+    counted = {found.value: count_parameters(first)}
     refused: set[int] = set()
 
     def count(n: int) -> int:
-        if n not in counted:
+        if n not in counted and n not in refused:
             try:
-                counted[n] = trained(base, found.at(n))
-            except ValueError:  # larger than the method can be, such as CoRA's basis
+                counted[n] = count_parameters(adapted(base, found.at(n)))
+            except ValueError:  # more than the method can have
                 refused.add(n)
-                counted[n] = sys.maxsize
-        return counted[n]
+        return counted[n].adapter if n in counted else sys.maxsize
 
     most = _most(first, found)
     n, full = largest(count, most, budget, guess=found.value)
     full = full or n + 1 in refused
     if n == 0:
         raise RankfoldError(
-            f"{type(config).__name__}: even {found.field}=1 trains {count(1):,} numbers, and the budget is {budget:,}"
+            f"{type(config).__name__}: even {found.field}=1 trains {count(1):,} parameters, and the budget is {budget:,}"
         )
-    solved = found.at(n)
-    spent = cost(base, solved)
-    return Match(solved, spent, spent.trained / budget, full)
+    return Solved(found.at(n), counted[n].adapter, counted[n].head, full)
 
 
 def largest(count: Callable[[int], int], most: int, budget: int, guess: int) -> tuple[int, bool]:
@@ -128,10 +137,10 @@ def parse_budget(text: str) -> int:
     (1200000, 300000, 1200000)
 
     Raises:
-        ValueError: it is none.
+        RankfoldError: it is not one.
     """
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmb]?)", text.strip().replace(",", "").replace("_", "").lower())
     count = round(float(found[1]) * _UNITS[found[2]]) if found else 0
     if count < 1:
-        raise RankfoldError(f"{text!r} is no number of parameters, such as 1200000, 1.2M or 300k")
+        raise RankfoldError(f"{text!r} is not a number of parameters, such as 1200000, 1.2M or 300k")
     return count

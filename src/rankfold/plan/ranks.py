@@ -1,4 +1,7 @@
-"""The rank settings of each method: which number makes it larger, and what goes with it."""
+"""The rank settings of a method: which number makes it larger, and what goes with it.
+
+Ours say it themselves (`LowRankConfig`); for PEFT's own it stands in peft_methods.py.
+"""
 
 from __future__ import annotations
 
@@ -10,25 +13,8 @@ from typing import Any
 from peft import PeftConfig
 
 from rankfold.errors import RankfoldError
-from rankfold.methods.gated import BudgetConfig
-from rankfold.methods.rasa import RasaConfig
-
-#: PEFT's types whose trained numbers grow with one field, and the field. The others have none, or shrink with it.
-FIELDS = {
-    "ADALORA": "init_r",
-    "DELORA": "r",
-    "FOURIERFT": "n_frequency",
-    "HIRA": "r",
-    "HRA": "r",
-    "LOHA": "r",
-    "LOKR": "r",
-    "LORA": "r",
-    "MISS": "r",
-    "SHIRA": "r",
-    "VBLORA": "r",
-    "VERA": "r",
-    "WAVEFT": "n_frequency",
-}
+from rankfold.host.config import LowRankConfig
+from rankfold.plan.peft_methods import GROWS_WITH, RANKS
 
 
 @dataclass(frozen=True)
@@ -39,7 +25,6 @@ class Setting:
         field: its name in the config.
         value: what it is now.
         at: a copy of the config with another value, and with all that follows from it.
-        is_rank: whether more than the rank of the largest matrix is without sense.
     """
 
     field: str
@@ -48,80 +33,67 @@ class Setting:
 
     @property
     def is_rank(self) -> bool:
-        return self.field in ("r", "init_r")
+        """Whether a value above the rank of the largest matrix makes no sense."""
+        return self.field in RANKS
 
 
 def setting(config: PeftConfig) -> Setting:
     """The setting of a config.
 
     Raises:
-        ValueError: it has none that a budget could solve for.
+        RankfoldError: it has none that a budget could solve for.
     """
-    kind = str(getattr(config.peft_type, "value", config.peft_type))
-    name = "r" if hasattr(config, "share_dropout") else FIELDS.get(kind)
-    if name is None:
+    if isinstance(config, LowRankConfig):
+        return Setting(config.grows_with, getattr(config, config.grows_with), config.with_rank)
+    field = GROWS_WITH.get(str(getattr(config.peft_type, "value", config.peft_type)))
+    if field is None:
         raise RankfoldError(
             f"{type(config).__name__}: it has no rank that grows with its parameters; set its fields by hand"
         )
-    value: int = getattr(config, name)
+    value: int = getattr(config, field)
 
     def at(n: int) -> PeftConfig:
-        changed: Any = copy.deepcopy(config)
-        setattr(changed, name, n)
-        if isinstance(changed, BudgetConfig):
-            changed.target_r = _same_share(n, value, changed.target_r)
-        if kind == "ADALORA":
-            changed.target_r = _same_share(n, value, changed.target_r)
-        if isinstance(changed, RasaConfig) and changed.shared_rank is not None:
-            changed.shared_rank = min(changed.shared_rank, n)
-        if hasattr(changed, "check"):
-            changed.check()
+        changed: Any = _changed(config, field, n)
+        if hasattr(changed, "target_r"):  # the target stays the same share of the start
+            changed.target_r = min(max(round(n * changed.target_r / value), 1), n)
         return changed
 
-    return Setting(name, value, at)
-
-
-def _same_share(start: int, start_before: int, target_before: int) -> int:
-    """The target rank that is the same share of the start rank."""
-    return min(max(round(start * target_before / start_before), 1), start)
+    return Setting(field, value, at)
 
 
 def at_the_end(config: PeftConfig) -> PeftConfig | None:
     """The config of a method whose ranks fall to a target, at that target; None for the others."""
+    if isinstance(config, LowRankConfig):
+        return config.at_the_end()
     target = getattr(config, "target_r", None)
-    if target is None:
-        return None
-    ended: Any = copy.deepcopy(config)
-    setattr(ended, setting(config).field, target)
-    return ended
+    return None if target is None else _changed(config, setting(config).field, target)
 
 
 def named(config: PeftConfig) -> dict[str, Any]:
-    """The rank settings of a config as a run file writes them.
-
-    >>> named(RasaConfig(r=16))
-    {'r': 16, 'shared_rank': 2}
-    """
-    if isinstance(config, RasaConfig):
-        return {"r": config.r, "shared_rank": config.pooled(config.r)}
+    """The rank settings of a config as a run file writes them; none where nothing can be solved for."""
+    if isinstance(config, LowRankConfig):
+        return config.ranks()
     try:
-        name = setting(config).field
-    except ValueError:
+        field = setting(config).field
+    except RankfoldError:
         return {}
     target = {"target_r": config.target_r} if hasattr(config, "target_r") else {}  # pyright: ignore[reportAttributeAccessIssue]
-    return {name: getattr(config, name), **target}
+    return {field: getattr(config, field), **target}
 
 
-def short(method: dict[str, Any]) -> str:
-    """The rank settings of a run file's method in a few letters.
+def in_words(config: PeftConfig) -> str:
+    """The rank settings in a few letters: "r 8", "r 12 to 8"."""
+    if isinstance(config, LowRankConfig):
+        return config.ranks_in_words()
+    settings = named(config)
+    start = next(((("r" if name in RANKS else name), value) for name, value in settings.items()), None)
+    if start is None:
+        return ""
+    target = f" to {settings['target_r']}" if "target_r" in settings else ""
+    return f"{start[0]} {start[1]}{target}"
 
-    >>> short({"name": "rasa", "r": 7, "shared_rank": 1}), short({"name": "adalora", "r": 12, "target_r": 8})
-    ('r 7, k 1', 'r 12 to 8')
-    """
-    start = next((f"{'r' if n in ('r', 'init_r') else n} {method[n]}" for n in _SETTINGS if n in method), "")
-    pool = f", k {method['shared_rank']}" if "shared_rank" in method else ""
-    target = f" to {method['target_r']}" if "target_r" in method else ""
-    return start + pool + target
 
-
-_SETTINGS = ("init_r", "r", "n_frequency")
+def _changed(config: PeftConfig, field: str, value: int) -> PeftConfig:
+    changed = copy.deepcopy(config)
+    setattr(changed, field, value)
+    return changed

@@ -6,13 +6,12 @@ from rich.console import Group
 from rich.text import Text
 
 from rankfold import text
-from rankfold.plan.costs import CostPlan, Row
+from rankfold.plan.cost_plan import CostPlan, Row
 from rankfold.plan.folding import Fold
-from rankfold.plan.ranks import short
 
 
 def table(plan: CostPlan) -> Group:
-    """One row a method, those that cannot be had below the others, and what must be known."""
+    """One row per method, those that cannot be had below the others, and what must be known."""
     t = text.table()
     t.add_column("method", no_wrap=True)
     t.add_column("ranks", no_wrap=True)
@@ -32,7 +31,7 @@ def _cells(row: Row, with_share: bool) -> list[str]:
     fold = c.fold if isinstance(c.fold, Fold) else None
     return [
         row.label,
-        short(row.method),
+        row.ranks,
         f"{c.trained:,}",
         text.count(c.stored),
         text.count(fold.parameters) if fold else "–",
@@ -70,6 +69,6 @@ def _below(plan: CostPlan) -> list[str]:
     return [
         *lines,
         *plan.base.notes,
-        "folded: numbers in the LoRA of `rankfold fold`, padded to the rank after the arrow (vLLM's --max-lora-rank)",
+        "folded: parameters of the LoRA of `rankfold fold`, padded to the rank after the arrow (vLLM's --max-lora-rank)",
         "FLOPs: adapter over base for a token, forward; +back: forward and backward (docs/planning.md)",
     ]

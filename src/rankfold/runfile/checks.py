@@ -102,7 +102,7 @@ def _check_method(run: RunFile) -> list[Problem]:
     try:
         peft_config(run)
     except (ValueError, TypeError) as e:
-        # "RasaConfig: r=0 must be ..." names the field that the line number should point at.
+        # "SomeConfig: r=0 must be ..." names the field that the line number should point at.
         found = re.match(r"(?:\w+: )?(\w+)\b", str(e))
         path = ("method", found[1]) if found and found[1] in known else ("method",)
         return [Problem(path, str(e))]

@@ -15,6 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from rankfold.errors import RankfoldError
 from rankfold.runfile.checks import METRICS, check, scheduled
+from rankfold.runfile.imports import DESCRIPTION as IMPORTS
+from rankfold.runfile.imports import load_all, with_places
 from rankfold.runfile.problems import COMMAND_LINE, Problem, RunFileError, explain, short
 from rankfold.runfile.yaml import KeyPath, YamlError, read
 
@@ -175,6 +177,7 @@ class RunFile(Section):
     data: Data = Field(description="The rows; the source's name alone is enough.")
     method: Method = Field(description="The adapter; its name alone is enough.")
     training: Training = Field(default=Training(), description="How to train.")
+    imports: list[str] = Field(default=[], description=IMPORTS)
     output: str = Field(
         description="Folder of this run: adapter, checkpoints, metrics, model card. Must not exist yet."
     )
@@ -242,12 +245,12 @@ def parse(
         RunFileError: one line for each problem.
     """
     lines = dict(lines or {})
-    values = overridden(values, RunFile, overrides, where, lines)
+    values = with_places(overridden(values, RunFile, overrides, where, lines), where)
     try:
         run = RunFile.model_validate(values)
     except ValidationError as e:
         raise RunFileError(explain(e, RunFile), where, lines) from None
-    if problems := check(run):
+    if problems := load_all(run.imports) or check(run):
         raise RunFileError(problems, where, lines)
     return run
 

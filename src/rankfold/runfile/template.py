@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import textwrap
+from collections.abc import Sequence
 from typing import Any
 
 from pydantic import BaseModel
@@ -32,8 +33,11 @@ START: dict[str, dict[str, dict[str, Any]]] = {
 }
 
 
-def template(task: Task, method: str) -> str:
+def template(task: Task, method: str, imports: Sequence[str] = ()) -> str:
     """The text of a run file for a task and a method.
+
+    Args:
+        imports: what registers the method, where it does not come with rankfold.
 
     Raises:
         ValueError: no such method; the message names the nearest.
@@ -51,6 +55,7 @@ def template(task: Task, method: str) -> str:
             f"task: {task}",
             "",
             *_section("data", Data, start["data"]),
+            *([f"imports: {json.dumps(list(imports))}", ""] if imports else []),
             "method:",
             f"  name: {method}",
             *_method_fields(config, start["method"]),

@@ -60,12 +60,14 @@ def model_card(prepared: Prepared, result: TrainResult) -> str:
     model_class = "AutoModelForCausalLM" if run.task == "causal-lm" else "AutoModelForSequenceClassification"
     arguments = f", id2label={dict(enumerate(rows.labels))}" if rows.labels else ""
     classes = f"| classes | {', '.join(rows.labels)} |\n" if rows.labels else ""
-    title = run.method.name
+    title, home = run.method.name, "rankfold."
     if ours:
         from rankfold.host import registry
 
-        title = registry.get(run.method.name).title
-    use = f"import rankfold  # makes {title} known to PEFT\n" if ours else ""
+        row = registry.get(run.method.name)
+        title, home = row.title, row.config.__module__
+    module = "rankfold" if home.startswith("rankfold.") else home
+    use = f"import {module}  # makes {title} known to PEFT\n" if ours else ""
     return f"""---
 {yaml.safe_dump(front, sort_keys=False).strip()}
 ---

@@ -10,14 +10,17 @@ later stages run at learning rate 0 because the exhausted scheduler is used agai
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from rankfold.errors import RankfoldError
+from rankfold.host import registry
 from rankfold.inspect import inspect_adapter
 from rankfold.io.files import write_whole
+from rankfold.runfile.checks import config_class
 from rankfold.runfile.problems import Problem, RunFileError
 from rankfold.runfile.schema import RunFile, parse
 from rankfold.train import folder
@@ -52,6 +55,32 @@ class Stage:
     adapter: str
 
 
+def thresholds(first: float, last: float, count: int, kind: str = "linear") -> list[float]:
+    """The increasing values of a sparsifying schedule (Algorithm 1's ξ).
+
+    Args:
+        first, last, count: ends and number of stages, ends included.
+        kind: "linear", "log_linear" (log of equal steps of exp ξ) or "exp_linear" (geometric; first > 0).
+
+    Raises:
+        ValueError: a kind, count or range that makes no schedule.
+    """
+    if count < 2 or last <= first or first < 0:
+        raise RankfoldError(
+            f"thresholds: first={first}, last={last}, count={count} need 0 <= first < last and count >= 2"
+        )
+    steps = [i / (count - 1) for i in range(count)]
+    if kind == "linear":
+        return [first + (last - first) * s for s in steps]
+    if kind == "log_linear":
+        return [math.log(math.exp(first) + (math.exp(last) - math.exp(first)) * s) for s in steps]
+    if kind == "exp_linear":
+        if first <= 0:
+            raise RankfoldError(f"thresholds: first={first} must be > 0 for a geometric schedule")
+        return [first * (last / first) ** s for s in steps]
+    raise RankfoldError(f'thresholds: kind={kind!r} must be "linear", "log_linear" or "exp_linear"')
+
+
 def sparsify(
     run: RunFile,
     schedule: Sequence[float],
@@ -64,8 +93,9 @@ def sparsify(
     """Runs the schedule; every stage is a run of its own in `output/stage-<number>`.
 
     Args:
-        run: a run file of a method with a `threshold`; its output is the folder of all stages.
-        schedule: the thresholds, increasing (`rankfold.methods.sora.thresholds`).
+        run: a run file of a method whose config says what makes it sparser (`sparser_with`); its output is the folder of
+            all stages.
+        schedule: the values of that field, increasing, as `thresholds` gives them.
         stage_epochs: of every stage after the first; by default as long as the first.
         resume: go on where a killed schedule stopped; finished stages are not repeated.
         overwrite: delete earlier stages first.
@@ -73,8 +103,10 @@ def sparsify(
     Raises:
         RunFileError: a method without a threshold. DataError: no validation rows. And what `train` raises.
     """
-    if run.method.name != "sora":
-        raise RunFileError([Problem(("method", "name"), f"'{run.method.name}' has no threshold to raise; use sora")])
+    swept = getattr(config_class(run.method.name), "sparser_with", None)
+    if swept is None:
+        able = ", ".join(row.name for row in registry.find() if row.config.sparser_with)
+        raise RunFileError([Problem(("method", "name"), f"'{run.method.name}' has no threshold to raise; use {able}")])
     if list(schedule) != sorted(set(schedule)):
         raise RankfoldError(f"sparsify: the thresholds must increase: {', '.join(f'{xi:g}' for xi in schedule)}")
     output = Path(run.output)
@@ -83,7 +115,7 @@ def sparsify(
         for name in FILES:
             (output / name).unlink(missing_ok=True)
     for number, xi in enumerate(schedule):
-        stage = _stage(run, number, xi, stages[-1].adapter if stages else None, stage_epochs)
+        stage = _stage(run, number, {swept: xi}, stages[-1].adapter if stages else None, stage_epochs)
         done = Path(stage.output, "result.json")
         if not (resume and done.is_file()):
             say(f"stage {number + 1} of {len(schedule)}: threshold {xi:g}")
@@ -100,13 +132,14 @@ def sparsify(
         stages.append(_read(stage, xi, json.loads(done.read_text(encoding="utf-8"))))
         say(_words(stages[-1], run.metric))
         write_whole(output / "stages.jsonl", "".join(json.dumps(asdict(s)) + "\n" for s in stages))
-    plot_stages(stages, run.metric, f"SoRA on {run.model.name}, {run.data.source or run.data.train}", output)
+    title = registry.get(run.method.name).title
+    plot_stages(stages, run.metric, f"{title} on {run.model.name}, {run.data.source or run.data.train}", output)
     return stages
 
 
-def _stage(run: RunFile, number: int, xi: float, before: str | None, epochs: float | None) -> RunFile:
+def _stage(run: RunFile, number: int, swept: dict[str, float], before: str | None, epochs: float | None) -> RunFile:
     values = run.model_dump(exclude_none=True)
-    values["method"] |= {"threshold": xi}
+    values["method"] |= swept
     values["training"] |= {"keep_best": False} | ({"start_from": before} if before else {})
     if before and epochs:
         values["training"] = {k: v for k, v in values["training"].items() if k != "max_steps"} | {"epochs": epochs}

@@ -25,12 +25,12 @@ def write_report(out: str | Path, *, reference: str | None = None) -> Path:
         The report's path.
 
     Raises:
-        ValueError: there are no trials, a line is none, they have several metrics, or the reference is no contender.
+        ValueError: there are no trials, a line is not a trial line, they have several metrics, or the reference is not a contender.
         FileNotFoundError: no such folder.
     """
     out = Path(out)
     if not out.is_dir():
-        raise FileNotFoundError(f"'{out}' is no folder; give the output folder of a comparison")
+        raise FileNotFoundError(f"'{out}' is not a folder; give the output folder of a comparison")
     lines = read(out)
     if not lines:
         raise RankfoldError(f"{out / 'trials.jsonl'}: there are no trials yet; run `rankfold compare` first")

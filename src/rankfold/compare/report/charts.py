@@ -9,8 +9,8 @@ from statistics import fmean, median
 from typing import Any
 
 from rankfold.compare import wording as say
+from rankfold.compare.analysis import Analysis, Contender
 from rankfold.compare.report.svg import FONT, INK, LINE, MUTED, WIDTH, colour, inline, marker, new_figure, size
-from rankfold.compare.statistics import Analysis, Contender
 from rankfold.compare.trial_file import TrialLine
 from rankfold.inspect.grid import grid
 
@@ -28,7 +28,7 @@ class Picture:
 
 
 def results(analysis: Analysis) -> Picture:
-    """A row a contender, the best first: its mean, its interval, and each seed."""
+    """One row per contender, the best first: its mean, its interval, and each seed."""
     ranked = analysis.ranked
     n = say.digits(analysis)
     places = _places(analysis)
@@ -45,7 +45,8 @@ def results(analysis: Analysis) -> Picture:
         axes.axvline(reference.test, color=MUTED, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
     axes.set_xlim(*_limits([t for c in ranked for t in c.tests], [c.interval for c in ranked]))
     _inner_ticks(axes)
-    caption = "Mean (marker), 95 % interval of each contender alone (bar) and each seed (strokes below)."
+    bar = ", 95 % interval of each contender alone (bar)" if analysis.over != "nothing" else ""
+    caption = f"Mean (marker){bar} and each seed (strokes below)."
     if reference and len(ranked) > 1:
         caption += f" The dashed line is {reference.name}."
     told = "; ".join(f"{c.name} {say.number(c.test, n)} ({say.between(c.interval, n)})" for c in ranked)
@@ -181,7 +182,7 @@ def rates(analysis: Analysis) -> Picture:
 def bars(
     analysis: Analysis, name: str, title: str, read: Callable[[Contender], float | None], show: Callable[[float], str]
 ) -> Picture | None:
-    """A bar a contender, from 0, in the order of the file."""
+    """One bar per contender, from 0, in the order of the file."""
     known = [(c, value) for c in analysis.contenders if (value := read(c)) is not None]
     if not known:
         return None
@@ -283,7 +284,7 @@ def _rows(count: int, labels: Sequence[tuple[str, str]], ticks: bool = True) -> 
 
 
 def _limits(points: Sequence[float], intervals: Sequence[tuple[float, float] | None]) -> tuple[float, float]:
-    """Room for the points and the usual interval; a far longer one may leave the picture (two seeds can make it so)."""
+    """Room for the points and the usual interval; a far longer one may leave the picture (three seeds can make it so)."""
     known = [i for i in intervals if i is not None]
     low, high = min(points), max(points)
     reach = 1.5 * max(high - low, median(b - a for a, b in known) if known else 0.0)

@@ -7,9 +7,9 @@ from statistics import fmean
 from typing import Any
 
 from rankfold.compare import wording as say
+from rankfold.compare.analysis import Analysis, Contender
 from rankfold.compare.report import charts
 from rankfold.compare.report.svg import badge
-from rankfold.compare.statistics import Analysis, Contender
 from rankfold.compare.trial_file import TrialLine
 from rankfold.host import registry
 
@@ -68,7 +68,7 @@ def _pictures(analysis: Analysis, trials: dict[str, list[TrialLine]]) -> dict[st
     if not analysis.contenders:
         return {}
 
-    def a_second(tokens: float) -> str:
+    def per_second(tokens: float) -> str:
         return f"{tokens:,.0f}"
 
     found: dict[str, list[charts.Picture | None]] = {
@@ -81,9 +81,9 @@ def _pictures(analysis: Analysis, trials: dict[str, list[TrialLine]]) -> dict[st
         "rates": [charts.rates(analysis)],
         "cost": [
             charts.bars(
-                analysis, "seconds", "Seconds in optimiser steps, mean of a trial.", lambda c: c.seconds, say.duration
+                analysis, "seconds", "Seconds in optimiser steps, mean over trials.", lambda c: c.seconds, say.duration
             ),
-            charts.bars(analysis, "speed", "Tokens a second in training.", lambda c: c.tokens_per_second, a_second),
+            charts.bars(analysis, "speed", "Tokens per second in training.", lambda c: c.tokens_per_second, per_second),
             charts.bars(analysis, "memory", "Peak memory of a trial.", lambda c: c.peak_bytes, say.size),
         ],
         "ranks": [
@@ -97,12 +97,15 @@ def _pictures(analysis: Analysis, trials: dict[str, list[TrialLine]]) -> dict[st
 
 
 def chooses_ranks(trials: Sequence[TrialLine]) -> bool:
-    """Whether ranks by layer are an outcome: a method with a schedule, or with ranks planned by layer, that differ."""
+    """Whether ranks by layer are an outcome: they differ, and a schedule or a plan by layer made them so.
+
+    Of the methods here the registry tells which have a schedule. One of PEFT's has no row; where its ranks differ, it chose them.
+    """
     first = trials[0]
     row = registry.METHODS.get(first.method)
-    may = (row is not None and row.controller is not None) or first.method == "peft:adalora"
+    scheduled = row is None or row.controller is not None
     differ = len({rank for t in trials for rank in t.ranks.values()}) > 1
-    return bool(first.ranks) and differ and (may or bool(first.config.get("rank_pattern")))
+    return bool(first.ranks) and differ and (scheduled or bool(first.config.get("rank_pattern")))
 
 
 def _title(run: dict[str, Any]) -> str:

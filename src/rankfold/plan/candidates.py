@@ -12,23 +12,16 @@ from torch import nn
 
 from rankfold.errors import RankfoldError
 from rankfold.host import registry
-from rankfold.plan.basis import PlannedCoraConfig
+from rankfold.host.config import LowRankConfig
+from rankfold.plan.peft_methods import ALIASES, NEEDED, RIVALS, fields_at
 from rankfold.runfile.checks import SET_BY_THE_RUN, config_class, config_fields
 from rankfold.runfile.problems import nearest
 
-#: Names that PEFT's users know, for a field of its LoRA.
-ALIASES: dict[str, tuple[str, dict[str, Any]]] = {
-    "peft:rslora": ("peft:lora", {"use_rslora": True}),
-    "peft:dora": ("peft:lora", {"use_dora": True}),
-}
-RIVALS = ("peft:lora", "peft:rslora", "peft:dora", "peft:adalora", "peft:vera", "peft:loha", "peft:lokr")
-#: What a config cannot do without and a plan does not depend on.
-_NEEDED = {"peft:adalora": {"total_step": 1000}}
 _TASK_TYPES = {"causal-lm": "CAUSAL_LM", "classification": "SEQ_CLS"}
 
 
 @dataclass(frozen=True)
-class Contender:
+class Candidate:
     """One method with fields.
 
     Args:
@@ -41,15 +34,11 @@ class Contender:
     name: str
     fields: dict[str, Any] = field(default_factory=dict)
 
-    def with_rank(self, r: int) -> Contender:
-        """At rank r where its own fields give none; a method whose ranks fall ends there and starts at 1.5 r, as papers do."""
-        start = max(round(1.5 * r), r)
-        ranks: dict[str, Any] = {
-            "adalora": {"r": start, "target_r": r},
-            "dynamic_dora": {"r": start, "target_r": r},
-            "peft:adalora": {"init_r": start, "target_r": r},
-        }.get(self.name, {"r": r})
-        if self.fields.keys() & ranks.keys() or not ranks.keys() <= config_fields(config_class(self.name)).keys():
+    def with_rank(self, r: int) -> Candidate:
+        """At rank r where its own fields give none; a method whose ranks fall ends there."""
+        cls: Any = config_class(self.name)
+        ranks = cls.fields_at(r) if issubclass(cls, LowRankConfig) else fields_at(self.name, r)
+        if self.fields.keys() & ranks.keys() or not ranks.keys() <= config_fields(cls).keys():
             return self
         return replace(self, fields={**self.fields, **ranks})
 
@@ -57,14 +46,13 @@ class Contender:
         """Its config on a model.
 
         Raises:
-            ValueError: fields that the config refuses.
+            RankfoldError: fields that the config refuses.
         """
         cls: Any = config_class(self.name)
-        if self.name == "cora" and not self.fields.get("basis"):
-            cls = PlannedCoraConfig
-        given = {**_NEEDED.get(self.name, {}), "target_modules": targets, **self.fields}
+        needed = {key: value for key, (value, _) in NEEDED.get(self.name, {}).items()}
+        made = cls.planned if issubclass(cls, LowRankConfig) else cls
         try:
-            config = cls(task_type=_TASK_TYPES.get(task or ""), **given)
+            config = made(task_type=_TASK_TYPES.get(task or ""), **{**needed, "target_modules": targets, **self.fields})
         except (TypeError, AttributeError) as error:
             raise RankfoldError(f"{self.label}: {error}") from None
         if task == "classification":
@@ -74,23 +62,24 @@ class Contender:
         return config
 
 
-def everyone() -> list[Contender]:
+def everyone() -> list[Candidate]:
     """Each method of `rankfold methods`, and PEFT's best known."""
-    ours = [Contender(name, name) for name in sorted(registry.METHODS)]
-    at = next((i for i, c in enumerate(ours) if c.name == "cora"), None)
-    if at is not None:
-        ours[at : at + 1] = [Contender("cora 1", "cora", {"approach": 1}), Contender("cora 2", "cora", {"approach": 2})]
+    ours = [
+        Candidate(label, row.name, dict(fields))
+        for row in registry.find()
+        for label, fields in (row.variants or {row.name: {}}).items()
+    ]
     return [*ours, *(parse(name) for name in RIVALS)]
 
 
-def parse(text: str) -> Contender:
-    """A contender as the command line writes it: NAME, or NAME:field=value,…
+def parse(text: str) -> Candidate:
+    """A candidate as the command line writes it: NAME, or NAME:field=value,…
 
     >>> parse("peft:dora:r=4")
-    Contender(label='peft:dora', name='peft:lora', fields={'use_dora': True, 'r': 4})
+    Candidate(label='peft:dora', name='peft:lora', fields={'use_dora': True, 'r': 4})
 
     Raises:
-        ValueError: no such method or field, or no value.
+        RankfoldError: no such method or field, or no value.
     """
     prefix, _, rest = text.partition(":") if text.startswith("peft:") else ("", "", text)
     label, _, given = rest.partition(":")
@@ -100,13 +89,13 @@ def parse(text: str) -> Contender:
     for pair in filter(None, (part.strip() for part in given.split(","))):
         key, equals, value = pair.partition("=")
         if not equals or not value:
-            raise RankfoldError(f"'{text}': '{pair}' must look like field=value, as in lora:r=8")
+            raise RankfoldError(f"'{text}': '{pair}' must look like field=value, as in {label}:r=8")
         if key not in known or key in SET_BY_THE_RUN:
             raise RankfoldError(f"'{text}': {label} has no field '{key}'{nearest(key, known)}")
         fields[key] = yaml.safe_load(value)
-    return Contender(label, name, fields)
+    return Candidate(label, name, fields)
 
 
-def chosen(names: Sequence[str] | None) -> list[Contender]:
-    """Those named, or everyone. Raises ValueError as `parse`."""
+def chosen(names: Sequence[str] | None) -> list[Candidate]:
+    """Those named, or everyone. Raises RankfoldError as `parse`."""
     return [parse(name) for name in names] if names else everyone()

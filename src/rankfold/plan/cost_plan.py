@@ -1,0 +1,90 @@
+"""What a plan of costs says: one row per method, what they stand on, and both as JSON."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import yaml
+
+from rankfold.plan.base_facts import BaseFacts
+from rankfold.plan.cost import Cost
+from rankfold.plan.folding import Fold
+from rankfold.plan.peft_methods import NEEDED
+from rankfold.runfile.checks import config_class, config_fields
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method of a plan.
+
+    Args:
+        method: its fields as a run file writes them.
+        ranks: its rank settings in a few letters.
+        cost: None where it cannot run or cannot meet the budget, and `reason` says why.
+        share: of the budget, if there is one.
+    """
+
+    label: str
+    method: dict[str, Any]
+    ranks: str = ""
+    cost: Cost | None = None
+    share: float | None = None
+    reason: str | None = None
+    notes: list[str] = field(default_factory=list)
+
+    def run_file(self) -> str:
+        """The section `method:` of a run file."""
+        lines = yaml.safe_dump({"method": self.method}, sort_keys=False, width=120)
+        for key, (value, help) in _still_needed(self.method["name"]).items():
+            if key not in self.method:
+                lines += f"  {key}: {value}  # {help}\n"
+        return lines
+
+    def to_dict(self) -> dict[str, Any]:
+        known: dict[str, Any] = {}
+        if (c := self.cost) is not None:
+            fold = c.fold if isinstance(c.fold, Fold) else None
+            known = {
+                "trained": c.trained,
+                "trained_at_end": c.trained_at_end,
+                "head": c.head,
+                "stored": c.stored,
+                "optimizer_bytes": c.optimizer_bytes,
+                "flops": None if c.flops is None else {"forward": c.flops[0], "training": c.flops[1]},
+                "folded": c.folded,
+                "folded_rank": c.folded_rank,
+                "serve": fold and {"rank": fold.served, "vllm": fold.flag},
+                "no_fold": None if fold else c.fold,
+            }
+        about = {"label": self.label, "method": self.method, "share": self.share, "reason": self.reason}
+        return {**about, **known, "notes": self.notes, "run_file": self.run_file() if self.cost else None}
+
+
+def _still_needed(name: str) -> dict[str, tuple[Any, str]]:
+    """What a run file must add: a value to stand there, and what it means."""
+    examples = {
+        key: (field.metadata["example"], field.metadata.get("help", ""))
+        for key, field in config_fields(config_class(name)).items()
+        if "example" in field.metadata
+    }
+    return {**examples, **NEEDED.get(name, {})}
+
+
+@dataclass(frozen=True)
+class CostPlan:
+    """All rows, and what they stand on."""
+
+    model: str
+    task: str | None
+    base: BaseFacts
+    targets: list[str] | str
+    budget: int | None
+    rows: list[Row]
+
+    def to_json(self) -> str:
+        about = {"format": "rankfold-plan-1", "model": self.model, "task": self.task, "base": asdict(self.base)}
+        rows = [row.to_dict() for row in self.rows]
+        values = {**about, "targets": self.targets, "budget": self.budget, "methods": rows}
+        return json.dumps(values, indent=2) + "\n"

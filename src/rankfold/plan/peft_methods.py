@@ -1,0 +1,40 @@
+"""What a plan must know of PEFT's own methods, whose configs cannot be asked: the one table of their names."""
+
+from __future__ import annotations
+
+from typing import Any
+
+#: Names that PEFT's users know, for a field of its LoRA.
+ALIASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "peft:rslora": ("peft:lora", {"use_rslora": True}),
+    "peft:dora": ("peft:lora", {"use_dora": True}),
+}
+#: The best known, which a plan compares ours with.
+RIVALS = ("peft:lora", "peft:rslora", "peft:dora", "peft:adalora", "peft:vera", "peft:loha", "peft:lokr")
+#: What a config cannot do without and a plan does not depend on, and what it means for a run file's reader.
+NEEDED: dict[str, dict[str, tuple[Any, str]]] = {
+    "peft:adalora": {"total_step": (1000, "the optimiser steps of your run")},
+}
+#: PEFT's types whose trained parameters grow with one field, and the field. The others have none, or shrink with it.
+GROWS_WITH = {
+    "ADALORA": "init_r",
+    "DELORA": "r",
+    "FOURIERFT": "n_frequency",
+    "HIRA": "r",
+    "HRA": "r",
+    "LOHA": "r",
+    "LOKR": "r",
+    "LORA": "r",
+    "MISS": "r",
+    "SHIRA": "r",
+    "VBLORA": "r",
+    "VERA": "r",
+    "WAVEFT": "n_frequency",
+}
+#: Fields that count ranks, of which a matrix has no more than its shape allows.
+RANKS = ("r", "init_r")
+
+
+def fields_at(name: str, r: int) -> dict[str, int]:
+    """The fields that stand for "rank r"; where ranks fall, they end there and start at 1.5 r, as papers do."""
+    return {"init_r": max(round(1.5 * r), r), "target_r": r} if name == "peft:adalora" else {"r": r}

@@ -1,0 +1,48 @@
+"""A method is one file: outside `methods/` the source names none."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from rankfold.host import registry
+
+SRC = Path(__file__).parent.parent / "src" / "rankfold"
+
+#: Who may name which, and why.
+ALLOWED = {
+    "__init__.py": {row.config.__name__ for row in registry.find()},  # the configs that a user imports
+    "gelora/": {"lora", "PlainLoraConfig"},  # GeLoRA is a way to choose LoRA's ranks
+    "cli.py": {"cora_subspace", "rasa"},  # CoRA's own command; the default of `init` and an example in its help
+    "fold/peft_updates.py": {"adalora"},  # the function for PEFT's adapter of that name
+}
+
+NAMES = [row.name for row in registry.find() if row.name != "lora"]
+CONFIGS = [row.config.__name__ for row in registry.find()]
+MODULES = [path.stem for path in (SRC / "methods").glob("*.py") if path.stem not in ("__init__", "lora", "gated")]
+#: Whole words, but not what is PEFT's: `peft:adalora`. Plain "lora" is also a word of file formats and of PEFT's keys, so it
+#: counts only where it is given or compared as a name: `"name": "lora"`, `method == "lora"`.
+WORDS = re.compile(
+    rf"(?<!peft:)\b({'|'.join(sorted({*NAMES, *CONFIGS, *MODULES}))})\b|(?:name|method)[\"']?\W{{1,4}}[\"'](lora)[\"']"
+)
+
+
+def named(path: Path) -> set[str]:
+    return {first or second for first, second in WORDS.findall(path.read_text(encoding="utf-8"))}
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in sorted(SRC.rglob("*.py")) if "methods" not in p.relative_to(SRC).parts], ids=str
+)
+def test_a_method_is_named_in_its_own_file_alone(path: Path) -> None:
+    place = path.relative_to(SRC).as_posix()
+    allowed = {name for prefix, names in ALLOWED.items() if place.startswith(prefix) for name in names}
+    assert named(path) <= allowed
+
+
+def test_the_exceptions_are_needed() -> None:
+    for prefix, names in ALLOWED.items():
+        files = [p for p in SRC.rglob("*.py") if p.relative_to(SRC).as_posix().startswith(prefix)]
+        assert names <= {name for path in files for name in named(path)}, prefix
