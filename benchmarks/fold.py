@@ -33,7 +33,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from rankfold import RasaConfig
 from rankfold.fold import fold_model, lowered, peft_adapters
 from rankfold.fold import native as ours
-from rankfold.fold.compression import Budget, compress
+from rankfold.fold.compression import CompressionLimit, compress
 from rankfold.fold.proof import prove
 from rankfold.host.config import LowRankConfig
 from rankfold.kernel.factors import Factors
@@ -119,7 +119,7 @@ def large(layers: int) -> dict[str, Any]:
         down = torch.randn(156, into, generator=generator, dtype=torch.float64)
         update = Factors(down, torch.randn(out, 156, generator=generator, dtype=torch.float64))
         begin = time.perf_counter()
-        cut = compress(update, Budget(rank=32))
+        cut = compress(update, CompressionLimit(rank=32))
         middle = time.perf_counter()
         prove("m", update, update, cut.balanced().to(torch.bfloat16).to(torch.float64), cut=cut)
         squeeze, proof = squeeze + middle - begin, proof + time.perf_counter() - middle

@@ -131,11 +131,12 @@ def trl(args: argparse.Namespace, folder: Path) -> tuple[Any, int]:
     from trl.trainer.sft_config import SFTConfig
     from trl.trainer.sft_trainer import SFTTrainer
 
+    from rankfold.io.models import locate
     from rankfold.train import model
     from rankfold.train.data import load_rows
 
     run = run_file(args, folder)
-    place = model.locate(run.model.name)
+    place = locate(run.model.name)
     clock = Clock()
     trainer = SFTTrainer(
         AutoModelForCausalLM.from_pretrained(place, dtype=getattr(torch, args.dtype)),

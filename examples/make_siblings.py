@@ -28,9 +28,10 @@ from peft import PeftModel
 from rankfold.cli import _quiet
 from rankfold.io import assets as bundled
 from rankfold.io.files import whole_folder
+from rankfold.io.models import locate
 from rankfold.methods.cora_subspace import build_subspace
 from rankfold.runfile.load import parse
-from rankfold.train.model import load_config, load_model, load_tokenizer, locate
+from rankfold.train.model import load_config, load_model, load_tokenizer
 from rankfold.train.run import train
 
 KINDS = {

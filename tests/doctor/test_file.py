@@ -15,7 +15,7 @@ from peft import LoraConfig, TaskType, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 from rankfold import RasaConfig
-from rankfold.doctor import Diagnosis, diagnose
+from rankfold.doctor import Diagnosis, Status, diagnose
 
 V = "base_model.model.model.layers.1.self_attn.v_proj."
 
@@ -269,3 +269,25 @@ def test_a_runs_folder_has_it_in_adapter(adapter):
     assert diagnose(folder.parent).healthy
     assert diagnose(folder / "adapter_config.json").healthy
     assert diagnose(folder / "adapter_model.safetensors").healthy
+
+
+def test_shards_of_zero3_that_were_not_gathered(adapter):
+    folder = adapter()
+    edit_tensors(folder, lambda t: {k: torch.empty(0) for k in t})
+    found = diagnose(folder)
+    assert len(found.problems) == 1
+    assert "12 of 12 tensors are empty (shape [0])" in problems(found)
+    assert "gather the weights before saving" in found.problems[0].fix
+    assert "trained" not in problems(found)
+
+
+def test_keys_without_the_prefix(adapter):
+    folder = adapter()
+    edit_tensors(folder, lambda t: {k.removeprefix("base_model.model."): v for k, v in t.items()})
+    found = diagnose(folder)
+    assert "keys lack the prefix base_model.model." in problems(found)
+    assert "do not belong" not in problems(found)
+    verdicts = {v.engine.key: v for v in found.verdicts}
+    assert {verdicts[key].status for key in ("vllm", "llama.cpp")} == {Status.LOADS}
+    assert verdicts["peft"].status is Status.IN_PART
+    assert not any("must end in" in f.what for v in found.verdicts for f in v.findings)

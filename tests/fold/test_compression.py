@@ -17,7 +17,7 @@ from rankfold import RasaConfig
 from rankfold.cli import main
 from rankfold.fold import fold_adapter, fold_model
 from rankfold.fold.calibration import read_texts, second_moments, tokenise
-from rankfold.fold.compression import Budget, compress, weighted_error
+from rankfold.fold.compression import CompressionLimit, compress, weighted_error
 from rankfold.fold.proof import prove
 from rankfold.fold.source import Update
 from rankfold.kernel.factors import Factors
@@ -47,7 +47,7 @@ def dense(update: Update) -> Tensor:
 def test_the_best_of_its_rank(name: str, rank: int) -> None:
     """Eckart–Young: the error is what a dense SVD leaves."""
     update = updates()[name]
-    folded = compress(update, Budget(rank=rank))
+    folded = compress(update, CompressionLimit(rank=rank))
     best = torch.linalg.svdvals(dense(update))[rank:].norm()
     error = (folded.delta() - dense(update)).norm()
     assert folded.rank == min(rank, 10)
@@ -58,7 +58,7 @@ def test_the_best_of_its_rank(name: str, rank: int) -> None:
 @pytest.mark.parametrize("error", [0.3, 0.01, 1e-7, 0.0])
 def test_the_smallest_rank_within_an_error(name: str, error: float) -> None:
     update = updates()[name]
-    folded = compress(update, Budget(error=error))
+    folded = compress(update, CompressionLimit(error=error))
     sigma = torch.linalg.svdvals(dense(update))
     assert (folded.delta() - dense(update)).norm() <= error * sigma.norm() + 1e-11
     if error:
@@ -74,21 +74,21 @@ def test_weighted_by_the_inputs(name: str) -> None:
     moment = x @ x.T
     root = torch.linalg.cholesky(moment)
     for rank in (1, 3, 6):
-        folded = compress(update, Budget(rank=rank), moment)
+        folded = compress(update, CompressionLimit(rank=rank), moment)
         best = torch.linalg.svdvals(dense(update) @ root)[rank:].norm() / (dense(update) @ root).norm()
         error = weighted_error(update, folded, moment)
         assert error == pytest.approx(float(best), rel=1e-5)
-        assert error <= weighted_error(update, compress(update, Budget(rank=rank)), moment) + 1e-12
-    folded = compress(update, Budget(error=0.05), moment)
+        assert error <= weighted_error(update, compress(update, CompressionLimit(rank=rank)), moment) + 1e-12
+    folded = compress(update, CompressionLimit(error=0.05), moment)
     assert weighted_error(update, folded, moment) <= 0.05
-    assert weighted_error(update, compress(update, Budget(rank=folded.rank - 1), moment), moment) > 0.05
+    assert weighted_error(update, compress(update, CompressionLimit(rank=folded.rank - 1), moment), moment) > 0.05
 
 
 def test_an_update_of_nothing() -> None:
     zero = Factors(torch.zeros(3, 8, dtype=torch.float64), torch.zeros(6, 3, dtype=torch.float64))
-    assert compress(zero, Budget(error=0.1)).rank == 0
-    assert not compress(zero.delta(), Budget(rank=2)).delta().any()
-    assert prove("m", zero, zero, zero, cut=compress(zero, Budget(rank=1))).frobenius == 0
+    assert compress(zero, CompressionLimit(error=0.1)).rank == 0
+    assert not compress(zero.delta(), CompressionLimit(rank=2)).delta().any()
+    assert prove("m", zero, zero, zero, cut=compress(zero, CompressionLimit(rank=1))).frobenius == 0
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_an_update_of_nothing() -> None:
 )
 def test_bad_budgets(arguments, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Budget(**arguments)
+        CompressionLimit(**arguments)
 
 
 # In a fold ----------------------------------------------------------------------------------------------------------
@@ -291,6 +291,6 @@ def test_compression_decomposes_nothing_as_large_as_the_weight(monkeypatch: pyte
             torch.linalg, name, lambda a, *args, real=real, **kw: (sizes.append(max(a.shape)), real(a, *args, **kw))[1]
         )
     wide = Factors(random(156, 1024), random(2048, 156, seed=1))
-    assert compress(wide, Budget(rank=32)).rank == 32
-    assert compress(wide, Budget(rank=32), torch.eye(1024, dtype=torch.float64)).rank == 32
+    assert compress(wide, CompressionLimit(rank=32)).rank == 32
+    assert compress(wide, CompressionLimit(rank=32), torch.eye(1024, dtype=torch.float64)).rank == 32
     assert sizes == [156, 156]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -29,7 +30,7 @@ from rankfold.fold import fold_adapter, fold_model
 from rankfold.fold.native import from_folder
 from rankfold.fold.profiles.uniform import serve_rank, target_suffixes
 from rankfold.fold.proof import prove
-from rankfold.fold.source import read_config
+from rankfold.io.adapters import read_config
 from rankfold.io.files import whole_folder
 
 TOKENS = torch.arange(5, 21)[None]
@@ -289,16 +290,26 @@ def test_another_base_is_refused(llama: Path, tmp_path: Path) -> None:
         from_folder(adapter, read_config(adapter), str(other))
 
 
-def test_an_existing_folder_is_kept_unless_forced(llama: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("profile", ["uniform", "merged"])
+def test_force_replaces_a_fold_and_nothing_else(profile: str, llama: Path, tmp_path: Path) -> None:
     adapter, _ = trained(llama, CONFIGS["rasa"], tmp_path)
     out = tmp_path / "out"
-    out.mkdir()
-    (out / "precious").write_text("x")
+    fold_adapter(adapter, out, probe=False, profile=profile)
     with pytest.raises(FileExistsError, match="--force"):
         fold_adapter(adapter, out, probe=False)
-    assert (out / "precious").exists()
     fold_adapter(adapter, out, probe=False, force=True)
-    assert not (out / "precious").exists()
+    (out / "notes").mkdir()
+    (out / "notes" / "thesis.txt").write_text("x")
+    with pytest.raises(FileExistsError, match=r"holds notes.thesis\.txt, which was not written by a fold"):
+        fold_adapter(adapter, out, probe=False, force=True)
+    with pytest.raises(FileExistsError, match=r"holds notes.thesis\.txt"):
+        fold_model(get_peft_model(AutoModelForCausalLM.from_pretrained(llama), rasa()), out, force=True)
+    (out / "fold_report.json").unlink()
+    with pytest.raises(FileExistsError, match=r"holds README\.md"):
+        fold_adapter(adapter, out, probe=False, force=True)
+    with pytest.raises(FileExistsError, match="is a file"):
+        fold_adapter(adapter, out / "README.md", probe=False, force=True)
+    assert (out / "notes" / "thesis.txt").read_text() == "x"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "out"]
 
 
@@ -336,10 +347,29 @@ def test_what_is_no_adapter_folder(llama: Path, tmp_path: Path) -> None:
     adapter, _ = trained(llama, CONFIGS["rasa"], tmp_path)
     with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
         fold_adapter(tmp_path / "nowhere", tmp_path / "out")
+    (tmp_path / "other").write_text("x")
     with pytest.raises(ValueError, match="is a file; give the folder"):
-        fold_adapter(adapter / "adapter_model.safetensors", tmp_path / "out")
-    with pytest.raises(ValueError, match=r"that of a run is in .*adapter"):
-        fold_adapter(tmp_path, tmp_path / "out")
+        fold_adapter(tmp_path / "other", tmp_path / "out")
+    (tmp_path / "below").mkdir()
+    adapter.rename(tmp_path / "below" / "french")  # where PEFT saves an adapter of that name
+    with pytest.raises(ValueError, match=r"has no adapter_config\.json; there is one in .*french"):
+        fold_adapter(tmp_path / "below", tmp_path / "out")
+
+
+@pytest.mark.parametrize("given", [".", "adapter/adapter_config.json", "adapter/adapter_model.safetensors"])
+def test_a_run_and_a_file_in_the_adapter_mean_the_adapter(given: str, llama: Path, tmp_path: Path) -> None:
+    trained(llama, CONFIGS["rasa"], tmp_path / "run")
+    report = fold_adapter(tmp_path / "run" / given, tmp_path / "out", probe=False)
+    assert report.adapter == str(tmp_path / "run" / "adapter")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no modes")
+def test_a_fold_can_be_read_by_those_who_may_read_other_files(llama: Path, tmp_path: Path) -> None:
+    adapter, _ = trained(llama, CONFIGS["rasa"], tmp_path)
+    plain = tmp_path / "plain"
+    plain.touch()
+    fold_adapter(adapter, tmp_path / "out", probe=False)
+    assert {p.stat().st_mode for p in (tmp_path / "out").iterdir()} == {plain.stat().st_mode}
 
 
 def test_a_folder_that_cannot_be_renamed_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

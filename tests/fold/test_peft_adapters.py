@@ -29,7 +29,7 @@ from transformers.pytorch_utils import Conv1D
 from rankfold.fold import fold_adapter, fold_model
 from rankfold.fold.peft_adapters import from_folder, from_model
 from rankfold.fold.peft_updates import REFUSED, UPDATES, kind
-from rankfold.fold.source import read_config
+from rankfold.io.adapters import read_config
 from rankfold.kernel.factors import Factors
 
 TOKENS = torch.arange(5, 21)[None]

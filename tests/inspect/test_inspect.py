@@ -18,10 +18,11 @@ from rankfold import PlainLoraConfig, RasaConfig, SoraConfig
 from rankfold.host import registry
 from rankfold.host.linear_layer import AdaptedLinear
 from rankfold.inspect import inspect_adapter, inspect_run
-from rankfold.inspect.adapter import Update
 from rankfold.inspect.command import run_inspect
 from rankfold.inspect.grid import grid, place
-from rankfold.inspect.terminal import bars
+from rankfold.inspect.inspection import ModuleUpdate
+from rankfold.inspect.pictures import draw_adapter, draw_history
+from rankfold.inspect.terminal import bars, show_adapter, show_history
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 
@@ -129,12 +130,12 @@ def test_dead_components_are_not_kept(base: Path) -> None:
 
 
 def test_formulas() -> None:
-    u = Update("m", 5, 6, 4, 4, (2.0, 2.0, 2.0, 2.0))
+    u = ModuleUpdate("m", 5, 6, 4, 4, (2.0, 2.0, 2.0, 2.0))
     assert u.norm == 4
     assert u.effective_rank == pytest.approx(4)
     assert u.stable_rank == pytest.approx(4)
     assert u.energy_rank == 4
-    steep = Update("m", 5, 6, 2, 2, (10.0, 0.1))
+    steep = ModuleUpdate("m", 5, 6, 2, 2, (10.0, 0.1))
     assert steep.energy_rank == 1
     assert steep.stable_rank == pytest.approx(1.0001)
     p = (10 / 10.1, 0.1 / 10.1)
@@ -177,7 +178,7 @@ def printed(table) -> str:
 
 def test_terminal_fits_80_columns(base: Path) -> None:
     model = adapted(base, SoraConfig(r=16, target_modules="all-linear"))
-    text = printed(inspect_adapter(model).table(80))
+    text = printed(show_adapter(inspect_adapter(model)))
     assert max(map(len, text.splitlines())) <= 80
     assert "336 of 336 ranks kept in 21 matrices" in text
     for name in ("q_proj", "down_proj"):
@@ -188,20 +189,20 @@ def test_terminal_fits_80_columns(base: Path) -> None:
 @pytest.mark.parametrize("ending", ["svg", "png"])
 def test_pictures(base: Path, tmp_path: Path, ending: str) -> None:
     found = inspect_adapter(adapted(base, SoraConfig(r=4, target_modules=TARGETS)))
-    found.heatmap(tmp_path / f"a.{ending}")
-    history(tmp_path).picture(tmp_path / f"b.{ending}")
+    draw_adapter(found, tmp_path / f"a.{ending}")
+    draw_history(history(tmp_path), tmp_path / f"b.{ending}")
     for name in "ab":
         assert (tmp_path / f"{name}.{ending}").read_bytes()[:5] in (b"<?xml", b"\x89PNG\r")
     with pytest.raises(ValueError, match="must end in"):
-        found.heatmap(tmp_path / "a.gif")
+        draw_adapter(found, tmp_path / "a.gif")
 
 
 def test_an_untrained_adapter_is_shown(base: Path, tmp_path: Path) -> None:
     model = get_peft_model(hf.LlamaForCausalLM.from_pretrained(base), PlainLoraConfig(r=4, target_modules=TARGETS))
     found = inspect_adapter(model)
     assert (found.rank, found.start, found.norm) == (0, 36, 0.0)
-    assert "9 without any" in " ".join(printed(found.table(80)).split())
-    found.heatmap(tmp_path / "zero.png")
+    assert "9 without any" in " ".join(printed(show_adapter(found)).split())
+    draw_adapter(found, tmp_path / "zero.png")
 
 
 # Runs -----------------------------------------------------------------------------------------------------------------
@@ -231,7 +232,7 @@ def test_a_run_s_ranks(tmp_path: Path) -> None:
     assert found.ranks["layers.1.q"] == (8, 7, 6, 6, 5)
     assert found.total[0] == 32
     assert found.by_kind()["q"] == tuple(a + b for a, b in zip(found.ranks["layers.0.q"], found.ranks["layers.1.q"], strict=True))  # fmt: skip
-    assert "rank at step 50" in printed(found.table(80))
+    assert "rank at step 50" in printed(show_history(found))
     assert inspect_run(tmp_path / "run" / "checkpoints").steps == found.steps
 
 
@@ -307,8 +308,14 @@ def test_the_command(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     run_inspect(str(run / "adapter"), json=True)
     assert set(json.loads(capsys.readouterr().out)) == {"adapter"}
 
-    with pytest.raises(ValueError, match="neither an adapter"):
-        run_inspect(str(base))
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        run_inspect(str(run / "adapter" / name), json=True)
+        assert set(json.loads(capsys.readouterr().out)) == {"adapter"}
+    run_inspect(str(run / "checkpoints" / "ranks.jsonl"), json=True)
+    assert set(json.loads(capsys.readouterr().out)) == {"run"}
+    for path in (base, base / "model.safetensors", base / "config.json"):
+        with pytest.raises(ValueError, match="neither an adapter"):
+            run_inspect(str(path))
     with pytest.raises(FileNotFoundError, match="does not exist"):
         run_inspect(str(tmp_path / "nothing"))
     with pytest.raises(ValueError, match="must end in"):

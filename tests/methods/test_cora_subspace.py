@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rankfold.host.adapter import Site
-from rankfold.io.weights import ModelFolder
+from rankfold.io.model_folder import ModelFolder
 from rankfold.methods import cora_subspace as room
 from rankfold.methods.cora_subspace import Subspace, build_subspace, content_hash, load_subspace
 

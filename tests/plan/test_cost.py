@@ -15,6 +15,7 @@ from shapes import CONFIGS, folder, real
 from rankfold import AdaSvdConfig, PlainLoraConfig, RasaConfig
 from rankfold.fold import fold_adapter
 from rankfold.host import registry
+from rankfold.io.models import ModelError
 from rankfold.methods.cora_subspace import content_hash, write_subspace
 from rankfold.plan.base_facts import describe
 from rankfold.plan.candidates import everyone
@@ -22,7 +23,6 @@ from rankfold.plan.cost import cost
 from rankfold.plan.folding import Fold
 from rankfold.plan.meta import meta_model
 from rankfold.train import budget
-from rankfold.train.model import ModelError
 
 CANDIDATES = {c.label: c.with_rank(4) for c in everyone()}
 TASKS = {"bert": "classification"}

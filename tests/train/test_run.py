@@ -25,6 +25,7 @@ from transformers import (
     TrainerCallback,
 )
 
+from rankfold.io.models import ModelError
 from rankfold.runfile.load import parse
 from rankfold.tasks.chats import turns, turns_by_difference
 from rankfold.tasks.rows import DataError
@@ -32,7 +33,6 @@ from rankfold.train import run as run_module
 from rankfold.train.checkpoints import last_whole, what_is_damaged
 from rankfold.train.folder import FolderError, SaveError
 from rankfold.train.metrics import read_metrics
-from rankfold.train.model import ModelError
 from rankfold.train.prepare import make_plan, prepare
 from rankfold.train.profiler import PARTS, Profile
 from rankfold.train.run import train

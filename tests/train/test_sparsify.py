@@ -10,11 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from rankfold.io.models import ModelError
 from rankfold.runfile.load import parse
 from rankfold.runfile.problems import RunFileError
 from rankfold.runfile.schema import RunFile
 from rankfold.train import sparsify as module
-from rankfold.train.model import ModelError
 from rankfold.train.run import train
 from rankfold.train.sparsify import sparsify, thresholds
 

@@ -7,19 +7,20 @@ from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock, Timeout
 
 from rankfold.compare.contenders import Lineup, resolve
 from rankfold.compare.executors import Executor, Submit, executor
 from rankfold.compare.file import CompareFile, load
-from rankfold.compare.time_left import Estimate, duration
+from rankfold.compare.time_left import Estimate
 from rankfold.compare.trial_file import FILE, TrialLine, append, read
 from rankfold.compare.trial_list import Trial, relabelled, wanted
 from rankfold.compare.trial_process import JOB
 from rankfold.errors import RankfoldError
-from rankfold.train.folder import FolderError, write_whole
+from rankfold.io.files import write_whole
+from rankfold.text import changes, duration
+from rankfold.train.folder import FolderError
 
 COPY = "compare.yaml"
 SHARED = ("model", "task", "data", "training")
@@ -176,17 +177,11 @@ def check_folder(file: CompareFile) -> None:
             raise FolderError(f"output: '{out}' is not empty and holds no comparison; name another folder")
         return
     old, new = (f.model_dump(include=set(SHARED)) for f in (load(before), file))
-    changed = [p for key in SHARED for p in _differences(key, old[key], new[key])]
+    changed = [p for key in SHARED for p in changes(key, old[key], new[key])]
     if changed:
         raise FolderError(
             f"output: the trials in '{out}' had other settings: {'; '.join(changed)}. Undo the change, or name another output"
         )
-
-
-def _differences(path: str, old: Any, new: Any) -> list[str]:
-    if isinstance(old, dict) and isinstance(new, dict):
-        return [d for key in {**old, **new} for d in _differences(f"{path}.{key}", old.get(key), new.get(key))]
-    return [] if old == new else [f"{path} was {old!r}, is {new!r}"]
 
 
 def check_labels(lineup: Lineup, file: CompareFile, lines: list[TrialLine]) -> None:
@@ -201,8 +196,8 @@ def check_labels(lineup: Lineup, file: CompareFile, lines: list[TrialLine]) -> N
             if (line.label, line.where) != (entry.label, entry.where) or line.wall_seconds is None:  # it never ran
                 continue
             if (line.method, line.config) != (entry.method["name"], now):
-                changed = _differences("name", line.method, entry.method["name"]) + _differences("", line.config, now)
+                changed = changes("name", line.method, entry.method["name"]) + changes("", line.config, now)
                 raise FolderError(
                     f"output: '{entry.name()}' was another one when its trials in '{file.output}' were run "
-                    f"({'; '.join(c.removeprefix('.') for c in changed)}); give the new one another label, or name another output"
+                    f"({'; '.join(changed)}); give the new one another label, or name another output"
                 )

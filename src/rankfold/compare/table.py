@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from rich.console import Group, RenderableType
 from rich.padding import Padding
-from rich.table import Table
 from rich.text import Text
 
+from rankfold import text
 from rankfold.compare import wording as say
 from rankfold.compare.analysis import Analysis
 
@@ -14,7 +14,7 @@ from rankfold.compare.analysis import Analysis
 def show(analysis: Analysis) -> Group:
     """The answer, one row per contender with the best test metric first, what to beware of, and what did not finish."""
     n = say.digits(analysis)
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    table = text.table()
     table.add_column("contender", overflow="fold")
     table.add_column("rate", justify="right", no_wrap=True)
     table.add_column(f"test {say.words(analysis.metric)}", justify="right", no_wrap=True)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from rankfold.compare.trial_list import Trial
+from rankfold.text import duration
 
 
 @dataclass
@@ -31,19 +32,16 @@ class Estimate:
         most = sum(t.share * means.get(_of(t), high) for t in left) + later * high
         untimed = len({_of(t) for t in left} - means.keys())
         least, most = least / workers, most / workers
-        about = duration(least) if most <= 1.1 * least else f"{duration(least)} to {duration(most)}"
+        about = (
+            duration(least, digits=2)
+            if most <= 1.1 * least
+            else f"{duration(least, digits=2)} to {duration(most, digits=2)}"
+        )
         if untimed:
             many = "1 contender was" if untimed == 1 else f"{untimed} contenders were"
-            return f"at least {duration(least)} left ({many} not timed yet)"
+            return f"at least {duration(least, digits=2)} left ({many} not timed yet)"
         return f"about {about} left"
 
 
 def _of(trial: Trial) -> tuple[str, str]:
     return trial.line.label, trial.line.where
-
-
-def duration(seconds: float) -> str:
-    """As people say it: 50 s, 12 min, 3.5 h."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"

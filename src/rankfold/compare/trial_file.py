@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from rankfold.errors import RankfoldError
+from rankfold.io.files import append_line, read_json_lines
 
 FILE = "trials.jsonl"
 
@@ -86,12 +86,16 @@ class TrialLine:
 
     @staticmethod
     def from_json(text: str) -> TrialLine:
-        """The line again; fields of a later version are left out.
+        """The line again; as `from_values`."""
+        return TrialLine.from_values(json.loads(text))
+
+    @staticmethod
+    def from_values(values: object) -> TrialLine:
+        """The line of a JSON object; fields of a later version are left out.
 
         Raises:
             RankfoldError: it is not a trial line.
         """
-        values = json.loads(text)
         if not isinstance(values, dict):
             raise RankfoldError("a trial line is a JSON object")
         known = {f.name for f in dataclasses.fields(TrialLine)}
@@ -113,16 +117,10 @@ def read(path: str | Path) -> list[TrialLine]:
     path = Path(path)
     path = path / FILE if path.is_dir() else path
     found: dict[str, TrialLine] = {}
-    # Not splitlines(), which also splits at U+2028 and its kind, and JSON may hold those.
-    rows = path.read_bytes().split(b"\n") if path.exists() else []
-    for number, row in enumerate(rows, 1):
-        if not row.strip():
-            continue
+    for number, values in read_json_lines(path):
         try:
-            line = TrialLine.from_json(row.decode())
+            line = TrialLine.from_values(values)
         except ValueError as e:
-            if number == len(rows):
-                break
             raise RankfoldError(f"{path}:{number}: {e}; delete the line") from None
         found.pop(line.id, None)
         found[line.id] = line
@@ -131,12 +129,7 @@ def read(path: str | Path) -> list[TrialLine]:
 
 def append(path: str | Path, line: TrialLine) -> None:
     """Add a line that is on the disk when this returns; a half line that a kill left before it is cut off."""
-    with Path(path).open("a+b") as file:
-        file.seek(0)
-        file.truncate(file.read().rfind(b"\n") + 1)
-        file.write((line.to_json() + "\n").encode())
-        file.flush()
-        os.fsync(file.fileno())
+    append_line(Path(path), line.to_json())
 
 
 def _finite(value: Any) -> Any:

@@ -42,7 +42,7 @@ def main(folder: Path) -> int:
         status = "diverged" if isinstance(e, DivergedError) else "failed"
         measured = replace(line, status=status, reason=_sentence(e), **machine())
     if int(os.environ.get("RANK", 0)) == 0:
-        from rankfold.train.folder import write_whole
+        from rankfold.io.files import write_whole
 
         measured = replace(measured, wall_seconds=time.monotonic() - began)
         write_whole(folder / f"{line.id}.json", measured.to_json())
@@ -164,7 +164,7 @@ class _Kept:
     path: Path
 
     def write(self, value: float) -> None:
-        from rankfold.train.folder import write_whole
+        from rankfold.io.files import write_whole
 
         write_whole(self.path, json.dumps(value))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import rankfold.text
 from rankfold.compare.analysis import Analysis, Contender, Difference
 
 MINUS, NOTHING = "−", "–"
@@ -42,17 +43,13 @@ def size(value: float | None) -> str:
     """Bytes, as "412 MB"."""
     if value is None:
         return NOTHING
-    return f"{value / 1e9:.2f} GB" if value >= 1e9 else f"{value / 1e6:.0f} MB"
+    return rankfold.text.size(value)
 
 
 def duration(seconds: float | None) -> str:
     if seconds is None:
         return NOTHING
-    if seconds < 100:
-        return f"{seconds:.1f} s"
-    if seconds < 6000:
-        return f"{seconds / 60:.1f} min"
-    return f"{seconds / 3600:.1f} h"
+    return rankfold.text.duration(seconds)
 
 
 def words(metric: str) -> str:

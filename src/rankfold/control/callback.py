@@ -10,6 +10,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from rankfold.control.attach import Attached, attach
 from rankfold.errors import RankfoldError
+from rankfold.io.files import append_line, read_json_lines, write_whole
 
 
 class AdapterCallback(TrainerCallback):
@@ -53,8 +54,7 @@ class AdapterCallback(TrainerCallback):
         ):
             self.written = state.global_step
             self._path(args).parent.mkdir(parents=True, exist_ok=True)
-            with open(self._path(args), "a", encoding="utf-8") as f:
-                f.write(json.dumps({"step": state.global_step, "ranks": self.attached.ranks()}) + "\n")
+            append_line(self._path(args), json.dumps({"step": state.global_step, "ranks": self.attached.ranks()}))
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         if self.attached is None:
@@ -81,15 +81,7 @@ def _drop_later_lines(path: Path, step: int) -> int:
     """
     if not path.exists():
         return -1
-    kept = {}
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        try:
-            written = int(json.loads(line)["step"])
-        except (json.JSONDecodeError, KeyError, TypeError):
-            continue  # half a line, from the moment of the kill
-        if written <= step and line.endswith("\n"):
-            kept[written] = line
-    part = path.with_suffix(".part")  # a kill in here must not lose the lines
-    part.write_text("".join(kept.values()), encoding="utf-8")
-    part.replace(path)
+    rows = (row for _, row in read_json_lines(path, skip_damaged=True) if isinstance(row, dict) and "step" in row)
+    kept = {row["step"]: json.dumps(row) + "\n" for row in rows if row["step"] <= step}
+    write_whole(path, "".join(kept.values()))
     return max(kept, default=-1)

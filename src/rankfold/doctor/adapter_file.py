@@ -1,6 +1,6 @@
 """An adapter as it lies on the disk: which format, its config with line numbers, the headers of its tensors.
 
-Nothing is unpickled, nothing is loaded: tensors are streamed by `weights.py`, one at a time.
+Nothing is unpickled, nothing is loaded: `io/weights.py` reads tensors one at a time.
 """
 
 from __future__ import annotations
@@ -10,12 +10,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from rankfold.doctor import gguf_file, jsonlines
-from rankfold.doctor.findings import Finding, Status, one_line
+from rankfold.doctor.findings import Finding, Status
 from rankfold.errors import RankfoldError
+from rankfold.io.adapters import CONFIG, GATHER, not_gathered
+from rankfold.io.weights import Header, read_headers, read_metadata, read_tensors
+from rankfold.text import one_line
 
 #: Formats by the file that holds the weights. The order decides where a folder has several.
 WEIGHTS = {
@@ -24,15 +26,6 @@ WEIGHTS = {
     "pytorch_lora_weights.safetensors": "diffusers",
     "adapter_model.bin": "peft",
 }
-CONFIG = "adapter_config.json"
-
-
-@dataclass(frozen=True)
-class Header:
-    """What is known of a tensor without reading it; `dtype` in safetensors' letters (F32, BF16 …)."""
-
-    shape: tuple[int, ...]
-    dtype: str
 
 
 @dataclass
@@ -78,12 +71,7 @@ class AdapterFile:
                 if values is not None:
                     yield name, values
             return
-        with safe_open(self.weights, "pt") as file:
-            for name in self.tensors:
-                try:
-                    yield name, file.get_tensor(name)
-                except (SafetensorError, AttributeError, RuntimeError, KeyError, TypeError) as error:
-                    raise RankfoldError(f"tensor {name!r} cannot be read: {error}") from None
+        yield from read_tensors(self.weights, list(self.tensors))
 
 
 def open_adapter(path: Path) -> AdapterFile:
@@ -174,15 +162,16 @@ def _read_headers(path: Path, file: AdapterFile) -> None:
             file.config = header.metadata
             file.tensors = {name: Header(t.shape, t.dtype) for name, t in header.tensors.items()}
             return
-        with safe_open(path, "pt") as opened:
-            for name in opened.keys():  # noqa: SIM118  (not a dict)
-                part = opened.get_slice(name)
-                file.tensors[name] = Header(tuple(part.get_shape()), str(part.get_dtype()))
-            if file.kind == "diffusers":
-                file.config = dict(opened.metadata() or {})
+        file.tensors = read_headers(path)
+        if file.kind == "diffusers":
+            file.config = read_metadata(path)
         if not file.tensors:
             raise RankfoldError("it has no tensors")
-    except (SafetensorError, ValueError, OSError) as error:
+        if message := not_gathered({name: header.shape for name, header in file.tensors.items()}):
+            file.tensors = {}
+            file.problems.append(Finding(Status.PROBLEM, message, path.name, GATHER))
+            return
+    except (ValueError, OSError) as error:
         file.tensors = {}
         problem = f"the weights cannot be read, they are truncated or not {path.suffix[1:]}: {one_line(error)}"
         file.problems.append(Finding(Status.PROBLEM, problem, path.name, "copy or download the file again"))

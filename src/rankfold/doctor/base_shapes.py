@@ -9,18 +9,18 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import AutoConfig
 from transformers.pytorch_utils import Conv1D
 
-from rankfold.doctor.findings import one_line
 from rankfold.errors import RankfoldError
+from rankfold.io.models import model_config, named_class, skeleton
+from rankfold.io.weights import read_headers
 from rankfold.tasks import table
+from rankfold.text import one_line
 
 
 @dataclass(frozen=True)
-class Base:
+class BaseShapes:
     """One base model.
 
     Args:
@@ -34,7 +34,7 @@ class Base:
     why_not: str = ""
 
 
-def read_base(folder: Path, adapter: dict[str, Any]) -> Base:
+def read_base(folder: Path, adapter: dict[str, Any]) -> BaseShapes:
     """Reads a base folder.
 
     Args:
@@ -51,28 +51,25 @@ def read_base(folder: Path, adapter: dict[str, Any]) -> Base:
     except (OSError, ValueError, RecursionError) as error:
         raise RankfoldError(f"base '{folder}': its config.json cannot be read ({error}); give --base FOLDER") from None
     try:
-        return Base(folder, config, _skeleton(folder, config, adapter))
+        return BaseShapes(folder, config, _skeleton(folder, config, adapter))
     except Exception as error:  # transformers raises anything on a config that it does not know
         if "quantization_config" in config:  # packed weights have other shapes
-            return Base(folder, config, why_not=f"transformers cannot build it: {one_line(error)}")
+            return BaseShapes(folder, config, why_not=f"transformers cannot build it: {one_line(error)}")
     try:
-        return Base(folder, config, _headers(folder))
-    except (SafetensorError, OSError, ValueError) as error:
-        return Base(folder, config, why_not=one_line(error))
+        return BaseShapes(folder, config, _headers(folder))
+    except (OSError, ValueError) as error:
+        return BaseShapes(folder, config, why_not=one_line(error))
 
 
 def _skeleton(folder: Path, config: dict[str, Any], adapter: dict[str, Any]) -> dict[str, tuple[int, int]]:
     """From transformers' model class on the meta device."""
-    base_config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     task = table.of_peft_type(adapter.get("task_type"))
-    auto = getattr(transformers, task.models[0]) if task else None
-    with torch.device("meta"):
-        if auto is not None:
-            model = auto.from_config(base_config, trust_remote_code=False)
-        else:
-            mapping = adapter.get("auto_mapping")
-            name = (mapping if isinstance(mapping, dict) else {}).get("base_model_class") or config["architectures"][0]
-            model = getattr(transformers, name)(base_config)
+    mapping = adapter.get("auto_mapping")
+    name = (mapping if isinstance(mapping, dict) else {}).get("base_model_class") or config["architectures"][0]
+    if task is None and not hasattr(transformers, name):
+        raise RankfoldError(f"transformers has no {name}")  # whose names could only be guessed
+    maker = named_class(task.models[0] if task else name)
+    model = skeleton(model_config(folder, local_files_only=True), (maker,))
     return {name: shape for name, m in model.named_modules() if (shape := _shape(m)) is not None}
 
 
@@ -90,9 +87,7 @@ def _headers(folder: Path) -> dict[str, tuple[int, int]]:
         raise RankfoldError("transformers does not know its architecture, and it has no safetensors")
     shapes = {}
     for file in files:
-        with safe_open(file, "pt") as opened:
-            for name in opened.keys():  # noqa: SIM118  (not a dict)
-                shape = opened.get_slice(name).get_shape()
-                if name.endswith(".weight") and len(shape) == 2:
-                    shapes[name.removesuffix(".weight")] = (shape[0], shape[1])
+        for name, header in read_headers(file).items():
+            if name.endswith(".weight") and len(header.shape) == 2:
+                shapes[name.removesuffix(".weight")] = header.shape
     return shapes

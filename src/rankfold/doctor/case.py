@@ -7,11 +7,12 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from rankfold.doctor.adapter_file import AdapterFile, Header
-from rankfold.doctor.base_shapes import Base
+from rankfold.doctor.adapter_file import AdapterFile
+from rankfold.doctor.base_shapes import BaseShapes
 from rankfold.doctor.settings import Settings
+from rankfold.io.weights import Header
 
-_PEFT = re.compile(r"^base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight$")
+_PEFT = re.compile(r"^(?P<prefix>base_model\.model\.)?(?P<module>.+)\.lora_(?P<side>[AB])\.weight$")
 _LOOSE = re.compile(r"^(?P<module>.+)\.lora[_.](?P<side>[aAbB]|up|down)(\.weight)?$")
 _OURS = re.compile(r"^base_model\.model\.(?P<module>.+)\.lowrank_adapters\.(?P<side>up|down)$")
 _SIDE = {"a": "a", "A": "a", "down": "a", "b": "b", "B": "b", "up": "b"}
@@ -51,13 +52,15 @@ class Case:
             "saved" (named in modules_to_save), "vocabulary" (embed_tokens or lm_head whole), "tokens", "norm", "alpha",
             "foreign".
         base: what is known of the base model.
+        bare: names of factors that lack the prefix base_model.model., in PEFT's format.
     """
 
     file: AdapterFile
     settings: Settings
     pairs: list[Pair] = field(default_factory=list)
     others: dict[str, list[str]] = field(default_factory=dict)
-    base: Base | None = None
+    base: BaseShapes | None = None
+    bare: list[str] = field(default_factory=list)
 
     @property
     def ours(self) -> bool:
@@ -103,20 +106,23 @@ class Case:
         return [n for names in self.others.values() for n in names]
 
 
-def make_case(file: AdapterFile, settings: Settings, base: Base | None) -> Case:
+def make_case(file: AdapterFile, settings: Settings, base: BaseShapes | None) -> Case:
     sides: dict[str, dict[str, Header]] = defaultdict(dict)
     others: dict[str, list[str]] = defaultdict(list)
     ours = settings.peft_type.startswith("RANKFOLD_")
+    bare: list[str] = []
     pattern = _LOOSE if file.kind != "peft" else _OURS if ours else _PEFT
     for name, header in file.tensors.items():
         match = pattern.match(name)
         if match:
+            if pattern is _PEFT and not match["prefix"]:
+                bare.append(name)
             shape = header.shape[::-1] if file.kind == "mlx" else header.shape
             sides[match["module"]][_SIDE[match["side"]]] = Header(shape, header.dtype)
         else:
             others[_role(name, settings)].append(name)
     pairs = [Pair(module, s.get("a"), s.get("b")) for module, s in sides.items()]
-    return Case(file, settings, pairs, dict(others), base)
+    return Case(file, settings, pairs, dict(others), base, bare)
 
 
 def layer_of(module: str) -> int | None:

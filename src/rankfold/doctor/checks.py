@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator
 
-from peft import LoraConfig
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft import PEFT_TYPE_TO_CONFIG_MAPPING, LoraConfig
 
 import rankfold.methods  # noqa: F401  (registers the methods with PEFT)
 from rankfold.doctor.case import Case
-from rankfold.doctor.findings import Finding, Status, examples
+from rankfold.doctor.findings import Finding, Status
+from rankfold.text import examples
 
 #: PEFT adds both names to the modules_to_save of every classifier; a model has one of them.
 CLASSIFIERS = {"classifier", "score"}
@@ -157,6 +157,9 @@ def belonging(case: Case) -> Iterator[Finding]:
         what = f"tensors that do not belong in a LoRA: {examples(foreign)}"
         fix = "save it with save_pretrained; keys are base_model.model.MODULE.lora_A.weight and .lora_B.weight"
         yield Finding(Status.PROBLEM, what, foreign[0], fix)
+    if case.bare:
+        what = f"keys lack the prefix base_model.model., so PEFT applies none of them: {examples(case.bare)}"
+        yield Finding(Status.PROBLEM, what, case.bare[0], "write base_model.model. before each key")
     saved = case.others.get("saved", [])
     absent = [m for m in case.settings.modules_to_save if not any(f".{m}." in f".{n}." for n in saved)]
     if (set(case.settings.modules_to_save) - set(absent)) & CLASSIFIERS:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from rankfold.doctor.adapter_file import AdapterFile, open_adapter
-from rankfold.doctor.base_shapes import Base, read_base
+from rankfold.doctor.base_shapes import BaseShapes, read_base
 from rankfold.doctor.case import Case, make_case
 from rankfold.doctor.checks import check
 from rankfold.doctor.engines import ENGINES, FORMATS, Verdict, judge
@@ -16,6 +15,7 @@ from rankfold.doctor.findings import Finding, Status
 from rankfold.doctor.settings import read_settings
 from rankfold.doctor.tensor_values import check_numbers
 from rankfold.errors import RankfoldError
+from rankfold.io.files import to_json
 
 #: What the verdicts are, and are not; printed with them.
 BASIS = "rules read from the engines' sources at these versions, in November 2026; nothing was started"
@@ -75,7 +75,7 @@ class Diagnosis:
             "file": plain(self.findings),
             "engines": engines,
         }
-        return json.dumps(result, indent=2) + "\n"
+        return to_json(result)
 
 
 def diagnose(path: str | Path, base: str | Path | None = None, engines: Sequence[str] = ()) -> Diagnosis:
@@ -112,7 +112,7 @@ def diagnose(path: str | Path, base: str | Path | None = None, engines: Sequence
     )
 
 
-def _base(file: AdapterFile, given: str | Path | None) -> tuple[Base | None, list[Finding]]:
+def _base(file: AdapterFile, given: str | Path | None) -> tuple[BaseShapes | None, list[Finding]]:
     if given is not None:
         return read_base(Path(given), file.config), []
     named = file.config.get("base_model_name_or_path")

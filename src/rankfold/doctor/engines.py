@@ -137,6 +137,7 @@ ENGINES = (
                 rules.sglang_tokens,
                 rules.sglang_pool,
                 rules.keys_end_in_factors(Status.NOT_CHECKED, "what becomes of other tensors was not read"),
+                rules.bare_keys(Status.NOT_CHECKED, "what becomes of keys without base_model.model. was not read"),
                 rules.scales(rules.one_scale_no_rslora, "use_rslora", "alpha_pattern", "rank_pattern"),
                 partial(rules.rank_flag, 1 << 31, "--max-lora-rank", ()),
             )
@@ -165,6 +166,7 @@ ENGINES = (
             "peft": (
                 partial(rules.only_lora, Status.IN_PART),
                 rules.keys_end_in_factors(Status.IN_PART, "only lora_A.weight and lora_B.weight are used, not"),
+                rules.bare_keys(Status.NOT_CHECKED, "what becomes of keys without base_model.model. was not read"),
                 rules.tgi_layers,
                 rules.scales(rules.tgi_scale, "alpha_pattern", "rank_pattern"),
             )
@@ -172,5 +174,17 @@ ENGINES = (
     ),
     Engine("mlx", "mlx-lm", "2026-08-22", FORMATS["mlx"], {"mlx": (rules.mlx_config,)}),
     Engine("diffusers", "diffusers", "2026-08-23", FORMATS["diffusers"], {"diffusers": (rules.diffusers_scale,)}),
-    Engine("peft", "PEFT", "0.21.2", FORMATS["peft"], {"peft": (rules.peft_type, rules.peft_ranks)}),
+    Engine(
+        "peft",
+        "PEFT",
+        "0.21.2",
+        FORMATS["peft"],
+        {
+            "peft": (
+                rules.peft_type,
+                rules.peft_ranks,
+                rules.bare_keys(Status.IN_PART, "keys without base_model.model. are not applied"),
+            )
+        },
+    ),
 )

@@ -38,23 +38,3 @@ class Finding:
     what: str
     where: str = ""
     fix: str = ""
-
-
-def short(value: object) -> str:
-    """A value for a sentence, cut after 60 letters."""
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def one_line(error: Exception) -> str:
-    """An error's message without its line breaks, or its name where it has none."""
-    return " ".join(str(error).split()) or type(error).__name__
-
-
-def examples(names: list[str]) -> str:
-    """The first of them, and how many there are.
-
-    >>> examples(["a", "b", "c"])
-    'a and 2 more'
-    """
-    return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft import PEFT_TYPE_TO_CONFIG_MAPPING
 
 from rankfold.doctor.case import Case, Pair, layer_of
-from rankfold.doctor.findings import Finding, Status, examples, short
+from rankfold.doctor.findings import Finding, Status
 from rankfold.doctor.settings import scale
+from rankfold.text import examples, short_repr
 
 Rule = Callable[[Case], Iterable[Finding]]
 Scale = Callable[[Case, Pair], float]
@@ -47,7 +48,7 @@ def refuses_flag(*keys: str) -> Rule:
             value = case.file.config.get(key)
             if value:
                 fix = _fold(case) if key == "use_dora" else f"train without {key}"
-                yield Finding(Status.REFUSED, f"{key}={short(value)} is refused", case.file.where(key), fix)
+                yield Finding(Status.REFUSED, f"{key}={short_repr(value)} is refused", case.file.where(key), fix)
 
     return rule
 
@@ -55,7 +56,7 @@ def refuses_flag(*keys: str) -> Rule:
 def refuses_bias(case: Case) -> Iterator[Finding]:
     bias = case.file.config.get("bias", "none")
     if bias not in ("none", None):
-        what = f'bias={short(bias)} is refused; it must be "none"'
+        what = f'bias={short_repr(bias)} is refused; it must be "none"'
         yield Finding(Status.REFUSED, what, case.file.where("bias"), "train with bias='none'; a bias has no LoRA form")
 
 
@@ -149,7 +150,7 @@ VLLM_INITS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
 def vllm_init(case: Case) -> Iterator[Finding]:
     init = case.file.config.get("init_lora_weights")
     if isinstance(init, str) and init not in VLLM_INITS:
-        what = f"init_lora_weights={short(init)} is refused, even where the weights were converted"
+        what = f"init_lora_weights={short_repr(init)} is refused, even where the weights were converted"
         fix = f"{_fold(case)}; or write true, if the weights are against the original base"
         yield Finding(Status.REFUSED, what, case.file.where("init_lora_weights"), fix)
 
@@ -157,7 +158,7 @@ def vllm_init(case: Case) -> Iterator[Finding]:
 def vllm_saved(case: Case) -> Iterator[Finding]:
     more = [m for m in case.settings.modules_to_save if m not in ("classifier", "score")]
     if more:
-        what = f"modules_to_save={short(more)}: only classifier and score are taken"
+        what = f"modules_to_save={short_repr(more)}: only classifier and score are taken"
         fix = "train without modules_to_save, or merge it into the base"
         yield Finding(Status.REFUSED, what, case.file.where("modules_to_save"), fix)
 
@@ -175,7 +176,7 @@ def vllm_embedding(case: Case) -> Iterator[Finding]:
 def sglang_targets(case: Case) -> Iterator[Finding]:
     targets = case.settings.target_modules
     if isinstance(targets, str) and targets not in ("all-linear", "all"):
-        what = f"target_modules={short(targets)} is a regular expression; it must be a list"
+        what = f"target_modules={short_repr(targets)} is a regular expression; it must be a list"
         fix = f"write the list of names, or {_fold(case)}"
         yield Finding(Status.REFUSED, what, case.file.where("target_modules"), fix)
 
@@ -230,7 +231,7 @@ def gguf_file(case: Case) -> Iterator[Finding]:
     for key, wanted in (("general.type", "adapter"), ("adapter.type", "lora")):
         value = case.file.config.get(key)
         if value != wanted:
-            what = f"{key}={short(value)} must be {wanted!r}; this is no LoRA"
+            what = f"{key}={short_repr(value)} must be {wanted!r}; this is no LoRA"
             yield Finding(Status.REFUSED, what, key, "convert the adapter with convert_lora_to_gguf.py")
     bad = [n for n in case.other_names if not n.endswith("_norm.weight")]
     if bad:
@@ -257,7 +258,7 @@ def ollama_base(case: Case) -> Iterator[Finding]:
         what = "whether the base is a llama or gemma2, for which alone safetensors adapters are converted"
         yield Finding(Status.NOT_CHECKED, what, case.file.where("base_model_name_or_path"), "give --base FOLDER")
     elif case.base.config.get("model_type") not in ("llama", "mistral", "gemma2"):
-        what = f"the base is a {short(case.base.config.get('model_type'))}; safetensors adapters need a llama or gemma2"
+        what = f"the base is a {short_repr(case.base.config.get('model_type'))}; safetensors adapters need a llama or gemma2"
         yield Finding(Status.REFUSED, what, "config.json (model_type)", "convert it to GGUF with llama.cpp first")
 
 
@@ -316,8 +317,19 @@ def peft_type(case: Case) -> Iterator[Finding]:
         )
         yield Finding(Status.REFUSED, what, case.file.where("peft_type"), f"import rankfold first, or {_fold(case)}")
     elif case.settings.peft_type not in PEFT_TYPE_TO_CONFIG_MAPPING:
-        what = f"peft_type={short(case.settings.peft_type)} is unknown to PEFT"
+        what = f"peft_type={short_repr(case.settings.peft_type)} is unknown to PEFT"
         yield Finding(Status.REFUSED, what, case.file.where("peft_type"), "write the type it was trained with")
+
+
+def bare_keys(status: Status, what: str) -> Rule:
+    """Factors whose keys lack PEFT's prefix."""
+
+    def rule(case: Case) -> Iterator[Finding]:
+        if case.bare:
+            fix = "write base_model.model. before each key"
+            yield Finding(status, f"{what}: {examples(case.bare)}", case.bare[0], fix)
+
+    return rule
 
 
 def peft_ranks(case: Case) -> Iterator[Finding]:
@@ -341,7 +353,7 @@ def mlx_config(case: Case) -> Iterator[Finding]:
         return
     wrong = [p for p in case.whole if p.rank != numbers["rank"]]
     if wrong:
-        what = f"lora_parameters.rank={short(numbers['rank'])}, but {wrong[0].module} has rank {wrong[0].rank}"
+        what = f"lora_parameters.rank={short_repr(numbers['rank'])}, but {wrong[0].module} has rank {wrong[0].rank}"
         yield Finding(Status.REFUSED, what, where, "mlx has one rank for all")
 
 

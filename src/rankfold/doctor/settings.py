@@ -11,7 +11,8 @@ from functools import cache
 from typing import Any, TypeVar
 
 from rankfold.doctor.adapter_file import AdapterFile
-from rankfold.doctor.findings import Finding, Status, short
+from rankfold.doctor.findings import Finding, Status
+from rankfold.text import short_repr
 
 T = TypeVar("T")
 
@@ -61,7 +62,7 @@ def read_settings(file: AdapterFile) -> tuple[Settings, list[Finding]]:
             return default
         if right(value):
             return value
-        what = f"{key}={short(value)} must be {wanted}"
+        what = f"{key}={short_repr(value)} must be {wanted}"
         problems.append(Finding(Status.PROBLEM, what, file.where(key), f"write {wanted}"))
         return default
 

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from rankfold.doctor.diagnosis import BASIS, Diagnosis
 from rankfold.doctor.findings import Finding, Status
+from rankfold.text import table
 
 COLOURS = {
     Status.PROBLEM: "red",
@@ -47,12 +48,12 @@ def _engines(found: Diagnosis) -> Table:
     for v in found.verdicts:
         shown = [f for f in v.findings if f.status is v.status]
         rows[v.status, "\n".join(_sentence(f) for f in shown)].append(f"{v.engine.name} {v.engine.version}")
-    table = Table("engine, as read", "verdict", "why", box=None, pad_edge=False, header_style="bold")
-    table.columns[0].no_wrap = True
-    table.columns[2].overflow = "fold"  # the end of a tensor's name says which it is
+    shown_engines = table("engine, as read", "verdict", "why", gap=1)
+    shown_engines.columns[0].no_wrap = True
+    shown_engines.columns[2].overflow = "fold"  # the end of a tensor's name says which it is
     for (status, why), engines in rows.items():
-        table.add_row("\n".join(engines), Text(status, COLOURS.get(status, "")), Text(why))
-    return table
+        shown_engines.add_row("\n".join(engines), Text(status, COLOURS.get(status, "")), Text(why))
+    return shown_engines
 
 
 def _fixes(found: Diagnosis) -> list[str]:

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 import torch
 
 from rankfold.doctor.adapter_file import AdapterFile
-from rankfold.doctor.findings import Finding, Status, examples
+from rankfold.doctor.findings import Finding, Status
+from rankfold.text import examples
 
 #: Either side of a factor pair, in each format.
 _UP = re.compile(r"(\.lora_[bB](\.weight)?|\.up|\.lora[_.]up\.weight)$")

@@ -6,6 +6,7 @@ print(fold_adapter("runs/movie/adapter", "runs/movie/folded").summary())
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,18 +17,19 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from rankfold.errors import RankfoldError
-from rankfold.fold import native as ours
-from rankfold.fold import peft_adapters
+from rankfold.fold import native, peft_adapters
 from rankfold.fold.calibration import read_texts, second_moments, tokenise
-from rankfold.fold.compression import Budget, compress
+from rankfold.fold.compression import CompressionLimit, compress
 from rankfold.fold.probe import probe as run_probe
 from rankfold.fold.probe import trained_model
 from rankfold.fold.profiles import compact, gguf, merged, mlx, uniform
 from rankfold.fold.profiles.profile import Folded, Profile
-from rankfold.fold.proof import FoldReport, LayerProof, prove, prove_sum, sha256
-from rankfold.fold.source import Source, Update, read_config
+from rankfold.fold.proof import FoldReport, LayerProof, prove, prove_sum
+from rankfold.fold.source import Source, Update
 from rankfold.host.config import LowRankConfig
-from rankfold.io.files import whole_folder
+from rankfold.io.adapters import WEIGHTS, find_adapter, read_config
+from rankfold.io.files import sha256, whole_folder
+from rankfold.io.weights import read_headers
 from rankfold.kernel.factors import Factors
 
 __all__ = ["PROFILES", "FoldReport", "fold_adapter", "fold_model"]
@@ -40,6 +42,7 @@ PROFILES: dict[str, Profile] = {
     "mlx": mlx.PROFILE,
     "merged": merged.PROFILE,
 }
+REPORT, CARD = "fold_report.json", "README.md"
 #: The largest relative error on disk that `strict` lets pass: rounding to bfloat16 is about 0.003.
 STRICT = 1e-2
 
@@ -63,7 +66,7 @@ def fold_adapter(
     """Folds an adapter folder, of rankfold's methods or of PEFT's, into a plain LoRA.
 
     Args:
-        adapter: what `save_pretrained` or `rankfold train` wrote.
+        adapter: what `save_pretrained` wrote, or the folder of a run of `rankfold train`.
         out: the folder to make; it appears whole or not at all.
         base: the base model, if not the one the adapter names. Its config is needed; its weights only for the probe.
         profile: one of `PROFILES`: the format, see docs/folding.md.
@@ -75,27 +78,26 @@ def fold_adapter(
             compression keeps the outputs rather than the weights; `error` is then that of the outputs.
         strict: fail where a module's relative error on disk exceeds this, all in all; `STRICT` is a good value.
         probe: compare logits with stock PEFT, where the base's weights can be loaded.
-        force: replace an existing `out`.
+        force: replace an earlier fold in `out`.
         progress: show a bar on a terminal, beyond a second.
 
     Raises:
-        FileExistsError: `out` exists and `force` is not given.
+        FileExistsError: `out` exists and `force` is not given, or it holds a file that was not written by a fold.
         FileNotFoundError: there is no `adapter`.
         ValueError: the adapter is damaged, foreign, or has no fold, or lies in `out`, or `strict` is exceeded;
             nothing is written.
     """
-    adapter, out = Path(adapter), Path(out)
+    adapter, out = find_adapter(Path(adapter)), Path(out)
     config = read_config(adapter)
-    _keep_inputs(out, adapter, base or config.base_model_name_or_path)
+    _check_out(out, adapter, base or config.base_model_name_or_path)
     with whole_folder(out, force) as folder:
-        budget, texts = Budget(rank, error), None if calibration is None else read_texts(calibration)
+        limit, texts = CompressionLimit(rank, error), None if calibration is None else read_texts(calibration)
         source = _source(adapter, config, base)
+        source.notes.extend(_widened(adapter))
         if texts is not None:
             name = base or source.config.base_model_name_or_path
-            budget = _weighed(budget, trained_model(adapter, source.config, base), source, texts, name)
-        report = _write(
-            source, folder, out, str(adapter), base, _Options(profile, dtype, pad, budget, strict, progress)
-        )
+            limit = _weighed(limit, trained_model(adapter, source.config, base), source, texts, name)
+        report = _write(source, folder, out, str(adapter), base, _Options(profile, dtype, pad, limit, strict, progress))
         if probe:
             report.probe = run_probe(adapter, folder, source.config, base, PROFILES[profile])
         _write_report(report, folder)
@@ -124,38 +126,64 @@ def fold_model(
     out = Path(out)
     origin = f"adapter {adapter_name!r} of a live model"
     with whole_folder(out, force) as folder:
-        budget, texts = Budget(rank, error), None if calibration is None else read_texts(calibration)
+        limit, texts = CompressionLimit(rank, error), None if calibration is None else read_texts(calibration)
         foreign = not isinstance(getattr(model, "peft_config", {}).get(adapter_name), LowRankConfig | None)
-        source = (peft_adapters if foreign else ours).from_model(model, adapter_name)
-        _keep_inputs(out, None, source.config.base_model_name_or_path)
+        source = (peft_adapters if foreign else native).from_model(model, adapter_name)
+        _check_out(out, None, source.config.base_model_name_or_path)
         if texts is not None:
-            budget = _weighed(budget, model, source, texts, source.config.base_model_name_or_path)
-        report = _write(source, folder, out, origin, None, _Options(profile, dtype, pad, budget, strict, progress))
+            limit = _weighed(limit, model, source, texts, source.config.base_model_name_or_path)
+        report = _write(source, folder, out, origin, None, _Options(profile, dtype, pad, limit, strict, progress))
         _write_report(report, folder)
     return report
 
 
-def _keep_inputs(out: Path, adapter: Path | None, base: str | None) -> None:
-    """Raises ValueError where `out` is or holds what the fold is made from: `force` would delete it."""
+def _check_out(out: Path, adapter: Path | None, base: str | None) -> None:
+    """What `force` would delete must be a fold, and not what this one is made from.
+
+    Raises:
+        FileExistsError: `out` holds a file that no fold wrote.
+        RankfoldError: `out` is or holds the adapter or the base model.
+    """
     for what, path in (("the adapter", adapter), ("the base model", Path(base) if base else None)):
         if path is not None and path.exists() and path.resolve().is_relative_to(out.resolve()):
             raise RankfoldError(
                 f"out={str(out)!r} holds {what} itself, which the fold would replace; choose another folder"
             )
+    if out.exists() and not out.is_dir():
+        raise FileExistsError(f"{out} is a file; choose a folder")
+    try:
+        written = json.loads((out / REPORT).read_text(encoding="utf-8"))["sha256"]
+    except (OSError, ValueError, KeyError, TypeError):
+        written = {}
+    ours = {REPORT, CARD, *written} if written else set()
+    foreign = sorted(str(f.relative_to(out)) for f in out.rglob("*") if not f.is_dir() or f.is_symlink())
+    foreign = [name for name in foreign if Path(name).as_posix() not in ours]
+    if foreign:
+        raise FileExistsError(
+            f"{out} exists and holds {foreign[0]}, which was not written by a fold; choose another folder, --force replaces "
+            "earlier folds only"
+        )
+
+
+def _widened(adapter: Path) -> list[str]:
+    narrow = sorted({h.dtype for h in read_headers(adapter / WEIGHTS).values() if h.dtype.startswith("F8")})
+    return [f"the adapter is stored in {', '.join(narrow)}; the error is that of the fold alone"] if narrow else []
 
 
 def _source(adapter: Path, config: PeftConfig, base: str | None) -> Source:
     if isinstance(config, LowRankConfig):
-        return ours.from_folder(adapter, config, base)
+        return native.from_folder(adapter, config, base)
     return peft_adapters.from_folder(adapter, config, base)
 
 
-def _weighed(budget: Budget, model: nn.Module, source: Source, texts: list[str], base: str | None) -> Budget:
-    if not budget:
+def _weighed(
+    limit: CompressionLimit, model: nn.Module, source: Source, texts: list[str], base: str | None
+) -> CompressionLimit:
+    if not limit:
         raise RankfoldError("calibration weighs what compression cuts off; give rank or error with it")
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
     batches = tokenise(texts, base, inner.config)  # pyright: ignore[reportArgumentType]
-    return replace(budget, moments=second_moments(inner, source.adapted, batches))
+    return replace(limit, moments=second_moments(inner, source.adapted, batches))
 
 
 @dataclass(frozen=True)
@@ -165,7 +193,7 @@ class _Options:
     profile: str
     dtype: str | None
     pad: str
-    budget: Budget
+    limit: CompressionLimit
     strict: float | None
     progress: bool
 
@@ -181,7 +209,7 @@ class _Options:
 
 
 def _write(source: Source, folder: Path, out: Path, origin: str, base: str | None, options: _Options) -> FoldReport:
-    chosen, budget, strict = PROFILES[options.profile], options.budget, options.strict
+    chosen, limit, strict = PROFILES[options.profile], options.limit, options.strict
     to = source.dtype if options.dtype is None else DTYPES[options.dtype]
     if to not in DTYPES.values():
         to = torch.float32  # a quantised base: its integers are no dtype for factors
@@ -196,11 +224,16 @@ def _write(source: Source, folder: Path, out: Path, origin: str, base: str | Non
     layers = []
     for site in tqdm(source.sites, "folding", delay=1.0, leave=False, disable=None if options.progress else True):
         if site.name in adapted:
-            rounded[site.name], proof = _fold(site.name, source, lambda f: chosen.rounded(f, to), budget)
+            rounded[site.name], proof = _fold(site.name, source, lambda f: chosen.rounded(f, to), limit)
             layers.append(proof)
         else:
             zero = Factors(torch.zeros(0, site.in_features), torch.zeros(site.out_features, 0))
             rounded[site.name] = chosen.rounded(zero, to)
+    for name, head in source.heads.items():
+        if not torch.isfinite(head.detach().to("cpu", to)).all():
+            raise RankfoldError(
+                f"{name} is not finite in {to}; give --dtype float32, or an adapter that has not diverged"
+            )
     base = base or source.config.base_model_name_or_path
     folded = Folded(source, rounded, to, base, out, options.pad)
     written = chosen.write(folded, folder)
@@ -228,28 +261,32 @@ def _write(source: Source, folder: Path, out: Path, origin: str, base: str | Non
         probe={"skipped": "not asked for"},
         serve=written.serve,
         notes=[*source.notes, *written.notes, *(["every update is zero: this fold changes nothing"] if empty else [])],
-        sha256={str(f.relative_to(folder)): sha256(f) for f in files},
+        sha256={f.relative_to(folder).as_posix(): sha256(f) for f in files},
         noun=chosen.noun,
     )
 
 
 def _fold(
-    name: str, source: Source, rounded: Callable[[Factors], Factors], budget: Budget
+    name: str, source: Source, rounded: Callable[[Factors], Factors], limit: CompressionLimit
 ) -> tuple[Factors, LayerProof]:
     """One module's factors as they will be in the file, and their proof."""
     trained = source.update(name)
     values = trained if isinstance(trained, Tensor) else trained.baked().up
     if not torch.isfinite(values).all():
         raise RankfoldError(f"{name}: its update is not finite; that training diverged, use an earlier checkpoint")
-    if isinstance(trained, Tensor) and not budget:
+    if isinstance(trained, Tensor) and not limit:
         raise RankfoldError(
             f"{source.method}: its update is no product of small matrices, so a LoRA can only come near it; say how near "
             "with --error 0.01, or how large with --rank N"
         )
     exact = Factors(trained[:0], trained[:, :0]) if isinstance(trained, Tensor) else lowered(trained)
-    moment = budget.moment(name)
-    cut = compress(trained, budget, moment) if budget else None
+    moment = limit.moment(name)
+    cut = compress(trained, limit, moment) if limit else None
     factors = rounded(_live(exact if cut is None else cut))
+    if not all(torch.isfinite(part).all() for part in (factors.down, factors.up)):
+        raise RankfoldError(
+            f"{name}: its factors are too large for {factors.up.dtype}; give --dtype bfloat16 or float32"
+        )
     return factors, prove(name, trained, exact, factors.to(torch.float64), cut=cut, moment=moment)
 
 
@@ -277,11 +314,11 @@ def _on_disk(proof: LayerProof, source: Source, rounded: Factors, read: Update) 
 
 
 def _write_report(report: FoldReport, folder: Path) -> None:
-    (folder / "fold_report.json").write_text(report.to_json(), encoding="utf-8")
+    (folder / REPORT).write_text(report.to_json(), encoding="utf-8")
     library = PROFILES[report.profile].library
     card = f"---\nlibrary_name: {library}\nbase_model: {report.base}\ntags: [lora, rankfold]\n---\n\n"
     card += (
         f"# {report.noun[0].upper()}{report.noun[1:]}, folded from {report.method}\n\n```\n{report.summary()}\n```\n\n"
     )
-    card += "Made by `rankfold fold`; the errors per layer are in `fold_report.json`.\n"
-    (folder / "README.md").write_text(card, encoding="utf-8")
+    card += f"Made by `rankfold fold`; the errors per layer are in `{REPORT}`.\n"
+    (folder / CARD).write_text(card, encoding="utf-8")

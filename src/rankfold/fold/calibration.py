@@ -55,7 +55,7 @@ def tokenise(texts: list[str], base: str | None, model: PretrainedConfig) -> lis
         ValueError: there is no tokenizer, it makes nothing of the texts, or is another model's.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(base)
+        tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
     except (OSError, ValueError, TypeError, AttributeError) as error:
         reason = str(error).splitlines()[0]
         raise RankfoldError(

@@ -23,7 +23,7 @@ RIDGE = 1e-4
 
 
 @dataclass(frozen=True)
-class Budget:
+class CompressionLimit:
     """How far to compress.
 
     Args:
@@ -58,8 +58,8 @@ class Budget:
         return moment + RIDGE * moment.trace() / len(moment) * torch.eye(len(moment), dtype=torch.float64)
 
 
-def compress(update: Update, budget: Budget, moment: Tensor | None = None) -> Factors:
-    """The best approximation of `update` (float64) within the budget, where `moment` (in × in) weighs the inputs."""
+def compress(update: Update, limit: CompressionLimit, moment: Tensor | None = None) -> Factors:
+    """The best approximation of `update` (float64) within the limit, where `moment` (in × in) weighs the inputs."""
     if isinstance(update, Factors):
         update = update.baked()
         u, r = torch.linalg.qr(update.up)  # ΔW = u · (r · down)
@@ -72,12 +72,12 @@ def compress(update: Update, budget: Budget, moment: Tensor | None = None) -> Fa
     else:
         out, into = update.shape
         if moment is None and out > into:
-            turned = compress(update.T, budget)
+            turned = compress(update.T, limit)
             return Factors(turned.up.T, turned.down.T)
         u = _eigenvectors(update @ (update if moment is None else update @ moment).T)
         rows = u.T @ update
     power = (rows * (rows if moment is None else rows @ moment)).sum(1).clamp(min=0)
-    rank = _rank_for(power, budget)
+    rank = _rank_for(power, limit)
     return Factors(rows[:rank], u[:, :rank])
 
 
@@ -100,12 +100,12 @@ def _eigenvectors(gram: Tensor) -> Tensor:
     return torch.linalg.eigh((gram + gram.T) / 2).eigenvectors.flip(1)
 
 
-def _rank_for(power: Tensor, budget: Budget) -> int:
+def _rank_for(power: Tensor, limit: CompressionLimit) -> int:
     """How many components to keep, from the squared norm of each."""
     alive = int((power > 1e-26 * power.sum()).sum())  # the others are float64's own rounding
-    rank = alive if budget.rank is None else min(budget.rank, alive)
-    if budget.error is None or not rank:
+    rank = alive if limit.rank is None else min(limit.rank, alive)
+    if limit.error is None or not rank:
         return rank
     left = power.flip(0).cumsum(0).flip(0).sqrt()  # left[k]: the error of rank k
-    enough = (left <= budget.error * left[0]).nonzero()
+    enough = (left <= limit.error * left[0]).nonzero()
     return min(rank, int(enough[0]) if len(enough) else alive)

@@ -7,8 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
-from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from peft import (
+    PEFT_TYPE_TO_TUNER_MAPPING,
+    PeftConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+)
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -20,13 +25,13 @@ from rankfold.fold.source import (
     folding_device,
     of_adapted_types,
     output_head,
-    read_tensors,
 )
 from rankfold.host import registry
 from rankfold.host.adapter import not_fixed
 from rankfold.host.config import LowRankConfig
 from rankfold.host.layer import AdaptedLayer
 from rankfold.host.tuner import LAYERS, SHARED, site_of
+from rankfold.io.adapters import read_tensors
 from rankfold.kernel.factors import Factors
 
 

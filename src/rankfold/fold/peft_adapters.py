@@ -10,9 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
-from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
-from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
+from peft import (
+    PEFT_TYPE_TO_TUNER_MAPPING,
+    PeftConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+)
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -26,10 +30,11 @@ from rankfold.fold.source import (
     folding_device,
     of_adapted_types,
     output_head,
-    read_tensors,
 )
-from rankfold.fold.weight_reader import weight_reader
 from rankfold.host.adapter import Site
+from rankfold.host.peft_api import BaseTunerLayer, in_out_features
+from rankfold.io.adapters import read_tensors
+from rankfold.io.weights import weight_reader
 
 _CONVERT = "fold what save_pretrained(path_initial_model_for_weight_conversion=…) writes, which is relative to the base"
 #: Fields of any config that make it more than an update of linear weights, and what to do.
@@ -263,7 +268,7 @@ def _source(
 
 
 def _site(name: str, linear: nn.Module) -> Site:
-    into, out = _get_in_out_features(linear)
+    into, out = in_out_features(linear)
     return Site(name, int(into), int(out))  # pyright: ignore[reportArgumentType]
 
 

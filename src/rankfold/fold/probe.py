@@ -8,18 +8,20 @@ import torch
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 
-from rankfold.fold.base_model import load_base, quiet
 from rankfold.fold.profiles.profile import Profile
 from rankfold.fold.proof import logit_error
-from rankfold.fold.source import base_class, read_tensors
+from rankfold.fold.source import base_class, base_model
+from rankfold.io.adapters import read_tensors
+from rankfold.io.models import load_base, quiet
+from rankfold.text import first_line
 
 
 def probe(adapter: Path, folded: Path, config: PeftConfig, base: str | None, profile: Profile) -> dict[str, object]:
     """Runs both on one batch of token ids (fixed seed, float32).
 
     Returns:
-        The largest logit error, or {"skipped": why} where the base's weights cannot be had, the task has no logits or
-        the format is not for Python.
+        The largest logit error, or {"skipped": why} where the task has no logits, the format is not for Python or anything
+        fails: the fold itself is made, and a probe must not cost it.
     """
     if profile.loads_as == "nothing":
         return {"skipped": f"{profile.noun} is not for Python; docs/serving.md says what was compared"}
@@ -31,18 +33,26 @@ def probe(adapter: Path, folded: Path, config: PeftConfig, base: str | None, pro
     if not name:
         return {"skipped": "the base model is not known"}
     try:
-        model = trained_model(adapter, config, base)
-    except (OSError, MemoryError) as error:
-        return {"skipped": f"base {name!r} could not be loaded: {str(error).splitlines()[0]}"}
-    batch = torch.randint(5, model.config.vocab_size, (2, 16), generator=torch.Generator().manual_seed(0))
+        return _compare(adapter, folded, config, name, profile)
+    except Exception as error:  # whatever a base, or a package that it needs, does: the fold and its proof are made
+        return {"skipped": f"it failed on base {name!r}: {first_line(error)}"}
+
+
+def _compare(adapter: Path, folded: Path, config: PeftConfig, base: str, profile: Profile) -> dict[str, object]:
+    model = trained_model(adapter, config, base)
+    words = model.config.get_text_config().vocab_size
+    batch = torch.randint(min(5, words - 1), words, (2, 16), generator=torch.Generator().manual_seed(0))
     trained = _logits(model, batch)
     del model
     if profile.loads_as == "model":
-        with quiet():
-            found, loader = base_class(config).from_pretrained(folded, dtype=torch.float32), "transformers"
+        found, loader = load_base(base_class(config), folded, torch.float32), "transformers"
     else:
-        found, loader = _load(folded, config, name, read_tensors(adapter)), "stock PEFT"
-    return {"base": name, "loaded_by": loader, **logit_error(trained, _logits(found, batch))}
+        found, loader = _load(folded, config, base, read_tensors(adapter)), "stock PEFT"
+    again = _logits(found, batch)
+    for what, logits in (("trained adapter", trained), ("fold", again)):
+        if not torch.isfinite(logits).all():
+            return {"skipped": f"the logits of the {what} are not finite"}
+    return {"base": base, "loaded_by": loader, **logit_error(trained, again)}
 
 
 def trained_model(adapter: Path, config: PeftConfig, base: str | None) -> PeftModel:
@@ -55,7 +65,7 @@ def trained_model(adapter: Path, config: PeftConfig, base: str | None) -> PeftMo
 
 
 def _load(adapter: Path, config: PeftConfig, base: str | None, tensors: dict[str, Tensor]) -> PeftModel:
-    model = load_base(config, base, torch.float32, tensors)
+    model = base_model(config, base, torch.float32, tensors)
     with quiet():
         return PeftModel.from_pretrained(model, str(adapter))  # pyright: ignore[reportArgumentType]
 

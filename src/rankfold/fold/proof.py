@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from rankfold.fold.compression import weighted_error
 from rankfold.fold.source import Update
+from rankfold.io.files import to_json
 from rankfold.kernel.factors import Factors
+from rankfold.text import size
 
 
 @dataclass(frozen=True)
@@ -74,7 +73,7 @@ class FoldReport:
     def to_json(self) -> str:
         kinds = ("frobenius", "algebra", "truncation", "rounding")
         totals = {f"worst_{kind}": self.worst_of(kind) for kind in kinds}
-        return json.dumps({**totals, **asdict(self)}, indent=2) + "\n"
+        return to_json({**totals, **asdict(self)})
 
     def _before_rounding(self) -> str:
         if not self.worst_of("truncation"):
@@ -88,7 +87,7 @@ class FoldReport:
         worst = self.worst
         lines = [
             f"folded {self.method} into {self.noun}: rank {self.rank} ({self.needed_rank} needed), "
-            f"{len(self.layers)} modules, {self.parameters:,} numbers in {self.dtype}, {self.bytes / 1e6:.1f} MB",
+            f"{len(self.layers)} modules, {self.parameters:,} numbers in {self.dtype}, {size(self.bytes)}",
             f"error against the trained update: {self._before_rounding()}"
             f"{worst.frobenius:.1e} on disk (relative Frobenius, worst layer {worst.module})",
         ]
@@ -208,11 +207,6 @@ def _max_abs(f: Factors, rows: int = 512) -> float:
         low, high = torch.aminmax(part @ right)
         largest = max(largest, -float(low), float(high))
     return largest
-
-
-def sha256(path: Path) -> str:
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def logit_error(ours: Tensor, folded: Tensor) -> dict[str, object]:

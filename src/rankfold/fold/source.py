@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -11,22 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from peft import PeftConfig
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    PretrainedConfig,
-)
+from transformers import PretrainedConfig, PreTrainedModel
 
 import rankfold.methods  # noqa: F401  (registers the methods with PEFT)
 from rankfold.errors import RankfoldError
-from rankfold.host import registry
 from rankfold.host.adapter import Site, module_type
+from rankfold.io.models import ModelError, load_base, model_config, named_class, skeleton
 from rankfold.kernel.factors import Factors
 from rankfold.tasks import table
 
@@ -87,47 +77,6 @@ def _type(site: Site) -> tuple[str, int, int]:
     return module_type(site.name), site.out_features, site.in_features
 
 
-def read_config(folder: Path) -> PeftConfig:
-    """The config of an adapter folder.
-
-    Raises:
-        FileNotFoundError: nothing is there.
-        ValueError: it is no adapter's, and where the adapter may be, or what is wrong with it.
-    """
-    folder = Path(folder)
-    path = folder / "adapter_config.json"
-    if not folder.exists():
-        raise FileNotFoundError(f"{folder} does not exist; give the folder of an adapter")
-    if folder.is_file():
-        raise RankfoldError(f"{folder} is a file; give the folder that has it and its adapter_config.json")
-    if not path.is_file():
-        run = (folder / "adapter" / path.name).is_file()
-        hint = f"; that of a run is in {folder / 'adapter'}" if run else ""
-        raise RankfoldError(f"{folder} is not an adapter folder: it has no adapter_config.json{hint}")
-    try:
-        kind = json.loads(path.read_text(encoding="utf-8")).get("peft_type")
-    except (json.JSONDecodeError, AttributeError, UnicodeDecodeError) as error:
-        raise RankfoldError(f"{path} is not valid: {error}") from None
-    if kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
-        raise RankfoldError(f"{path}: {registry.unknown_type(kind)}")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PEFT's advice about training
-        return PeftConfig.from_pretrained(str(folder))
-
-
-def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """The tensors of an adapter folder; raises ValueError where the file is missing, truncated or a pickle."""
-    path = Path(folder) / "adapter_model.safetensors"
-    if not path.is_file():
-        pickled = Path(folder) / "adapter_model.bin"
-        hint = " (only a pickled adapter_model.bin, which is never opened)" if pickled.exists() else ""
-        raise RankfoldError(f"{folder} has no adapter_model.safetensors{hint}")
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise RankfoldError(f"{path} cannot be read; it is truncated or not a safetensors file: {error}") from None
-
-
 @contextmanager
 def fitting(folder: Path, config: PeftConfig, base: str | None) -> Iterator[None]:
     """What PEFT makes of a config that is damaged or of another base, as a ValueError that says so."""
@@ -155,21 +104,46 @@ def base_config(name: str | None) -> PretrainedConfig:
             f"base={name!r} does not exist, it may have been moved; give its new place with --base FOLDER"
         )
     try:
-        return AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise RankfoldError(f"base={name!r}: its config.json cannot be read ({reason}); give --base FOLDER") from None
+        return model_config(name)
+    except ModelError as error:
+        raise RankfoldError(f"base={name!r}: its config.json cannot be read ({error}); give --base FOLDER") from None
 
 
-def base_skeleton(config: PeftConfig, base: str | None) -> nn.Module:
-    """The base model on the meta device, from its config alone; raises ValueError where that cannot be had."""
-    found, made = base_config(base or config.base_model_name_or_path), base_class(config)
-    with torch.device("meta"):
-        return made.from_config(found) if hasattr(made, "from_config") else made(found)
+def base_skeleton(config: PeftConfig, base: str | None) -> PreTrainedModel:
+    """The base model on the meta device, from its config alone; raises RankfoldError where that cannot be had."""
+    name = base or config.base_model_name_or_path
+    try:
+        return skeleton(base_config(name), (base_class(config),))
+    except ModelError as error:
+        raise RankfoldError(f"base={name!r}: {error}; give the base it was trained on with --base FOLDER") from None
 
 
 def base_class(config: PeftConfig) -> Any:
     """The class to load the base model with: of the adapter's task, else what it was trained on, else the bare model."""
     task = table.of_peft_type(config.task_type)
-    named = (config.auto_mapping or {}).get("base_model_class")
-    return getattr(transformers, task.models[0] if task else named or "", None) or AutoModel
+    return named_class(task.models[0] if task else (config.auto_mapping or {}).get("base_model_class"))
+
+
+def base_model(
+    config: PeftConfig, name: str | None, dtype: torch.dtype | str, tensors: Mapping[str, Tensor]
+) -> PreTrainedModel:
+    """The base model with its weights, on which an adapter is put or into which it is merged.
+
+    Args:
+        config: the adapter's.
+        name: folder or hub id.
+        dtype: of the weights; "auto" keeps the file's.
+        tensors: the adapter's, whose modules_to_save say how many labels a new head has.
+
+    Raises:
+        OSError, ValueError: the weights cannot be had.
+    """
+    task = table.of_peft_type(config.task_type)
+    return load_base(base_class(config), name, dtype, _labels(tensors, config) if task and task.new_head else None)
+
+
+def _labels(tensors: Mapping[str, Tensor], config: PeftConfig) -> int | None:
+    """Number of labels, from the saved head: the smallest output of its matrices."""
+    kept = set(getattr(config, "modules_to_save", None) or [])
+    heads = [v for k, v in tensors.items() if kept & set(k.split(".")) and k.endswith("weight")]
+    return min((v.shape[0] for v in heads if v.ndim == 2), default=None)

@@ -95,15 +95,16 @@ def _measured(run: RunFile, *, max_length: int | None, **options) -> GeloraPlan:
     import torch
     from transformers import AutoModel
 
+    from rankfold.io.models import locate
     from rankfold.train import model, tokens
     from rankfold.train.data import load_rows
 
     rows = load_rows(run)
-    place = model.locate(run.model.name)
+    place = locate(run.model.name)
     tokenizer = model.load_tokenizer(run.model, place)
     config = model.load_config(run, place, rows.labels)
     network = AutoModel.from_pretrained(
-        place, config=config, dtype=torch.float32
+        place, config=config, dtype=torch.float32, trust_remote_code=run.model.trust_remote_code
     )  # no head: its names fit with one, too
     columns = [list(rows.splits["train"][name]) for name in rows.inputs]
     texts = columns[0] if len(columns) == 1 else [_joined(parts) for parts in zip(*columns, strict=True)]
@@ -124,7 +125,7 @@ def _joined(parts: tuple) -> Sample:
 
 
 def _write(plan: GeloraPlan, out: str | None, picture: str | None) -> None:
-    from rankfold.train.folder import write_whole
+    from rankfold.io.files import write_whole
 
     if out:
         Path(out).parent.mkdir(parents=True, exist_ok=True)

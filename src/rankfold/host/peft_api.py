@@ -98,3 +98,18 @@ def add_peft_type(name: str) -> PeftType:
     PeftType._member_map_[key] = PeftType._value2member_map_[key] = member
     type.__setattr__(PeftType, key, member)
     return member
+
+
+# for fold and inspect: what reading PEFT's own adapters needs. The members are called on PEFT's classes and layers
+try:
+    from peft.tuners.lora import LoraLayer
+    from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+
+    _MEMBERS = (BaseTunerLayer._get_available_adapters, BaseTuner._remap_adapter_state_dict_for_load)
+except (ImportError, AttributeError) as error:
+    raise ImportError(
+        f"rankfold needs a name that PEFT {version('peft')} does not have ({error}); "
+        f"install peft>={TESTED[0]},<{TESTED[1]}, the range it is tested with"
+    ) from error
+
+__all__ += ["BaseTuner", "BaseTunerLayer", "LoraLayer"]

@@ -1,6 +1,10 @@
-"""What an adapter has become: rank, norm and spectrum by layer and module; and, for a run, its ranks over the steps."""
+"""What an adapter has become: rank, norm and spectrum by layer and module; and, for a run, its ranks over the steps.
 
-from rankfold.inspect.adapter import Inspection, Update, inspect_adapter
-from rankfold.inspect.history import RankHistory, inspect_run
+`inspect.terminal` and `inspect.pictures` show both.
+"""
 
-__all__ = ["Inspection", "RankHistory", "Update", "inspect_adapter", "inspect_run"]
+from rankfold.inspect.adapter import inspect_adapter
+from rankfold.inspect.history import inspect_run
+from rankfold.inspect.inspection import Inspection, ModuleUpdate, RankHistory
+
+__all__ = ["Inspection", "ModuleUpdate", "RankHistory", "inspect_adapter", "inspect_run"]

@@ -6,9 +6,11 @@ import json as jsonlib
 from pathlib import Path
 
 from rankfold.errors import RankfoldError
-from rankfold.inspect.adapter import Inspection, inspect_adapter
-from rankfold.inspect.history import RankHistory, find_ranks, inspect_run
-from rankfold.inspect.pictures import check_picture
+from rankfold.inspect.adapter import inspect_adapter
+from rankfold.inspect.history import find_ranks, inspect_run
+from rankfold.inspect.inspection import Inspection, RankHistory
+from rankfold.inspect.pictures import check_picture, draw_adapter, draw_history
+from rankfold.io.adapters import CONFIG, find_adapter
 
 
 def run_inspect(
@@ -43,29 +45,33 @@ def run_inspect(
             raise FileExistsError(f"'{file}' exists; give another name or --force")
         file.parent.mkdir(parents=True, exist_ok=True)
     if history and files:
-        history.picture(files[-1])
+        draw_history(history, files[-1])
     if adapter and files:
-        adapter.heatmap(files[0])
+        draw_adapter(adapter, files[0])
     if json:
         found = {"adapter": adapter, "run": history}
         print(jsonlib.dumps({key: jsonlib.loads(one.to_json()) for key, one in found.items() if one}, indent=2))
         return
     from rich.console import Console
 
+    from rankfold.inspect.terminal import show_adapter, show_history
+
     console = Console()
-    for one in (history, adapter):
-        if one is not None:
-            console.print(one.table(console.width))
+    if history:
+        console.print(show_history(history, console.width))
+    if adapter:
+        console.print(show_adapter(adapter, console.width))
     for file in files:
         print(f"wrote {file}")
 
 
 def _look(path: Path, base: str | None, adapter_name: str) -> tuple[Inspection | None, RankHistory | None]:
-    folder = next((f for f in (path, path / "adapter") if (f / "adapter_config.json").is_file()), None)
-    ranks = find_ranks(path)
+    folder = find_adapter(path)
+    folder = folder if (folder / CONFIG).is_file() else None
+    ranks = find_ranks(folder if folder and path.is_file() else path)
     if folder is None and ranks is None:
         raise RankfoldError(
-            f"'{path}' is neither an adapter (no adapter_config.json in it or in adapter/) nor a run that logged ranks "
+            f"'{path}' is neither an adapter (no {CONFIG} in it, beside it or in adapter/) nor a run that logged ranks "
             "(no ranks.jsonl in it or in checkpoints/)"
         )
     adapter = inspect_adapter(folder, base=base) if folder else None

@@ -7,13 +7,10 @@ import statistics
 from collections.abc import Sequence
 from itertools import pairwise, zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rankfold.errors import RankfoldError
-
-if TYPE_CHECKING:
-    from rankfold.inspect.adapter import Inspection
-    from rankfold.inspect.history import RankHistory
+from rankfold.inspect.inspection import Inspection, RankHistory
 
 INK, NOTHING = "#2f2f2f", "#ececec"
 PICTURES = (".svg", ".png", ".pdf")
@@ -28,7 +25,7 @@ def check_picture(path: Path) -> None:
 
 
 def draw_adapter(found: Inspection, path: Path) -> None:
-    """Three heat maps and the spectra, side by side."""
+    """Draws rank, norm and effective rank by layer and kind, and the spectra; SVG, PNG or PDF by the file's ending."""
     check_picture(path)
     rows, columns = len(found.grid.rows), len(found.grid.columns)
     map_width, height = 0.9 + 0.46 * columns, max(4.0, 1.5 + 0.215 * rows)
@@ -88,7 +85,7 @@ def _spectra(axes: Any, found: Inspection) -> None:
 
 
 def draw_history(found: RankHistory, path: Path) -> None:
-    """Above, the total over the steps; below, a map of layers over steps for each kind of module."""
+    """Draws the total over the steps, and below it a map of layers over steps for each kind of module."""
     check_picture(path)
     kinds, rows = found.grid.columns, found.grid.rows
     across = min(4, len(kinds))

@@ -6,30 +6,30 @@ import re
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING
 
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
 from rankfold.inspect.grid import Grid
-
-if TYPE_CHECKING:
-    from rankfold.inspect.adapter import Inspection, Update
-    from rankfold.inspect.history import RankHistory
+from rankfold.inspect.inspection import Inspection, ModuleUpdate, RankHistory
+from rankfold.text import short_number, table
 
 BARS = "▁▂▃▄▅▆▇█"
 #: From the least to the largest value; a cell sets its own background, so light and dark terminals show the same.
 LIGHT, DARK = (238, 243, 248), (31, 78, 121)
 
 
-def show_adapter(found: Inspection, width: int) -> Group:
+def show_adapter(found: Inspection, width: int = 80) -> Group:
+    """Heat tables of rank with norm and of the spectrum, and a summary by kind of module."""
     updates = {u.module: u for u in found.updates}
     most = max(u.norm for u in found.updates)
 
     def rank_and_norm(name: str) -> Text:
         u = updates[name]
-        return _cell(f"{u.rank} {_short(u.norm):>5}" if u.norm else f"{u.rank}     –", u.norm / most if most else 0.0)
+        return _cell(
+            f"{u.rank} {short_number(u.norm):>5}" if u.norm else f"{u.rank}     –", u.norm / most if most else 0.0
+        )
 
     def spectrum(name: str) -> Text:
         u = updates[name]
@@ -40,7 +40,7 @@ def show_adapter(found: Inspection, width: int) -> Group:
     summary = (
         f"{found.method}: {found.rank:,} of {found.start:,} ranks kept in {len(found.updates)} matrices"
         + (f", {dead} without any" if dead else "")
-        + f"; {found.parameters:,} parameters as a plain LoRA, norm of all updates {_short(found.norm)}"
+        + f"; {found.parameters:,} parameters as a plain LoRA, norm of all updates {short_number(found.norm)}"
     )
     return Group(
         *_heat_tables(found.grid, f"{found.name}: rank kept, and norm of the update (shade)", rank_and_norm, width),
@@ -52,18 +52,18 @@ def show_adapter(found: Inspection, width: int) -> Group:
 
 
 def _by_kind(found: Inspection) -> Table:
-    table = _table()
-    table.add_column("", no_wrap=True)
+    kinds = table(gap=1)
+    kinds.add_column("", no_wrap=True)
     for name in ("rank", "norm", "effective", "stable", "99 % energy"):
-        table.add_column(name, justify="right", no_wrap=True)
+        kinds.add_column(name, justify="right", no_wrap=True)
     for column, kind in enumerate(found.grid.columns):
         members = [u for u in found.updates if found.grid.cells[u.module][1] == column]
         ranks = [u.rank for u in members]
 
-        def median(read: Callable[[Update], float], members: Sequence[Update] = members) -> str:
-            return _short(statistics.median(read(u) for u in members))
+        def median(read: Callable[[ModuleUpdate], float], members: Sequence[ModuleUpdate] = members) -> str:
+            return short_number(statistics.median(read(u) for u in members))
 
-        table.add_row(
+        kinds.add_row(
             kind,
             f"{min(ranks)}–{max(ranks)}" if len(set(ranks)) > 1 else str(ranks[0]),
             median(lambda u: u.norm),
@@ -71,17 +71,18 @@ def _by_kind(found: Inspection) -> Table:
             median(lambda u: u.stable_rank),
             median(lambda u: u.energy_rank),
         )
-    return table
+    return kinds
 
 
-def show_history(found: RankHistory, width: int) -> Group:
-    table = _table()
-    table.add_column("", no_wrap=True)
-    table.add_column("first", justify="right")
-    table.add_column("over the steps", no_wrap=True)
-    table.add_column("last", justify="right")
+def show_history(found: RankHistory, width: int = 80) -> Group:
+    """A line over the steps for each kind of module, and the last ranks as a heat table."""
+    lines = table(gap=1)
+    lines.add_column("", no_wrap=True)
+    lines.add_column("first", justify="right")
+    lines.add_column("over the steps", no_wrap=True)
+    lines.add_column("last", justify="right")
     for name, ranks in [*found.by_kind().items(), ("all", found.total)]:
-        table.add_row(name, f"{ranks[0]:,}", bars(ranks, min(40, width - 40)), f"{ranks[-1]:,}")
+        lines.add_row(name, f"{ranks[0]:,}", bars(ranks, min(40, width - 40)), f"{ranks[-1]:,}")
     most = max(max(ranks) for ranks in found.ranks.values()) or 1
 
     def last(name: str) -> Text:
@@ -89,7 +90,7 @@ def show_history(found: RankHistory, width: int) -> Group:
         return _cell(f"{rank:>4}", rank / most)
 
     title = _title(f"{found.name}: rank over steps {found.steps[0]:,} to {found.steps[-1]:,}")
-    return Group(title, table, *_heat_tables(found.grid, f"rank at step {found.steps[-1]:,}", last, width))
+    return Group(title, lines, *_heat_tables(found.grid, f"rank at step {found.steps[-1]:,}", last, width))
 
 
 def bars(values: Sequence[float], width: int) -> str:
@@ -113,13 +114,13 @@ def _heat_tables(grid: Grid, title: str, cell: Callable[[str], Text], width: int
         inside = max(t.cell_len for (_, c), t in cells.items() if c == column)
         widths.append(max(inside, *(len(part) for part in _lines(kind))) + 1)
     for columns in _parts(widths, width - label):
-        table = _table()
-        table.add_column("")
+        part = table(gap=1)
+        part.add_column("")
         for column in columns:
-            table.add_column("\n".join(_lines(grid.columns[column])), justify="right", no_wrap=True, vertical="bottom")
+            part.add_column("\n".join(_lines(grid.columns[column])), justify="right", no_wrap=True, vertical="bottom")
         for row, name in enumerate(grid.rows):
-            table.add_row(name, *(cells.get((row, column), Text("")) for column in columns))
-        yield from (_title(title), table)
+            part.add_row(name, *(cells.get((row, column), Text("")) for column in columns))
+        yield from (_title(title), part)
         title = "(continued)"
 
 
@@ -145,19 +146,6 @@ def _cell(text: str, share: float) -> Text:
     return Text(text, style=f"{ink} on rgb({red},{green},{blue})")
 
 
-def _table() -> Table:
-    return Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
-
-
 def _title(text: str) -> Text:
     """Not the table's own title, which a narrow table would wrap."""
     return Text(text, style="bold")
-
-
-def _short(x: float) -> str:
-    """Two or three digits that matter, five letters at most."""
-    if x == 0:
-        return "0"
-    if x < 0.0095 or x >= 99999.5:
-        return f"{x:.0e}"
-    return f"{x:.0f}" if x >= 99.5 else f"{x:.3g}" if x >= 1 else f"{x:.2g}"

@@ -8,6 +8,8 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from rankfold.io.files import sync, to_json
+
 _MANIFEST = "rankfold-cache.json"
 
 
@@ -48,12 +50,12 @@ def cached_folder(name: str, build: Callable[[Path], None]) -> Path:
                 work.mkdir()
                 build(work)
                 sizes = {str(file.relative_to(work)): file.stat().st_size for file in work.rglob("*") if file.is_file()}
-                (work / _MANIFEST).write_text(json.dumps(sizes, indent=2, sort_keys=True) + "\n")
+                (work / _MANIFEST).write_text(to_json(sizes, sort_keys=True))
                 for entry in [*work.rglob("*"), work]:
-                    _fsync(entry)
+                    sync(entry)
                 shutil.rmtree(target, ignore_errors=True)  # there only if it is damaged
                 work.rename(target)
-                _fsync(target.parent)
+                sync(target.parent)
             finally:
                 shutil.rmtree(work, ignore_errors=True)
     except (OSError, SafetensorError) as error:
@@ -69,13 +71,3 @@ def _is_whole(folder: Path) -> bool:
         return all((folder / file).stat().st_size == size for file, size in sizes.items())
     except (OSError, ValueError):
         return False
-
-
-def _fsync(path: Path) -> None:
-    if path.is_dir() and os.name == "nt":
-        return  # Windows cannot open a folder
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

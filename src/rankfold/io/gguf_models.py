@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import logging
 import os
@@ -13,6 +12,7 @@ from typing import Any
 
 from rankfold.errors import RankfoldError
 from rankfold.io.cache import MissingAssetError, cached_folder
+from rankfold.io.files import sha256
 
 logger = logging.getLogger(__name__)
 
@@ -37,8 +37,6 @@ def cached_gguf(path: Path, name: str, write: Callable[[Path, Path], None]) -> P
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
             raise RankfoldError(f"{path} is not a GGUF file: it does not begin with the bytes GGUF")
-        file.seek(0)
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
     if importlib.util.find_spec("gguf") is None:
         raise MissingAssetError(f"reading {path} needs the package gguf: `pip install 'rankfold[gguf]'`")
 
@@ -46,7 +44,7 @@ def cached_gguf(path: Path, name: str, write: Callable[[Path, Path], None]) -> P
         logger.info("converting %s to plain float32 safetensors, once, into %s", path, folder.parent)
         write(path, folder)
 
-    return cached_folder(f"{name}-{digest[:16]}", build)
+    return cached_folder(f"{name}-{sha256(path)[:16]}", build)
 
 
 def write_llama(path: Path, folder: Path) -> None:

@@ -1,145 +1,161 @@
-"""The weights of one model folder, read from its safetensors a tensor at a time; the model is never built with them."""
+"""Safetensors read a header or a tensor at a time: names, shapes and types of files and of models, and single weights."""
 
 from __future__ import annotations
 
-import hashlib
-import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import AutoConfig, AutoModel
-from transformers.pytorch_utils import Conv1D
 
 from rankfold.errors import RankfoldError
 
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
-class ModelFolder:
-    """The target weights of one model folder; only headers are read until `weight` asks for one."""
 
-    def __init__(self, folder: Path, targets: Sequence[str]) -> None:
-        self.folder, self.name = folder, folder.resolve().name
-        if (folder / "adapter_config.json").is_file():
-            raise RankfoldError(
-                f"{folder} is an adapter; merge it into its base first (merge_and_unload, save_pretrained)"
-            )
-        try:
-            self.type = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise RankfoldError(f"{folder} is not a model folder: its config.json cannot be read ({error!r})") from None
-        self.files = weight_files(folder)
-        modules = {n.removesuffix(".weight") for n in self.files if n.endswith(".weight")}
-        modules = sorted(m for m in modules if is_target(m, targets))
-        missing = [t for t in targets if not any(is_target(m, [t]) for m in modules)]
-        if missing:
-            ends = sorted({n.removesuffix(".weight").rpartition(".")[2] for n in self.files if n.endswith(".weight")})
-            raise RankfoldError(
-                f"build_subspace: targets {', '.join(missing)} name no weight of {folder}; it has {', '.join(ends)}"
-            )
-        self.prefix = _common_prefix(modules)
-        transposed = _conv1d_modules(folder)
-        self.transposed = {m for m in modules if any(m == c or m.endswith("." + c) for c in transposed)}
-        self.shapes = {m.removeprefix(self.prefix): self._shape(m) for m in modules}
-        self.hashes = {f.name: sha256(f) for f in sorted(set(self.files.values()))}
+@dataclass(frozen=True)
+class Header:
+    """What is known of a tensor without reading it; `dtype` in safetensors' letters (F32, BF16 …)."""
 
-    def about(self) -> dict[str, Any]:
-        return {"name": self.name, "files": self.hashes}
+    shape: tuple[int, ...]
+    dtype: str
 
-    def check_same_architecture(self, other: ModelFolder) -> None:
-        """Raises ValueError unless both have the same modules of the same shapes, whatever stands before their names."""
-        if self.type != other.type:
-            raise RankfoldError(
-                f"{self.folder} is a {self.type} and {other.folder} a {other.type}; give models of one kind"
-            )
-        different = [m for m in {**self.shapes, **other.shapes} if self.shapes.get(m) != other.shapes.get(m)]
-        if different:
-            first = min(different)
-            raise RankfoldError(
-                f"{self.folder} and {other.folder} are not of one architecture: {first} has the shapes "
-                f"{self.shapes.get(first)} and {other.shapes.get(first)}"
-            )
 
-    def weight(self, module: str) -> Tensor:
-        """out × in in float64, by the name behind the prefix."""
-        module = self.prefix + module
-        path = self.files[f"{module}.weight"]
-        try:
-            with safe_open(path, "pt") as file:
-                w = file.get_tensor(f"{module}.weight")
-        except (SafetensorError, OSError) as error:
-            raise RankfoldError(f"{path} cannot be read: {error}") from None
-        w = w.double()
-        if not torch.isfinite(w).all():
-            raise RankfoldError(f"{path} has NaN or infinity in {module}.weight; the model is damaged")
-        return w.T if module in self.transposed else w
+def read_headers(file: Path) -> dict[str, Header]:
+    """The headers of all tensors of one safetensors file, by name.
 
-    def _shape(self, module: str) -> tuple[int, int]:
-        name = f"{module}.weight"
-        with safe_open(self.files[name], "pt") as file:
-            part = file.get_slice(name)
-            shape, dtype = part.get_shape(), part.get_dtype()
-        if len(shape) != 2 or dtype not in ("F64", "F32", "BF16", "F16"):
-            raise RankfoldError(
-                f"{self.files[name]}: {name} is {dtype} of shape {shape}, and a subspace needs matrices of "
-                "floating-point numbers; give unquantised models, and linear layers in targets"
-            )
-        return (shape[1], shape[0]) if module in self.transposed else (shape[0], shape[1])
+    Raises:
+        RankfoldError: missing, truncated, or not safetensors.
+    """
+    with _opened(file) as tensors:
+        parts = ((name, tensors.get_slice(name)) for name in tensors.keys())  # noqa: SIM118 (not a dict)
+        return {name: Header(tuple(part.get_shape()), str(part.get_dtype())) for name, part in parts}
+
+
+def read_metadata(file: Path) -> dict[str, str]:
+    """The metadata of a safetensors file; errors as `read_headers`."""
+    with _opened(file) as tensors:
+        return dict(tensors.metadata() or {})
+
+
+def read_tensor(file: Path, name: str) -> Tensor:
+    """One tensor of a safetensors file as stored; errors as `read_headers`."""
+    return next(tensor for _, tensor in read_tensors(file, [name]))
+
+
+def read_tensors(file: Path, names: list[str] | None = None) -> Iterator[tuple[str, Tensor]]:
+    """Tensors of a safetensors file as stored, one in memory at a time.
+
+    Args:
+        names: which; by default all.
+
+    Raises:
+        RankfoldError: as `read_headers`, or a tensor that torch cannot hold, by name.
+    """
+    with _opened(file) as tensors:
+        for name in tensors.keys() if names is None else names:
+            try:
+                tensor = tensors.get_tensor(name)
+            except (SafetensorError, AttributeError, RuntimeError, KeyError, TypeError) as error:
+                raise RankfoldError(f"{file}: tensor {name!r} cannot be read: {error}") from None
+            yield name, tensor
 
 
 def weight_files(folder: Path) -> dict[str, Path]:
     """The file of each tensor of a model folder; headers only."""
-    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    index, single = folder / INDEX, folder / SINGLE
     if index.is_file():
         try:
             wanted: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
             files = {name: folder / file for name, file in wanted.items()}
-        except (ValueError, KeyError, AttributeError) as error:
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise RankfoldError(f"{index} is not a valid index: {error!r}") from None
     elif single.is_file():
-        files = dict.fromkeys(_names(single), single)
+        files = dict.fromkeys(read_headers(single), single)
     else:
-        raise RankfoldError(f"{folder} has no model.safetensors and no index of one; save the model as safetensors")
-    there = {file: _names(file) for file in set(files.values())}
+        raise RankfoldError(f"{folder} has no {SINGLE} and no index of one; save the model as safetensors")
+    there = {file: read_headers(file) for file in set(files.values())}
     for name, file in files.items():
         if name not in there[file]:
             raise RankfoldError(f"{index} says that {name} is in {file.name}, but it is not; the model is incomplete")
     return files
 
 
-def _names(file: Path) -> set[str]:
+def weight_reader(base: str | None, revision: str | None, prefix: str) -> Callable[[str], Tensor]:
+    """Reads module weights of a base by module name, as stored, without widening them; the model is never built.
+
+    Args:
+        base: folder, or hub id in the local cache.
+        prefix: the model's `base_model_prefix`, which checkpoints may have or lack.
+
+    Returns:
+        The reader, which looks for the files when it is first called: most adapters need no weight. It raises RankfoldError
+        where the base has no safetensors, or no such weight in floating point.
+    """
+
+    @cache
+    def files() -> dict[str, Path]:
+        if not base:
+            raise RankfoldError("this adapter's update depends on the base's weights; give the base with --base FOLDER")
+        return base_files(base, revision)
+
+    def read(module: str) -> Tensor:
+        names = (f"{module}.weight", f"{prefix}.{module}.weight", f"{module}.weight".removeprefix(f"{prefix}."))
+        name = next((n for n in names if n in files()), None)
+        if name is None:
+            raise RankfoldError(
+                f"base={base!r} has no tensor {names[0]!r}; give the base it was trained on with --base"
+            )
+        tensor = read_tensor(files()[name], name)
+        if tensor.dtype not in FLOATS:
+            raise RankfoldError(
+                f"base={base!r}: {name} is {tensor.dtype}; give the unquantised base with --base FOLDER"
+            )
+        return tensor
+
+    return read
+
+
+def base_files(base: str, revision: str | None) -> dict[str, Path]:
+    """The file of each tensor of a base model, a folder or a hub id in the local cache.
+
+    Raises:
+        RankfoldError: it has no safetensors here, or they are damaged.
+    """
+    first = _find(base, INDEX, revision) or _find(base, SINGLE, revision)
+    if first is None:
+        raise RankfoldError(
+            f"base={base!r} has no {SINGLE} here, which holds the weights that this fold needs; give --base FOLDER with "
+            "safetensors (save_pretrained of transformers writes them)"
+        )
+    return weight_files(first.parent)
+
+
+def _find(base: str, name: str, revision: str | None) -> Path | None:
+    if Path(base).is_dir():
+        path = Path(base) / name
+        return path if path.is_file() else None
+    from transformers.utils.hub import cached_file
+
+    try:
+        found = cached_file(
+            base, name, revision=revision, local_files_only=True, _raise_exceptions_for_missing_entries=False
+        )
+    except (OSError, ValueError):
+        return None
+    return None if found is None else Path(found)
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[safe_open]:
     try:
         with safe_open(file, "pt") as opened:
-            return set(opened.keys())
+            yield opened
     except (SafetensorError, OSError) as error:
         raise RankfoldError(f"{file} cannot be read; it is missing, truncated or not safetensors: {error}") from None
-
-
-def _common_prefix(modules: Sequence[str]) -> str:
-    """What all names begin with, in whole parts."""
-    first, last = (name.split(".")[:-1] for name in (min(modules), max(modules)))
-    same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False))
-    return "".join(part + "." for part, _ in same)
-
-
-def _conv1d_modules(folder: Path) -> list[str]:
-    """Modules that keep their weight as in × out (GPT-2's Conv1D); a file alone does not tell."""
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        with torch.device("meta"):
-            skeleton = AutoModel.from_config(config, trust_remote_code=False)
-    except ValueError:  # a model with code of its own: Conv1D is transformers' alone
-        return []
-    return [name for name, module in skeleton.named_modules() if isinstance(module, Conv1D)]
-
-
-def is_target(module: str, targets: Sequence[str]) -> bool:
-    return any(module == t or module.endswith("." + t) for t in targets)
-
-
-def sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

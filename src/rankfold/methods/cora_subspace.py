@@ -27,7 +27,7 @@ from torch import Tensor
 
 from rankfold.errors import RankfoldError
 from rankfold.host.adapter import Site
-from rankfold.io.weights import ModelFolder, is_target
+from rankfold.io.model_folder import ModelFolder, is_target
 
 FORMAT, VERSION = "rankfold-subspace", 1
 SCOPES = ("layer", "module", "global")

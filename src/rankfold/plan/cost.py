@@ -13,9 +13,9 @@ from torch import nn
 
 from rankfold.errors import RankfoldError
 from rankfold.host.config import LowRankConfig
+from rankfold.io.models import meta_copy
 from rankfold.plan.flops import adapter_flops, base_flops
 from rankfold.plan.folding import Fold, forecast
-from rankfold.plan.meta import meta_copy
 from rankfold.plan.ranks import at_the_end
 from rankfold.train import budget
 

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from rich.console import Group
-from rich.table import Table
 from rich.text import Text
 
+from rankfold import text
 from rankfold.plan.cost_plan import CostPlan, Row
 from rankfold.plan.folding import Fold
 
 
 def table(plan: CostPlan) -> Group:
     """One row per method, those that cannot be had below the others, and what must be known."""
-    t = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    t = text.table()
     t.add_column("method", no_wrap=True)
     t.add_column("ranks", no_wrap=True)
     for name in ("trained", "stored", "folded", "serve at", "AdamW", "FLOPs", "+back"):
@@ -33,10 +33,10 @@ def _cells(row: Row, with_share: bool) -> list[str]:
         row.label,
         row.ranks,
         f"{c.trained:,}",
-        count(c.stored),
-        count(fold.parameters) if fold else "–",
+        text.count(c.stored),
+        text.count(fold.parameters) if fold else "–",
         _serve(fold, falls=c.trained_at_end is not None) if fold else "–",
-        size(c.optimizer_bytes),
+        text.size(c.optimizer_bytes),
         *(("–", "–") if c.flops is None else (f"{share:.3%}" if share < 0.1 else f"{share:.1%}" for share in c.flops)),
         *([f"{row.share:.1%}"] if with_share and row.share is not None else []),
     ]
@@ -49,7 +49,7 @@ def _serve(fold: Fold, falls: bool) -> str:
 
 def _title(plan: CostPlan) -> str:
     b = plan.base
-    bytes_ = "bytes unknown" if b.bytes is None else size(b.bytes)
+    bytes_ = "bytes unknown" if b.bytes is None else text.size(b.bytes)
     targets = plan.targets if isinstance(plan.targets, str) else ",".join(plan.targets)
     title = f"{plan.model}: {b.architecture}, {b.parameters:,} parameters, {bytes_}; adapters on {targets}"
     return f"{title}\nbudget: {plan.budget:,} trained parameters in the adapter" if plan.budget else title
@@ -72,18 +72,3 @@ def _below(plan: CostPlan) -> list[str]:
         "folded: parameters of the LoRA of `rankfold fold`, padded to the rank after the arrow (vLLM's --max-lora-rank)",
         "FLOPs: adapter over base for a token, forward; +back: forward and backward (docs/planning.md)",
     ]
-
-
-def count(n: int) -> str:
-    """A number for a narrow column: exact to three places, and all of them below a million."""
-    for unit, name in ((1_000_000_000, "B"), (1_000_000, "M")):
-        if n >= unit:
-            return f"{n / unit:.4g}{name}"
-    return f"{n:,}"
-
-
-def size(n: int) -> str:
-    for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if n >= unit:
-            return f"{n / unit:.3g} {name}"
-    return f"{n} B"

@@ -11,7 +11,8 @@ from typing import Any
 
 from transformers import EarlyStoppingCallback, ProgressCallback, TrainerCallback
 
-from rankfold.train.folder import write_whole
+from rankfold.io.files import append_line, write_whole
+from rankfold.text import duration
 from rankfold.train.metrics import read_metrics
 
 # What the trainer logs beside losses, metrics, learning rate and gradient norm.
@@ -47,8 +48,7 @@ class MetricsFile(TrainerCallback):
             row = {key.replace("eval_", "test_"): value for key, value in row.items()}
         if row:
             row = {"step": state.global_step, "epoch": state.epoch, "tokens": state.num_input_tokens_seen, **row}
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+            append_line(self.path, json.dumps(row))
 
     def close(self) -> None:
         """Evaluations from here on are not the run's."""
@@ -104,7 +104,7 @@ class Progress(ProgressCallback):
             left = ""
             if self.began_at is not None and (done := state.global_step - self.began_at):
                 seconds = (time.monotonic() - self.began) / done * (state.max_steps - state.global_step)
-                left = f", {seconds / 60:.0f} min left" if seconds >= 90 else f", {seconds:.0f} s left"
+                left = f", {duration(seconds, digits=2)} left"
             print(f"step {state.global_step}/{state.max_steps}: {_pairs(shown)}{left}", file=sys.stderr, flush=True)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

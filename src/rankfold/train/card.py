@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import yaml
 
+from rankfold.text import size
+
 if TYPE_CHECKING:
     from rankfold.train.prepare import Prepared
     from rankfold.train.result import TrainResult
@@ -82,7 +84,7 @@ An adapter of `{run.model.name}` for {run.task}, trained with **{title}** by
 {classes}| method | {title} |
 {fields}
 | trainable parameters | {result.trainable:,} (adapter {result.adapter:,}, head {result.head:,}) of {result.total:,} |
-| stored parameters | {result.stored:,} ({result.stored_bytes / 1e6:.2f} MB) |
+| stored parameters | {result.stored:,} ({size(result.stored_bytes)}) |
 | training | {result.steps:,} steps ({result.epochs:.3g} epochs){seen}{best} |
 | optimiser | {t.optimizer}, learning rate {t.learning_rate:g} ({t.schedule}), {batch}, seed {t.seed} |
 

@@ -8,7 +8,9 @@ import zipfile
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+
+from rankfold.errors import RankfoldError
+from rankfold.io.weights import read_tensors
 
 # Trainer writes trainer_state.json last.
 FILES = ("adapter_config.json", "adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json")
@@ -44,10 +46,9 @@ def what_is_damaged(checkpoint: Path) -> str | None:
         if not zipfile.is_zipfile(path):
             return f"{path.name} is cut off"
     try:
-        with safe_open(checkpoint / "adapter_model.safetensors", "pt") as tensors:
-            for key in tensors.keys():  # noqa: SIM118 (not a dict)
-                if not bool(torch.isfinite(tensors.get_tensor(key)).all()):
-                    return f"{key} holds NaN or infinite numbers"
-    except SafetensorError as e:
-        return f"adapter_model.safetensors is cut off or foreign ({e})"
+        for key, tensor in read_tensors(checkpoint / "adapter_model.safetensors"):
+            if not bool(torch.isfinite(tensor).all()):
+                return f"{key} holds NaN or infinite numbers"
+    except RankfoldError:
+        return "adapter_model.safetensors is cut off or foreign"
     return None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from rankfold.errors import RankfoldError
 from rankfold.runfile.load import load
 from rankfold.runfile.problems import RunFileError
 from rankfold.runfile.schema import RunFile
+from rankfold.text import changes
 
 OURS = ("adapter", "checkpoints", "run.yaml", "metrics.jsonl", "result.json", "metrics.png", "metrics.svg")
 
@@ -66,11 +66,7 @@ def _check_same_run(run: RunFile, saved: Path) -> None:
         ) from e
     now = run.model_dump()
     fixed = ("model", "task", "data", "method")
-    changed = [
-        f"{path} was {old!r}, is {new!r}"
-        for key in fixed
-        for path, old, new in _differences(key, before[key], now[key])
-    ]
+    changed = [change for key in fixed for change in changes(key, before[key], now[key])]
     if changed:
         raise FolderError(
             f"output: the run in '{saved.parent}' is another one: {'; '.join(changed)}. "
@@ -78,29 +74,11 @@ def _check_same_run(run: RunFile, saved: Path) -> None:
         )
 
 
-def _differences(path: str, old: object, new: object) -> Iterator[tuple[str, object, object]]:
-    if isinstance(old, dict) and isinstance(new, dict):
-        for key in {**old, **new}:
-            yield from _differences(f"{path}.{key}", old.get(key), new.get(key))
-    elif old != new:
-        yield path, old, new
-
-
 def clear(folder: Path) -> None:
     """Delete what runs write, and nothing else."""
     for name in OURS:
         path = folder / name
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file that a crash or a full disk leaves as it was before, never half."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 @contextmanager

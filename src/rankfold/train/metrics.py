@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
+from rankfold.io.files import read_json_lines
 from rankfold.tasks.task import Task
 
 
@@ -18,12 +18,4 @@ def tidy(logged: dict[str, Any], prefix: str, task: Task) -> dict[str, float]:
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The rows of a metrics.jsonl; a last line that was cut off by a crash is left out."""
-    rows: list[dict[str, Any]] = []
-    if not path.is_file():
-        return rows
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows
+    return [row for _, row in read_json_lines(path, skip_damaged=True)]

@@ -11,10 +11,10 @@ from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from rankfold.errors import RankfoldError, nearest
-from rankfold.fold.source import read_config, read_tensors
+from rankfold.errors import nearest
 from rankfold.io import assets as bundled
-from rankfold.io.gguf_models import load_gguf_folder
+from rankfold.io.adapters import read_config, read_tensors
+from rankfold.io.models import ModelError, skeleton
 from rankfold.tasks import table
 
 if TYPE_CHECKING:
@@ -25,30 +25,6 @@ if TYPE_CHECKING:
 
 # Task types for which PEFT itself leaves heads of these names out of all-linear, trains and saves them.
 _HEADS_OF_PEFT = {"SEQ_CLS": {"classifier", "score"}}
-
-
-class ModelError(RankfoldError):
-    """The model cannot be found, read or adapted; the message names it and the fix."""
-
-
-def locate(name: str) -> str:
-    """What `from_pretrained` takes for a run file's model name: a folder, or a hub id as it is.
-
-    Raises:
-        ModelError: a file or folder that is not a model.
-    """
-    if name in bundled.MODELS:
-        return str(bundled.model_path(name))
-    path = Path(name).expanduser()
-    if path.suffix == ".gguf":
-        return str(load_gguf_folder(path))
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise ModelError(f"model.name: the folder '{name}' has no config.json, so it is not a saved model")
-        return str(path)
-    if path.is_file() or name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise ModelError(f"model.name: '{name}' is no folder with a saved model and no GGUF file")
-    return name
 
 
 def load_tokenizer(model: Model, place: str) -> PreTrainedTokenizerBase:
@@ -93,8 +69,7 @@ def load_model(
     options: dict[str, Any] = {"attn_implementation": run.model.attention} if run.model.attention else {}
     if not weights:
         dtype = config.dtype if run.model.dtype == "auto" else getattr(torch, run.model.dtype)
-        with torch.device("meta"):
-            model = auto.from_config(config, dtype=dtype, trust_remote_code=run.model.trust_remote_code, **options)
+        model = skeleton(config, (auto,), dtype=dtype, trust_remote_code=run.model.trust_remote_code, **options)
         return model, heads(model) if task.new_head else []
     model, report = _from(
         auto, run.model, place, config=config, dtype=run.model.dtype, output_loading_info=True, **options

@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate import PartialState
 
+from rankfold.io.models import locate
 from rankfold.runfile.arguments import trainer_arguments
 from rankfold.runfile.checks import peft_config
 from rankfold.runfile.schema import RunFile
 from rankfold.tasks import table
 from rankfold.tasks.rows import Encoded, Rows
 from rankfold.tasks.task import Task
+from rankfold.text import size
 from rankfold.train import budget, model, tokens
 from rankfold.train.budget import Budget
 from rankfold.train.data import load_rows
@@ -68,7 +70,7 @@ def prepare(run: RunFile) -> Prepared:
     """
     task = table.get(run.task)
     config_of_adapter = peft_config(run)
-    place = model.locate(run.model.name)
+    place = locate(run.model.name)
     with processes().main_process_first():  # the others find the caches filled
         rows = load_rows(run)
         config = model.load_config(run, place, rows.labels)
@@ -130,8 +132,8 @@ class Plan:
             ),
             (
                 "memory",
-                f"{_megabytes(sum(memory.values()))} on each device ("
-                + ", ".join(f"{name} {_megabytes(size)}" for name, size in memory.items())
+                f"{size(sum(memory.values()))} on each device ("
+                + ", ".join(f"{name} {size(held)}" for name, held in memory.items())
                 + "), and activations",
             ),
         ]
@@ -164,7 +166,3 @@ def make_plan(prepared: Prepared) -> Plan:
         estimated=run.data.packing,
         devices=devices,
     )
-
-
-def _megabytes(size: int) -> str:
-    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"

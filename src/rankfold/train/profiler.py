@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +9,9 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from transformers import TrainerCallback
 
+from rankfold.io.files import to_json, write_whole
 from rankfold.kernel.gated_mlp import _GatedMlp
 from rankfold.kernel.linears import _LowRankLinears
-from rankfold.train.folder import write_whole
 
 #: What is left out at first (allocations, caches), and what is measured then.
 SKIP, STEPS = 3, 3
@@ -57,7 +56,7 @@ class Profile(TrainerCallback):
         column = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
         lines += ["", events.table(sort_by=column, row_limit=30, max_name_column_width=60)]
         write_whole(self.folder / "profile.txt", "\n".join(lines) + "\n")
-        write_whole(self.folder / "profile.json", json.dumps({"steps": steps, "shares": found}, indent=2) + "\n")
+        write_whole(self.folder / "profile.json", to_json({"steps": steps, "shares": found}))
         profiler.export_chrome_trace(str(self.folder / "profile-trace.json"))
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rankfold.tasks import table
+from rankfold.text import size
 
 
 @dataclass(frozen=True)
@@ -74,12 +75,12 @@ class TrainResult:
         return [
             *scores,
             ("trained", f"{self.trainable:,} parameters (adapter {self.adapter:,}, head {self.head:,})"),
-            ("stored", f"{self.stored:,} parameters, {self.stored_bytes / 1e6:.2f} MB"),
+            ("stored", f"{self.stored:,} parameters, {size(self.stored_bytes)}"),
             (
                 "steps",
                 f"{self.steps:,}" + (f", the best on validation at {self.best_step:,}" if self.best_step else ""),
             ),
             *([("speed", f"{speed}; {self.seconds:,.0f} s in steps")] if self.seconds else []),
-            ("peak memory", f"{self.peak_memory / 1e9:.2f} GB"),
+            ("peak memory", size(self.peak_memory)),
             ("adapter", str(self.adapter_path)),
         ]

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, set_seed
 
-from rankfold.io.files import whole_folder
+from rankfold.io.files import whole_folder, write_whole
 from rankfold.runfile.checks import check
 from rankfold.runfile.problems import RunFileError
 from rankfold.runfile.schema import RunFile
@@ -103,7 +103,7 @@ def train(
         if overwrite:
             folder.clear(output)
         output.mkdir(parents=True, exist_ok=True)
-        folder.write_whole(output / "run.yaml", f"# {command or 'rankfold.train.run.train'}\n{run.to_yaml()}")
+        write_whole(output / "run.yaml", f"# {command or 'rankfold.train.run.train'}\n{run.to_yaml()}")
         metrics_file = MetricsFile(output / "metrics.jsonl", resume_at)
         trainer.add_callback(metrics_file)
     state.wait_for_everyone()
@@ -166,7 +166,7 @@ def train(
         if main:
             (partial / "README.md").write_text(model_card(prepared, result), encoding="utf-8")
     if main:
-        folder.write_whole(output / "result.json", json.dumps(asdict(result), indent=2) + "\n")
+        write_whole(output / "result.json", json.dumps(asdict(result), indent=2) + "\n")
         title = f"{run.method.name} on {run.model.name}, {run.data.source or run.data.train}"
         logged = read_metrics(output / "metrics.jsonl")
         plot_metrics(logged, prepared.task.logged_as(run.metric), title, output, result.best_step)

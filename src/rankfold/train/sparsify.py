@@ -19,6 +19,7 @@ from typing import Any
 from rankfold.errors import RankfoldError
 from rankfold.host import registry
 from rankfold.inspect import inspect_adapter
+from rankfold.io.files import write_whole
 from rankfold.runfile.load import parse
 from rankfold.runfile.methods import config_class
 from rankfold.runfile.problems import Problem, RunFileError
@@ -131,7 +132,7 @@ def sparsify(
             folder.check(stage, resume=True, overwrite=False)  # the same run, not another that has the name
         stages.append(_read(stage, xi, json.loads(done.read_text(encoding="utf-8"))))
         say(_words(stages[-1], run.metric))
-        folder.write_whole(output / "stages.jsonl", "".join(json.dumps(asdict(s)) + "\n" for s in stages))
+        write_whole(output / "stages.jsonl", "".join(json.dumps(asdict(s)) + "\n" for s in stages))
     title = registry.get(run.method.name).title
     plot_stages(stages, run.metric, f"{title} on {run.model.name}, {run.data.source or run.data.train}", output)
     return stages

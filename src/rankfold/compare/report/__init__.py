@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from pathlib import Path
 
 from rankfold.compare.report.page import render
 from rankfold.compare.statistics import analyse
 from rankfold.compare.trial_file import read
 from rankfold.errors import RankfoldError
+from rankfold.io.files import write_whole
 
 __all__ = ["write_report"]
 
@@ -39,19 +38,6 @@ def write_report(out: str | Path, *, reference: str | None = None) -> Path:
     file = out / "compare.yaml"
     specification = file.read_text(encoding="utf-8") if file.is_file() else None
     page = render(analysis, lines, specification)
-    _replace(out / "analysis.json", json.dumps(analysis.to_json(), indent=1, ensure_ascii=False) + "\n")
-    _replace(out / "report.html", page)
+    write_whole(out / "analysis.json", json.dumps(analysis.to_json(), indent=1, ensure_ascii=False) + "\n")
+    write_whole(out / "report.html", page)
     return out / "report.html"
-
-
-def _replace(path: Path, text: str) -> None:
-    """The file whole or as it was."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise

@@ -6,7 +6,6 @@ Its readers scale a module by lora_alpha / (its rank): PEFT, vLLM from 0.33 on a
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from rankfold.fold.profiles.profile import Folded, Profile, Written
 from rankfold.fold.profiles.uniform import config, loaders, reader, serve_flags, serve_rank
+from rankfold.io.files import to_json
 from rankfold.kernel.factors import Factors
 
 #: The one lora_alpha. Any number would do: B makes up for it. It does not depend on the ranks, so that a module can be
@@ -49,7 +49,7 @@ def write(folded: Folded, folder: Path) -> Written:
         "lora_alpha": ALPHA,
         "rank_pattern": {exact_pattern(name): rank for name, rank in ranks.items() if rank != largest},
     }
-    (folder / "adapter_config.json").write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
+    (folder / "adapter_config.json").write_text(to_json(written), encoding="utf-8")
     flags = serve_flags(largest, serve_rank(largest), folded.out)
     return Written(
         rank=largest,

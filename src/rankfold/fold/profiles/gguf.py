@@ -10,6 +10,7 @@ from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
+from shlex import quote
 
 import torch
 from torch import Tensor
@@ -84,8 +85,8 @@ def write(folded: Folded, folder: Path) -> Written:
         parameters=parameters,
         read=reader(path, names, base, folded),
         serve={
-            "llama.cpp": f"llama-cli -m BASE.gguf --lora {folded.out / FILE}",
-            "llama.cpp server": f"llama-server -m BASE.gguf --lora {folded.out / FILE}",
+            "llama.cpp": f"llama-cli -m BASE.gguf --lora {quote(str(folded.out / FILE))}",
+            "llama.cpp server": f"llama-server -m BASE.gguf --lora {quote(str(folded.out / FILE))}",
             "llama-cpp-python": f"Llama('BASE.gguf', lora_path={str(folded.out / FILE)!r})",
         },
     )

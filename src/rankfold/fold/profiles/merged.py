@@ -9,6 +9,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from shlex import quote
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +17,10 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils.hub import cached_file
 
 from rankfold.errors import RankfoldError
-from rankfold.fold.base_model import load_base, quiet
 from rankfold.fold.profiles.profile import Folded, Profile, Written
-from rankfold.fold.weight_reader import weight_reader
+from rankfold.fold.source import base_model
+from rankfold.io.models import quiet
+from rankfold.io.weights import base_files, weight_reader
 from rankfold.kernel.factors import Factors
 
 #: Files larger than this are split.
@@ -54,6 +56,12 @@ def write(folded: Folded, folder: Path) -> Written:
             module.weight = nn.Parameter(added.to(folded.dtype), requires_grad=False)
         _load_heads(model, {k.removeprefix("base_model.model."): v for k, v in folded.source.heads.items()})
     model.to(folded.dtype)
+    broken = next((n for n, p in model.named_parameters() if not torch.isfinite(p).all()), None)
+    if broken:
+        raise RankfoldError(
+            f"profile merged: {broken} is not finite in {folded.dtype}; give --dtype float32, or bfloat16 where float16 is "
+            "too narrow"
+        )
     with quiet():
         model.save_pretrained(folder, max_shard_size=MAX_SHARD)  # pyright: ignore[reportCallIssue]
     parameters = sum(p.numel() for p in model.parameters())
@@ -68,9 +76,9 @@ def write(folded: Folded, folder: Path) -> Written:
         parameters=parameters,
         read=_reader(folded, folder, model),
         serve={
-            "vLLM": f"vllm serve {folded.out}",
+            "vLLM": f"vllm serve {quote(str(folded.out))}",
             "transformers": f"{type(model).__name__}.from_pretrained({str(folded.out)!r})",
-            "llama.cpp": f"convert_hf_to_gguf.py {folded.out}",
+            "llama.cpp": f"convert_hf_to_gguf.py {quote(str(folded.out))}",
         },
         notes=notes,
     )
@@ -82,7 +90,8 @@ def _base(folded: Folded) -> nn.Module:
         raise RankfoldError(
             "profile merged needs the weights of the base model, which is not known; give --base FOLDER"
         )
-    model = load_base(folded.source.config, folded.base, "auto", folded.source.heads)
+    model = base_model(folded.source.config, folded.base, "auto", folded.source.heads)
+    base_files(folded.base, folded.source.config.revision)  # the proof reads them one by one
     if getattr(model, "is_quantized", False):
         raise RankfoldError(
             f"profile merged: base={folded.base!r} is quantised and cannot hold a sum; give --base the float weights"

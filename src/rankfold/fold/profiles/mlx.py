@@ -7,15 +7,16 @@ Read from mlx-lm's source (docs/serving.md says which); MLX needs an Apple machi
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
+from shlex import quote
 
 from safetensors.torch import load_file, save_file
 
 from rankfold.errors import RankfoldError
 from rankfold.fold.profiles.profile import Folded, Profile, Written
 from rankfold.fold.source import base_config
+from rankfold.io.files import to_json
 from rankfold.kernel.factors import Factors
 
 #: Model types whose modules mlx-lm names as transformers does. It loads adapters with strict=False: a wrong name would be
@@ -53,13 +54,13 @@ def write(folded: Folded, folder: Path) -> Written:
         "num_layers": base.num_hidden_layers,
         "lora_parameters": {"rank": rank, "scale": 1.0, "dropout": 0.0, "keys": sorted(keys)},
     }
-    (folder / "adapter_config.json").write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
+    (folder / "adapter_config.json").write_text(to_json(written), encoding="utf-8")
     stored = load_file(folder / "adapters.safetensors")
     return Written(
         rank=rank,
         parameters=sum(t.numel() for t in tensors.values()),
         read=lambda name: Factors(stored[f"{name}.lora_a"].T, stored[f"{name}.lora_b"].T),
-        serve={"mlx-lm": f"mlx_lm.generate --model BASE --adapter-path {folded.out}"},
+        serve={"mlx-lm": f"mlx_lm.generate --model BASE --adapter-path {quote(str(folded.out))}"},
         notes=["written from mlx-lm's source; MLX itself was not run"],
     )
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
+from shlex import quote
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -12,6 +12,7 @@ from torch import Tensor
 from rankfold.errors import RankfoldError
 from rankfold.fold.profiles.profile import Folded, Profile, Written
 from rankfold.fold.source import Source
+from rankfold.io.files import to_json
 from rankfold.kernel.factors import Factors
 
 #: vLLM's legal values of max_lora_rank from 8 on: padding to one of them costs nothing at serving time.
@@ -43,7 +44,7 @@ def write(folded: Folded, folder: Path) -> Written:
     tensors |= {k: v.detach().to("cpu", folded.dtype).contiguous() for k, v in source.heads.items()}
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     written = {**config(source, rank), "base_model_name_or_path": folded.base}
-    (folder / "adapter_config.json").write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
+    (folder / "adapter_config.json").write_text(to_json(written), encoding="utf-8")
     return Written(
         rank=rank,
         parameters=parameters,
@@ -86,10 +87,11 @@ def _notes(source: Source, rank: int) -> list[str]:
 
 def serve_flags(rank: int, largest: int, out: Path) -> dict[str, str]:
     """The flags with which each engine loads the fold; vLLM takes only certain values, `largest` is one."""
+    named = quote(f"fold={out}")
     return {
-        "vLLM": f"vllm serve BASE --enable-lora --max-lora-rank {largest} --lora-modules fold={out}",
-        "SGLang": f"python -m sglang.launch_server --model-path BASE --max-lora-rank {rank} --lora-paths fold={out}",
-        "TGI": f"text-generation-launcher --model-id BASE --lora-adapters fold={out}",
+        "vLLM": f"vllm serve BASE --enable-lora --max-lora-rank {largest} --lora-modules {named}",
+        "SGLang": f"python -m sglang.launch_server --model-path BASE --max-lora-rank {rank} --lora-paths {named}",
+        "TGI": f"text-generation-launcher --model-id BASE --lora-adapters {named}",
         "PEFT": f"PeftModel.from_pretrained(base, {str(out)!r})",
     }
 

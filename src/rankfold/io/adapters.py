@@ -1,0 +1,103 @@
+"""An adapter's folder: where it is, its config and its tensors."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+
+from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from rankfold.errors import RankfoldError
+from rankfold.host import registry
+
+CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+
+
+def find_adapter(path: Path) -> Path:
+    """The adapter folder that `path` means: itself, its `adapter/` where it is a run's, or the folder of a file in it."""
+    path = Path(path)
+    if path.is_file() and path.name in (CONFIG, WEIGHTS, PICKLED) and (path.parent / CONFIG).is_file():
+        return path.parent
+    return next((folder for folder in (path, path / "adapter") if (folder / CONFIG).is_file()), path)
+
+
+def read_config(folder: Path) -> PeftConfig:
+    """The config of an adapter folder. Methods that were not imported are unknown to PEFT.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+        RankfoldError: it is not an adapter's, and where the adapter may be, or what is wrong with it.
+    """
+    folder = Path(folder)
+    path = folder / CONFIG
+    if not folder.exists():
+        raise FileNotFoundError(f"{folder} does not exist; give the folder of an adapter")
+    if folder.is_file():
+        raise RankfoldError(f"{folder} is a file; give the folder that has it and its {CONFIG}")
+    if not path.is_file():
+        raise RankfoldError(f"{folder} is not an adapter folder: it has no {CONFIG}{_where_it_may_be(folder)}")
+    try:
+        kind = json.loads(path.read_text(encoding="utf-8")).get("peft_type")
+    except (json.JSONDecodeError, AttributeError, UnicodeDecodeError) as error:
+        raise RankfoldError(f"{path} is not valid: {error}") from None
+    if kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
+        raise RankfoldError(f"{path}: {registry.unknown_type(kind)}")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT's advice about training
+        return PeftConfig.from_pretrained(str(folder))
+
+
+def _where_it_may_be(folder: Path) -> str:
+    """PEFT saves every adapter but the one called "default" in a folder of its name."""
+    below = sorted(path.parent for path in folder.glob(f"*/{CONFIG}"))
+    if not below:
+        return ""
+    others = f" (and {len(below) - 1} more)" if len(below) > 1 else ""
+    return f"; there is one in {below[0]}{others}"
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """The tensors of an adapter folder; float8, which has no arithmetic, is widened to float32.
+
+    Raises:
+        RankfoldError: the file is missing, truncated, a pickle, or was saved before its shards were gathered.
+    """
+    path = Path(folder) / WEIGHTS
+    if not path.is_file():
+        hint = ""
+        if (Path(folder) / PICKLED).exists():
+            hint = (
+                f", only a pickled {PICKLED}, which can run code and is never opened; if you trust it, load it with "
+                "PEFT and save it again with save_pretrained(FOLDER), which writes safetensors"
+            )
+        raise RankfoldError(f"{folder} has no {WEIGHTS}{hint}")
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise RankfoldError(f"{path} cannot be read; it is truncated or not a safetensors file: {error}") from None
+    if message := not_gathered({name: tuple(tensor.shape) for name, tensor in tensors.items()}):
+        raise RankfoldError(f"{path}: {message}; {GATHER}")
+    return {name: tensor.float() if _is_narrow(tensor) else tensor for name, tensor in tensors.items()}
+
+
+def _is_narrow(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and tensor.itemsize < 2
+
+
+GATHER = (
+    "gather the weights before saving (zero_to_fp32.py of the checkpoint, or stage3_gather_16bit_weights_on_model_save)"
+)
+
+
+def not_gathered(shapes: dict[str, tuple[int, ...]]) -> str:
+    """Says which factors are empty, as ZeRO-3 leaves them on a process that holds no part of them; "" if none is."""
+    empty = [name for name, shape in shapes.items() if shape == (0,) and name.endswith((".weight", ".up", ".down"))]
+    if not empty:
+        return ""
+    return (
+        f"{len(empty)} of {len(shapes)} tensors are empty (shape [0]), such as {empty[0]}: ZeRO-3 saved them in shards"
+    )

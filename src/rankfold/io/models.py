@@ -1,0 +1,156 @@
+"""Base models: where a name points, their config, a copy without weights, and the model with them. Never runs remote code."""
+
+from __future__ import annotations
+
+import copy
+import struct
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+from transformers.utils import logging
+
+from rankfold.errors import RankfoldError
+from rankfold.io import assets as bundled
+from rankfold.io.gguf_models import load_gguf_folder
+from rankfold.text import first_line
+
+_UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, ImportError)
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+class ModelError(RankfoldError):
+    """The model cannot be found, read or adapted; the message names it and the fix."""
+
+
+def locate(name: str) -> str:
+    """What `from_pretrained` takes for a model's name: a folder, or a hub id as it is.
+
+    Raises:
+        ModelError: a file or folder that is not a model.
+    """
+    if name in bundled.MODELS:
+        return str(bundled.model_path(name))
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf":
+        return str(load_gguf_folder(path))
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelError(f"model.name: the folder '{name}' has no config.json, so it is not a saved model")
+        return str(path)
+    if path.is_file() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise ModelError(f"model.name: '{name}' is no folder with a saved model and no GGUF file")
+    return name
+
+
+def model_config(place: str | Path, **options: Any) -> PretrainedConfig:
+    """The config of a folder or hub id, or from the header of a GGUF file.
+
+    Args:
+        options: of `AutoConfig.from_pretrained`.
+
+    Raises:
+        ModelError: it cannot be read, and why.
+    """
+    path = Path(place).expanduser()
+    if path.suffix == ".gguf" and path.is_file():  # transformers reads no tensor for this
+        place, options = path.parent, {**options, "gguf_file": path.name, "local_files_only": True}
+    try:
+        return AutoConfig.from_pretrained(place, **{"trust_remote_code": False, **options})
+    except (*_UNREADABLE, struct.error) as error:
+        if "trust_remote_code" in str(error):
+            raise ModelError("it needs code of its own, which is never run here") from error
+        raise ModelError(first_line(error)) from error
+
+
+def named_class(name: str | None) -> Any:
+    """The class of transformers of this name, one of its Auto classes or a model's; the bare AutoModel where it has none."""
+    named = getattr(transformers, name or "", None)
+    auto = isinstance(named, type) and hasattr(named, "from_config")
+    return named if auto or (isinstance(named, type) and issubclass(named, PreTrainedModel)) else AutoModel
+
+
+def skeleton(
+    config: PretrainedConfig, makers: Sequence[Any] = (), *, dtype: torch.dtype | str | None = None, **options: Any
+) -> PreTrainedModel:
+    """The model of a config on the meta device: shapes, names and types, without weights.
+
+    Args:
+        makers: classes of transformers, of which the first that has a model for the config is taken; by default the class
+            that the config says it was saved from.
+        dtype: of its floating-point weights; by default the config's.
+        options: of the class's `from_config`.
+
+    Raises:
+        ModelError: none of the classes can make a model of the config.
+    """
+    makers = makers or [named_class(next(iter(config.architectures or []), None))]
+    dtype = dtype or getattr(config, "dtype", None)
+    last: Exception | None = None
+    for maker in makers:
+        auto = hasattr(maker, "from_config")
+        build = maker.from_config if auto else maker._from_config
+        more = {"trust_remote_code": False, **options} if auto else options
+        try:
+            with torch.device("meta"):
+                return build(config, dtype=dtype if dtype in _DTYPES else torch.float32, **more)
+        except (ValueError, TypeError, KeyError, AttributeError, ImportError, RuntimeError) as error:
+            last = error  # an Auto class refuses a config that is not in its table; another one may have it
+    if "Unrecognized configuration class" in str(last):
+        names = " or ".join(maker.__name__ for maker in makers)
+        raise ModelError(f"transformers has no {names} of a {config.model_type}") from last
+    raise ModelError(f"its config ({config.model_type}) cannot be used: {first_line(last)}") from last
+
+
+def meta_copy(model: nn.Module) -> nn.Module:
+    """A copy whose tensors have shapes only; what was tied stays tied."""
+    hollow: dict[int, Any] = {
+        id(p): nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=p.requires_grad)
+        for p in model.parameters()
+    }
+    hollow |= {id(b): torch.empty_like(b, device="meta") for b in model.buffers()}
+    return copy.deepcopy(model, hollow)
+
+
+def load_base(maker: Any, place: str | Path | None, dtype: torch.dtype | str, labels: int | None = None) -> Any:
+    """A base model with its weights.
+
+    Args:
+        maker: class of transformers, as `named_class` gives it.
+        place: folder or hub id.
+        dtype: of the weights; "auto" keeps the file's.
+        labels: outputs of a classification head, whose own weights may be missing.
+
+    Raises:
+        OSError, ValueError: the weights cannot be had.
+    """
+    extra = {} if labels is None else {"num_labels": labels, "ignore_mismatched_sizes": True}
+    with quiet():  # a head that is loaded a line later needs no warning
+        return maker.from_pretrained(place, dtype=dtype, trust_remote_code=False, **extra)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Neither warnings nor bars of transformers."""
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
