@@ -21,7 +21,7 @@ from rankfold.optim.adam import adam_
 from rankfold.optim.options import Options
 from rankfold.optim.pair_optimizer import PairOptimizer
 from rankfold.optim.pairs import Pair
-from rankfold.optim.small import gram, inverse
+from rankfold.optim.small import inverse, precise_gram
 from rankfold.optim.stacks import Batch, Shapes
 
 DELTA = 1e-8
@@ -70,7 +70,7 @@ class LoraFa(PairOptimizer):
         key = tuple((p.down.data_ptr(), p.down._version) for p in batch.pairs)
         gated = batch.pairs[0].gate is not None
         if gated or key not in cache:
-            found = inverse(gram(batch.seen_down), DELTA, batch.eps).to(batch.up.dtype)
+            found = inverse(*precise_gram(batch.seen_down), DELTA).to(batch.up.dtype)
             if gated:
                 return found
             ours = {ptr for ptr, _ in key}

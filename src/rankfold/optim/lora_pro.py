@@ -62,8 +62,8 @@ class Sizes:
     over_down: Tensor
 
     @classmethod
-    def of(cls, up: Tensor, down: Tensor, eps: float) -> Sizes:
-        (p, u, real_p), (q, v, real_q) = eigh(gram(up.mT), eps), eigh(gram(down), eps)
+    def of(cls, up: Tensor, down: Tensor) -> Sizes:
+        (p, u, real_p), (q, v, real_q) = eigh(*gram(up.mT)), eigh(*gram(down))
         over_up = function(torch.where(real_p, 1 / (p + DELTA), 0), u)
         return cls((p, u), (q, v), over_up, function(torch.where(real_q, 1 / (q + DELTA), 0), v))
 
@@ -78,18 +78,19 @@ def project(
         scale: L × 1 × 1.
         x_mode: which X.
     """
-    over_square = 1 / scale.to(sizes.over_up.dtype).square()
+    work, wide = up.dtype, sizes.over_up.dtype
+    over_square = 1 / scale.to(wide).square()
     over_up, over_down = sizes.over_up * over_square, sizes.over_down * over_square
-    q = g_up @ over_down.to(up.dtype)
-    along_up = sizes.over_up.to(up.dtype) @ (up.mT @ q)
-    h_down = over_up.to(up.dtype) @ g_down
+    common = (up.mT @ g_up).to(wide)  # Bᵀ·g_B = g_A·Aᵀ = s·Bᵀ·G·Aᵀ
+    along_up = sizes.over_up @ common @ over_down  # (BᵀB)⁻¹Bᵀ · g_B (AAᵀ)⁻¹/s²
+    h_down = over_up.to(work) @ g_down
     if x_mode != "zero":
-        c = -over_up @ (g_down @ down.mT).to(over_up.dtype)
+        c = -over_up @ common
         x = sylvester(sizes.up, sizes.down, c) if x_mode == "sylvester" else 0.5 * c @ sizes.over_down
-        x = x.to(up.dtype)
-        h_down = torch.baddbmm(h_down, x, down)
+        h_down.baddbmm_(x.to(work), down)
         along_up = along_up + x
-    return torch.baddbmm(q, up, along_up, alpha=-1), h_down
+    h_up = g_up @ over_down.to(work)
+    return h_up.baddbmm_(up, along_up.to(work), alpha=-1), h_down
 
 
 def full_direction(batch: Batch, h_up: Tensor, h_down: Tensor, group: dict[str, Any]) -> tuple[Tensor, Tensor]:
@@ -132,7 +133,7 @@ class LoraPro(PairOptimizer):
         for batch in batches:
             assert batch.grad_down is not None
             up, down = batch.seen_up, batch.seen_down
-            sizes = Sizes.of(up, down, batch.eps)
+            sizes = Sizes.of(up, down)
             first = "zero" if mode == "full" else x_mode
             h_up, h_down = project(up, down, batch.grad_up, batch.grad_down, batch.scale, sizes, first)
             if mode == "efficient":

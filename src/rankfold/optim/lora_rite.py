@@ -27,7 +27,7 @@ from torch import Tensor
 
 from rankfold.optim.options import Options, is_number
 from rankfold.optim.pair_optimizer import PairOptimizer
-from rankfold.optim.small import function, gram, inverse_root, widest
+from rankfold.optim.small import function, inverse_root, precise_gram, widest
 from rankfold.optim.stacks import Batch, Shapes
 
 
@@ -59,15 +59,13 @@ class Side:
     """One factor's part of a step. Its rows of length r lie as columns: everything is r × n.
 
     Args:
-        name: "down" or "up".
-        factor: what is trained, L × r × n.
+        name: "down" or "up", the factor that is trained.
         other: the other factor as seen, L × k × r.
         over_other: R⁻¹ of it, L × r × r, symmetric.
         gradient: Āᵀ or B̄ᵀ, L × r × n.
     """
 
     name: str
-    factor: Tensor
     other: Tensor
     over_other: Tensor
     gradient: Tensor
@@ -86,11 +84,11 @@ def sides(batch: Batch) -> tuple[Side, Side]:
     """Both factors with their unmagnified gradients."""
     assert batch.grad_down is not None
     up, down, work = batch.seen_up, batch.seen_down, batch.up.dtype
-    over_up = inverse_root(gram(up.mT), batch.eps).to(work)
-    over_down = inverse_root(gram(down), batch.eps).to(work)
+    over_up = inverse_root(*precise_gram(up.mT)).to(work)
+    over_down = inverse_root(*precise_gram(down)).to(work)
     return (
-        Side("down", batch.down, up, over_up, over_up @ batch.grad_down),
-        Side("up", batch.up.mT, down.mT, over_down, (batch.grad_up @ over_down).mT),
+        Side("down", up, over_up, over_up @ batch.grad_down),
+        Side("up", down.mT, over_down, (batch.grad_up @ over_down).mT),
     )
 
 
@@ -114,7 +112,7 @@ def decay(beta: float, step: int) -> float:
 
 
 def advance(side: Side, state: dict[str, Tensor], step: int, group: dict[str, Any]) -> Tensor:
-    """Moves the moments of one factor, in place, and returns its update R⁻¹·Mᵀ, L × r × n."""
+    """Moves the moments of one factor, in place, and returns what magnifies the first one into its update: R⁻¹, capped."""
     b1, b2 = (decay(b, step) for b in group["betas"])
     basis, v, m = state[f"basis_{side.name}"], state[f"second_{side.name}"], state[f"first_{side.name}"]
     wide, work = widest(v), v.dtype
@@ -132,12 +130,11 @@ def advance(side: Side, state: dict[str, Tensor], step: int, group: dict[str, An
     v.copy_(b2 * turned + (1 - b2) / side.gradient.shape[2] * (side.square * side.gain.square()).to(wide))
     values, vectors = torch.linalg.eigh(v.to(wide))
     whiten = function(1 / ((values.clamp_min(0) + shift).sqrt() + group["eps"]), vectors).to(work)
-    m.copy_(torch.baddbmm((b1 * turn) @ m, (1 - b1) * side.gain * whiten, side.gradient))
-    magnify = side.over_other
-    if group["cap"]:
-        rms = m.square().mean((1, 2), keepdim=True).sqrt()
-        magnify = magnify / (rms / group["cap"]).clamp_min(1)
-    return magnify @ m
+    torch.baddbmm((b1 * turn) @ m, (1 - b1) * side.gain * whiten, side.gradient, out=m)
+    if not group["cap"]:
+        return side.over_other
+    rms = m.square().mean((1, 2), keepdim=True).sqrt()
+    return side.over_other / (rms / group["cap"]).clamp_min(1)
 
 
 def balance_(down: Tensor, up: Tensor) -> None:
@@ -168,10 +165,9 @@ class LoraRite(PairOptimizer):
         found = [(batch, sides(batch)) for batch in batches]
         limit([side for _, both in found for side in both], group["skip"], group["clip"])
         for batch, both in found:
-            updates = [advance(side, batch.state, batch.step, group) for side in both]  # both from the old factors
-            for side, update in zip(both, updates, strict=True):
-                if group["weight_decay"]:
-                    side.factor.mul_(1 - group["lr"] * group["weight_decay"])
-                side.factor.sub_(update, alpha=group["lr"])
+            magnify_down, magnify_up = (advance(side, batch.state, batch.step, group) for side in both)
+            lr, kept = group["lr"], 1 - group["lr"] * group["weight_decay"]
+            batch.down.baddbmm_(magnify_down, batch.state["first_down"], beta=kept, alpha=-lr)
+            batch.up.baddbmm_(batch.state["first_up"].mT, magnify_up, beta=kept, alpha=-lr)
             if group["balance"]:
                 balance_(batch.down, batch.up)

@@ -13,6 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from rankfold.optim.adam import adam_
@@ -36,9 +37,16 @@ class RiemannianOptions(Options):
 def precondition(batch: Batch, reg: float) -> tuple[Tensor, Tensor]:
     """(BᵀB + λI)⁻¹ g_A and g_B (AAᵀ + λI)⁻¹."""
     assert batch.grad_down is not None
-    over_up = inverse(gram(batch.seen_up.mT), reg, batch.eps).to(batch.up.dtype)
-    over_down = inverse(gram(batch.seen_down), reg, batch.eps).to(batch.up.dtype)
+    over_up, over_down = (damped_inverse(t, reg).to(t.dtype) for t in (batch.seen_up.mT, batch.seen_down))
     return over_up @ batch.grad_down, batch.grad_up @ over_down
+
+
+def damped_inverse(rows: Tensor, reg: float) -> Tensor:
+    """(rows·rowsᵀ + λI)⁻¹, L × r × r; the pseudo-inverse for λ = 0."""
+    s, rounding = gram(rows)
+    if reg == 0:
+        return inverse(s, rounding, 0.0)
+    return torch.linalg.inv_ex(s + reg * torch.eye(s.shape[1], dtype=s.dtype, device=s.device)).inverse
 
 
 class Riemannian(PairOptimizer):

@@ -5,30 +5,35 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+#: Elements that `precise_gram` widens at once, so that they stay in the cache.
+CHUNK = 2**18
+
 
 def widest(t: Tensor) -> torch.dtype:
     """The type of r×r algebra on the device of `t`."""
     return torch.float32 if t.device.type == "mps" else torch.float64
 
 
-def gram(rows: Tensor) -> Tensor:
-    """rows · rowsᵀ of … × r × n, accumulated in the widest type: its eigenvalues are then as good as a QR's in float32."""
-    wide = rows.to(widest(rows))
-    return wide @ wide.mT
+def gram(rows: Tensor) -> tuple[Tensor, float]:
+    """rows · rowsᵀ of L × r × n, summed in the type of `rows`; and the share of its largest eigenvalue that is rounding."""
+    return (rows @ rows.mT).to(widest(rows)), rows.shape[1] * torch.finfo(rows.dtype).eps
 
 
-def eigh(s: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Eigenvalues (ascending, never negative) and eigenvectors of symmetric matrices, and which eigenvalues are not rounding.
+def precise_gram(rows: Tensor) -> tuple[Tensor, float]:
+    """As `gram`, summed in the widest type: roots of its eigenvalues are as good as the singular values of a float32 QR."""
+    wide, r = widest(rows), rows.shape[1]
+    several = max(CHUNK // max(rows[0].numel(), 1), 1)
+    parts = [part @ part.mT for part in (some.to(wide) for some in rows.split(several))]
+    eps = torch.finfo(rows.dtype).eps
+    return torch.cat(parts), max((r * eps) ** 2, r * torch.finfo(wide).eps)
 
-    Args:
-        s: … × r × r.
-        eps: machine epsilon of the factors that `s` was made of.
-    """
+
+def eigh(s: Tensor, rounding: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Eigenvalues (ascending, never negative) and eigenvectors of symmetric matrices, and which eigenvalues are more than
+    `rounding` times the largest: none where the matrix is zero."""
     values, vectors = torch.linalg.eigh(s)
     values = values.clamp_min(0)
-    r = s.shape[-1]
-    floor = max((r * eps) ** 2, r * torch.finfo(s.dtype).eps)  # a factor's singular values are the roots of these
-    return values, vectors, values > floor * values[..., -1:]
+    return values, vectors, values > rounding * values[..., -1:]
 
 
 def function(values: Tensor, vectors: Tensor) -> Tensor:
@@ -36,16 +41,16 @@ def function(values: Tensor, vectors: Tensor) -> Tensor:
     return (vectors * values.unsqueeze(-2)) @ vectors.mT
 
 
-def inverse(s: Tensor, ridge: float, eps: float) -> Tensor:
-    """(s + ridge·I)⁺ of symmetric matrices, in which directions that `s` lacks stay out. All of them, where `s` is zero."""
-    values, vectors, real = eigh(s, eps)
-    return function(torch.where(real, 1 / (values + ridge).clamp_min(torch.finfo(s.dtype).tiny), 0), vectors)
+def inverse(s: Tensor, rounding: float, ridge: float) -> Tensor:
+    """(s + ridge·I)⁺ of symmetric matrices, in which directions that `s` lacks stay out."""
+    values, vectors, real = eigh(s, rounding)
+    return function(torch.where(real, 1 / (values + ridge), 0), vectors)
 
 
-def inverse_root(s: Tensor, eps: float) -> Tensor:
+def inverse_root(s: Tensor, rounding: float) -> Tensor:
     """s^(−1/2) of symmetric matrices; directions that `s` lacks stay out."""
-    values, vectors, real = eigh(s, eps)
-    return function(torch.where(real, values.clamp_min(torch.finfo(s.dtype).tiny).rsqrt(), 0), vectors)
+    values, vectors, real = eigh(s, rounding)
+    return function(torch.where(real, values.rsqrt(), 0), vectors)
 
 
 def sylvester(b: tuple[Tensor, Tensor], a: tuple[Tensor, Tensor], c: Tensor, floor: float = 1e-12) -> Tensor:

@@ -41,11 +41,6 @@ class Batch:
     state: dict[str, Tensor]
     step: int
 
-    @property
-    def eps(self) -> float:
-        """Machine epsilon of the arithmetic on the factors."""
-        return torch.finfo(self.down.dtype).eps
-
     def finite(self) -> Tensor:
         """bool L: which pairs have gradients without NaN and infinity."""
         total = self.grad_up.sum((1, 2))
@@ -64,6 +59,7 @@ class Stack:
         self.pairs, self.shapes = pairs, shapes
         self.scale = torch.tensor([p.scale for p in pairs], dtype=work_type(pairs[0].up), device=pairs[0].up.device)[:, None, None]  # fmt: skip
         self._state: dict[str, Tensor] = {}
+        self._buffers: dict[str, Tensor] = {}
         self._rows: list[dict[str, Tensor]] = []
 
     def state(self, kept: Any) -> dict[str, Tensor]:
@@ -107,21 +103,31 @@ class Stack:
         self, members: list[int], places: Tensor | None, stacked: dict[str, Tensor], step: int, with_down: bool
     ) -> Batch:
         pairs = [self.pairs[i] for i in members]
-        work = work_type(pairs[0].up)
-        down, up = _wide([p.down.detach() for p in pairs], work), _wide([p.up.detach() for p in pairs], work)
+        down = self._side_by_side("down", [p.down.detach() for p in pairs])
+        up = self._side_by_side("up", [p.up.detach() for p in pairs])
         seen_down, seen_up = down, up
         if pairs[0].gate is not None:
-            gates = torch.stack([p.gate.values() for p in pairs if p.gate is not None]).to(work)
+            gates = torch.stack([p.gate.values() for p in pairs if p.gate is not None]).to(up)
             seen_down, seen_up = gates[:, :, None] * down, up * gates[:, None]
         return Batch(
             pairs, down, up,
-            _wide([_gradient(p.down) for p in pairs], work) if with_down else None,
-            _wide([_gradient(p.up) for p in pairs], work),
+            self._side_by_side("grad_down", [_gradient(p.down) for p in pairs]) if with_down else None,
+            self._side_by_side("grad_up", [_gradient(p.up) for p in pairs]),
             seen_down, seen_up,
             self.scale if places is None else self.scale[places],
             stacked if places is None else {k: v[places] for k, v in stacked.items()},
             step,
         )  # fmt: skip
+
+    def _side_by_side(self, name: str, tensors: list[Tensor]) -> Tensor:
+        """One tensor of all of them. A CPU's allocator gives large memory back to the system, and fresh pages cost more than the
+        copy, so there it is kept for the next step (where the types agree, and for all pairs at once)."""
+        work = work_type(tensors[0])
+        if tensors[0].device.type != "cpu" or len(tensors) < len(self.pairs) or tensors[0].dtype != work:
+            return torch.stack(tensors).to(work)
+        if name not in self._buffers:
+            self._buffers[name] = tensors[0].new_empty(len(tensors), *tensors[0].shape)
+        return torch.stack(tensors, out=self._buffers[name])
 
     def write_back(self, batch: Batch, places: Tensor | None, kept: Any, with_down: bool) -> None:
         """Stores what a rule has changed: factors, state and the count of steps."""
@@ -148,11 +154,6 @@ def by_shape(pairs: Sequence[Pair]) -> list[list[Pair]]:
     for p in pairs:
         found[(*p.shape, p.up.dtype, p.down.dtype, p.up.device, p.down.device, p.gate is None)].append(p)
     return list(found.values())
-
-
-def _wide(tensors: list[Tensor], work: torch.dtype) -> Tensor:
-    stacked = torch.stack(tensors)
-    return stacked if stacked.dtype == work else stacked.to(work)
 
 
 def _has_gradients(pair: Pair, with_down: bool) -> bool:
