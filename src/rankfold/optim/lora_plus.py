@@ -8,6 +8,7 @@ gives every vector λ·lr, so that a head's bias learns λ times faster than its
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -15,7 +16,7 @@ import torch
 from torch import nn
 
 from rankfold.optim.options import Options, check_lr, is_number
-from rankfold.optim.pairs import split
+from rankfold.optim.pairs import Pair, split_of
 from rankfold.optim.state_check import check_state, restore_types
 
 
@@ -35,7 +36,7 @@ class LoraPlus(torch.optim.AdamW):
     """AdamW on LoRA+'s groups (arXiv 2402.12354). `LoraPlus.groups(model, lr)` makes the groups for any other optimiser.
 
     Args:
-        model: a model with adapters.
+        model: a model with adapters, or pairs of one, and nothing else is trained.
         lr: η_A.
         foreach, fused: as in torch.optim.AdamW.
         options: the fields of `LoraPlusOptions`.
@@ -50,7 +51,7 @@ class LoraPlus(torch.optim.AdamW):
 
     def __init__(
         self,
-        model: nn.Module,
+        model: nn.Module | Sequence[Pair],
         lr: float = 1e-3,
         *,
         foreach: bool | None = None,
@@ -64,11 +65,11 @@ class LoraPlus(torch.optim.AdamW):
         )  # fmt: skip
 
     @staticmethod
-    def groups(model: nn.Module, lr: float, **options: Any) -> list[dict[str, Any]]:
+    def groups(model: nn.Module | Sequence[Pair], lr: float, **options: Any) -> list[dict[str, Any]]:
         """The parameter groups: downs at lr, ups at λ·lr, embeddings' pairs, plain matrices, plain vectors (not decayed)."""
         check_lr("LoraPlus", lr)
         given = LoraPlusOptions.of(options)
-        parts = split(model, penalised=True)
+        parts = split_of("LoraPlus", model, penalised=True)
         slow = given.embedding_lr is not None
         pairs = [p for p in parts.pairs if not (p.embedding and slow)]
         embeddings = [p for p in parts.pairs if p.embedding and slow]

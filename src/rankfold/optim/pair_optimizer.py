@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from rankfold.errors import RankfoldError
 from rankfold.optim.adam import plain_adamw
 from rankfold.optim.options import Options, check_lr
-from rankfold.optim.pairs import Pair, Plain, split
+from rankfold.optim.pairs import Pair, split_of
 from rankfold.optim.stacks import Batch, Shapes, Stack, by_shape
 from rankfold.optim.state_check import check_state, restore_types
 
@@ -42,17 +42,8 @@ class PairOptimizer(torch.optim.Optimizer):
     def __init__(self, model: nn.Module | Sequence[Pair], lr: float = 1e-3, **options: Any) -> None:
         check_lr(type(self).__name__, lr)
         self.options = self.Options.of(options)
-        plain: list[Plain] = []
-        if isinstance(model, nn.Module):
-            found = split(model, frozen_down=not self.trains_down)
-            own, plain = found.pairs, found.plain
-        else:
-            own = list(model)
-            if not own or not all(isinstance(p, Pair) for p in own):
-                raise RankfoldError(
-                    f"{type(self).__name__}: model={_brief(model)} is neither a model nor pairs of one; give the model, or "
-                    "rankfold.optim.pairs(model)"
-                )
+        parts = split_of(type(self).__name__, model, frozen_down=not self.trains_down)
+        own, plain = parts.pairs, parts.plain
         self.prepare(own)
         self.pairs = own
         self._stacks = self._stacked()
@@ -167,8 +158,3 @@ class PairOptimizer(torch.optim.Optimizer):
 
 def _where_not(pairs: list[Pair], ok: Tensor) -> list[Pair]:
     return [pair for pair, good in zip(pairs, ok.tolist(), strict=True) if not good]
-
-
-def _brief(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

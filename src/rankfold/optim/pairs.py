@@ -11,6 +11,7 @@ magnitudes, a pool that layers share) is *plain*: pair optimisers give it to Ada
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -104,6 +105,22 @@ def split(model: nn.Module, *, frozen_down: bool = False, penalised: bool = Fals
         if p.requires_grad and id(p) not in factors
     ]
     return Split(found, plain)
+
+
+def split_of(
+    owner: str, model: nn.Module | Sequence[Pair], *, frozen_down: bool = False, penalised: bool = False
+) -> Split:
+    """What an optimiser called `owner` is to train: all of a model, or the given pairs and nothing else."""
+    if isinstance(model, nn.Module):
+        return split(model, frozen_down=frozen_down, penalised=penalised)
+    found = list(model) if isinstance(model, Sequence) else []
+    if not found or not all(isinstance(p, Pair) for p in found):
+        text = repr(model) if len(repr(model)) <= 60 else type(model).__name__
+        raise RankfoldError(
+            f"{owner}: model={text} is neither a model nor a list of its pairs; give the model, or rankfold.optim.pairs(model)"
+        )
+    _check_untied(found)
+    return Split(found, [])
 
 
 def describe(model: nn.Module, *, frozen_down: bool = False) -> str:
