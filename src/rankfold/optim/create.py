@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from rankfold.optim.options import check_lr
 from rankfold.optim.pairs import split
 from rankfold.optim.registry import get
 
@@ -48,6 +49,7 @@ def optimizer_cls_and_kwargs(
     """
     row = get(name)
     row.check(**options)
+    check_lr(row.cls.__name__, lr)
     if model is not None:
         split(model, frozen_down=name == "lora_fa", penalised=name == "lora_plus")
     return Factory(name), {"lr": lr, **options}

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+#: Eigenvalues up to this are zero, whatever the largest is: 1/√ of less would send the other factor to infinity in one step.
+TINY = 1e-24
 #: Elements that `precise_gram` widens at once, so that they stay in the cache.
 CHUNK = 2**18
 
@@ -29,11 +31,11 @@ def precise_gram(rows: Tensor) -> tuple[Tensor, float]:
 
 
 def eigh(s: Tensor, rounding: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Eigenvalues (ascending, never negative) and eigenvectors of symmetric matrices, and which eigenvalues are more than
-    `rounding` times the largest: none where the matrix is zero."""
+    """Eigenvalues (ascending, never negative) and eigenvectors of symmetric matrices, and which eigenvalues are more than `TINY`
+    and `rounding` times the largest: none where the matrix is zero."""
     values, vectors = torch.linalg.eigh(s)
     values = values.clamp_min(0)
-    return values, vectors, values > rounding * values[..., -1:]
+    return values, vectors, values > (rounding * values[..., -1:]).clamp_min(TINY)
 
 
 def function(values: Tensor, vectors: Tensor) -> Tensor:

@@ -149,9 +149,9 @@ def work_type(t: Tensor) -> torch.dtype:
 
 
 def by_shape(pairs: Sequence[Pair]) -> list[list[Pair]]:
-    """Pairs that can lie in one stack."""
+    """Pairs that can lie in one stack; those of rank 0 are in none."""
     found: dict[tuple, list[Pair]] = defaultdict(list)
-    for p in pairs:
+    for p in (p for p in pairs if p.rank):
         found[(*p.shape, p.up.dtype, p.down.dtype, p.up.device, p.down.device, p.gate is None)].append(p)
     return list(found.values())
 
