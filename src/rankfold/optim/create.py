@@ -51,5 +51,5 @@ def optimizer_cls_and_kwargs(
     row.check(**options)
     check_lr(row.cls.__name__, lr)
     if model is not None:
-        split(model, frozen_down=name == "lora_fa", penalised=name == "lora_plus")
+        split(model, frozen_down=name == "lora_fa", algebra=name != "lora_plus")
     return Factory(name), {"lr": lr, **options}

@@ -69,7 +69,7 @@ class LoraPlus(torch.optim.AdamW):
         """The parameter groups: downs at lr, ups at λ·lr, embeddings' pairs, plain matrices, plain vectors (not decayed)."""
         check_lr("LoraPlus", lr)
         given = LoraPlusOptions.of(options)
-        parts = split_of("LoraPlus", model, penalised=True)
+        parts = split_of("LoraPlus", model, algebra=False)
         slow = given.embedding_lr is not None
         pairs = [p for p in parts.pairs if not (p.embedding and slow)]
         embeddings = [p for p in parts.pairs if p.embedding and slow]

@@ -132,7 +132,7 @@ class PairOptimizer(torch.optim.Optimizer):
         if any(a is not b for a, b in zip(own, group["params"], strict=True)):
             raise RankfoldError(
                 f"{type(self).__name__}: the parameters in its groups were replaced after it was made (FSDP2 does that), and they "
-                "are not the pairs any more; make the optimiser after the model is wrapped, with the adapter left whole"
+                "are not its pairs any more; use DDP, or take LoraPlus or AdamW"
             )
         todo = self._batches(frozenset())
         finite = [batch.finite() for _, batch, _ in todo]
