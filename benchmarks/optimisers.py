@@ -90,7 +90,7 @@ def peft_lora_fa(model: nn.ModuleDict) -> torch.optim.Optimizer:
 def plus(model: nn.ModuleDict) -> torch.optim.Optimizer:
     """LoRA+'s groups as LoraPlus makes them: downs, ups."""
     found = pairs_of(model)
-    groups = [{"params": [p.down for p in found], "lr": 1e-4}, {"params": [p.up for p in found], "lr": 16e-4}]
+    groups: Any = [{"params": [p.down for p in found], "lr": 1e-4}, {"params": [p.up for p in found], "lr": 16e-4}]
     return torch.optim.AdamW(groups, foreach=True)
 
 

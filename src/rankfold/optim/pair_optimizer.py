@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from typing import Any, ClassVar
@@ -141,6 +142,7 @@ class PairOptimizer(torch.optim.Optimizer):
             skipped = {
                 pair.up for (_, batch, _), ok in zip(todo, finite, strict=True) for pair in _where_not(batch.pairs, ok)
             }
+            self._say_skipped(skipped)
             todo = self._batches(frozenset(skipped))
         if not todo:
             return
@@ -148,7 +150,17 @@ class PairOptimizer(torch.optim.Optimizer):
         for stack, batch, places in todo:
             stack.write_back(batch, places, self.state, self.trains_down)
 
+    def _say_skipped(self, skipped: set[nn.Parameter]) -> None:
+        first = next(pair.name for pair in self.pairs if pair.up in skipped)
+        warnings.warn(
+            f"{type(self).__name__}: {len(skipped)} of {len(self.pairs)} pairs (the first: {first}) have NaN or infinity in their "
+            "gradients and are left out of this step; where that happens often, lower the learning rate or look for a bad batch",
+            stacklevel=2,
+        )
+
     def _batches(self, skipped: frozenset[nn.Parameter]) -> list[tuple[Stack, Batch, Tensor | None]]:
+        if not all(stack.fits() for stack in self._stacks):  # the model was moved or cast after the optimiser was made
+            self._stacks = self._stacked()
         return [
             (s, batch, places)
             for s in self._stacks

@@ -58,9 +58,14 @@ class Stack:
     def __init__(self, pairs: list[Pair], shapes: Shapes) -> None:
         self.pairs, self.shapes = pairs, shapes
         self.scale = torch.tensor([p.scale for p in pairs], dtype=work_type(pairs[0].up), device=pairs[0].up.device)[:, None, None]  # fmt: skip
+        self._kind = {_kind(p) for p in pairs}
         self._state: dict[str, Tensor] = {}
         self._buffers: dict[str, Tensor] = {}
         self._rows: list[dict[str, Tensor]] = []
+
+    def fits(self) -> bool:
+        """Whether its pairs still have the types and the device that they had when it was made."""
+        return self._kind == {_kind(p) for p in self.pairs}
 
     def state(self, kept: Any) -> dict[str, Tensor]:
         """The stacked state; `kept` is the optimiser's. Stacked anew where its entries are not our rows: at the first step, and
@@ -83,8 +88,8 @@ class Stack:
         return self._state
 
     def batches(self, kept: Any, with_down: bool, skipped: Set[Tensor]) -> list[tuple[Batch, Tensor | None]]:
-        """The pairs that have gradients and whose `up` is not in `skipped`, by how many steps they have taken (alike, unless some were left out before); with the
-        places of a batch in the stack, or None for all of it."""
+        """The pairs that have gradients and whose `up` is not in `skipped`, by how many steps they have taken (alike, unless some
+        were left out before); with the places of a batch in the stack, or None for all of it."""
         ready = [i for i, p in enumerate(self.pairs) if p.up not in skipped and _has_gradients(p, with_down)]
         if not ready:
             return []
@@ -148,11 +153,15 @@ def work_type(t: Tensor) -> torch.dtype:
     return torch.promote_types(t.dtype, torch.float32)
 
 
+def _kind(pair: Pair) -> tuple[object, ...]:
+    return pair.up.dtype, pair.down.dtype, pair.up.device, pair.down.device
+
+
 def by_shape(pairs: Sequence[Pair]) -> list[list[Pair]]:
     """Pairs that can lie in one stack; those of rank 0 are in none."""
     found: dict[tuple, list[Pair]] = defaultdict(list)
     for p in (p for p in pairs if p.rank):
-        found[(*p.shape, p.up.dtype, p.down.dtype, p.up.device, p.down.device, p.gate is None)].append(p)
+        found[(*p.shape, p.gate is None, _kind(p))].append(p)
     return list(found.values())
 
 
