@@ -28,8 +28,8 @@ from rankfold.optim.small import eigh, function, gram, sylvester
 from rankfold.optim.stacks import Batch, Shapes
 
 DELTA = 1e-8
-#: Elements of an out×in stack that "full" mode makes at once.
-CHUNK = 2**24
+#: Elements of an out×in stack that "full" mode makes at once: few enough for a CPU's cache, many enough for an accelerator.
+CHUNK_CPU, CHUNK = 2**20, 2**24
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def full_direction(batch: Batch, h_up: Tensor, h_down: Tensor, group: dict[str, 
     right = torch.cat([h_down, batch.seen_down], 1)
     g_up, g_down = torch.empty_like(h_up), torch.empty_like(h_down)
     out, in_ = left.shape[1], right.shape[2]
-    several = max(CHUNK // (out * in_), 1)
+    several = max((CHUNK_CPU if left.device.type == "cpu" else CHUNK) // (out * in_), 1)
     for start in range(0, len(left), several):
         some = slice(start, start + several)
         g = left[some] @ right[some]
