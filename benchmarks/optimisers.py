@@ -83,8 +83,13 @@ def peft_lora_fa(model: nn.ModuleDict) -> torch.optim.Optimizer:
     named = list(model.named_parameters())
     for name, p in named:
         p.requires_grad_("lora_B" in name)
-    group = {"params": [p for _, p in named], "names": [n for n, _ in named], "scaling_factors": [SCALE] * len(named)}
-    return LoraFAOptimizer([group], lr=1e-4)
+    group: Any = {
+        "params": [p for _, p in named],
+        "names": [n for n, _ in named],
+        "scaling_factors": [SCALE] * len(named),
+    }
+    groups: Any = [group]
+    return LoraFAOptimizer(groups, lr=1e-4)
 
 
 def plus(model: nn.ModuleDict) -> torch.optim.Optimizer:
