@@ -73,3 +73,19 @@ def test_the_kernel_imports_torch_alone(module: str) -> None:
 
     assert outside(FILES[module]) <= {"torch", "rankfold", *sys.stdlib_module_names}
     assert {room(m) for m in imports(FILES[module])} <= {"kernel"}
+
+
+#: The one file of the package that may import private names of a library.
+DOORS = {"peft": "rankfold.host.peft_api", "transformers": "rankfold.train.hf_api", "trl": "rankfold.train.hf_api"}
+
+
+@pytest.mark.parametrize("module", list(FILES))
+def test_private_names_of_libraries_come_through_one_door(module: str) -> None:
+    found = []
+    for node in ast.walk(ast.parse(FILES[module].read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            library, *inside = node.module.split(".")
+            private = [a.name for a in node.names if a.name.startswith("_")] + [p for p in inside if p.startswith("_")]
+            if library in DOORS and private and module != DOORS[library]:
+                found.append(f"{node.module}: {', '.join(private)}")
+    assert not found, f"{module} imports private names: {found}"
