@@ -31,7 +31,7 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import rankfold.methods  # noqa: F401  (its adapters are PEFT adapters from here on)
-from rankfold.cli import _quiet
+from rankfold.commands.quiet import quiet
 from rankfold.fold import fold_adapter
 from rankfold.io import assets as bundled
 from rankfold.runfile.schema import parse
@@ -92,7 +92,7 @@ def main() -> None:
     parser.add_argument("--method", default="rasa", help="a method of `rankfold methods`")
     parser.add_argument("--out", type=Path, default=Path("runs"))
     args = parser.parse_args()
-    _quiet()
+    quiet()
 
     results: dict[str, TrainResult] = {}
     for method in (args.method, "peft:lora"):

@@ -22,7 +22,7 @@ from rankfold.fold import STRICT
 def run_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A run file for a random BERT and eight rows."""
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-    monkeypatch.setattr(cli, "_quiet", lambda: None)  # it changes the libraries for the whole process
+    monkeypatch.setattr("rankfold.commands.quiet.quiet", lambda: None)  # it changes the libraries for the whole process
     words = ["<pad>", "</s>", "good", "bad", "film"]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="film"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()

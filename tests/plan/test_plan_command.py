@@ -15,7 +15,7 @@ from rankfold.runfile.schema import parse
 
 @pytest.fixture(autouse=True)
 def _loud(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "_quiet", lambda: None)  # it changes the libraries for the whole process
+    monkeypatch.setattr("rankfold.commands.quiet.quiet", lambda: None)  # it changes the libraries for the whole process
 
 
 @pytest.fixture

@@ -1,30 +1,12 @@
 """The one place that touches what PEFT does not offer as an interface: a new member of its `PeftType` enum.
 
-PEFT's public `register_peft_method` refuses names that the enum lacks, and there is no entry point for third parties
-(shared/field.md, appendix A.1). Tested with the PEFT versions named in `TESTED`; outside that range importing rankfold
-raises ImportError, because layers and checkpoints might be silently wrong there.
+PEFT's public `register_peft_method` refuses names that the enum lacks, and there is no entry point for third parties.
+The versions it is tested with stand in `rankfold.peft_version`, which importing rankfold checks.
 """
 
 from __future__ import annotations
 
-from importlib.metadata import version
-
-from packaging.version import Version
 from peft.utils import PeftType
-
-#: First version that works, first version not tried.
-TESTED = (Version("0.21.0"), Version("0.22.0"))
-
-
-def check_peft() -> None:
-    """Raises ImportError outside the tested range of PEFT."""
-    installed = Version(version("peft"))
-    low, high = TESTED
-    if not low <= Version(installed.base_version) < high:
-        raise ImportError(
-            f"rankfold needs peft >={low},<{high}, the range it is tested with; installed is {installed}. "
-            f"Run: pip install 'peft>={low},<{high}'"
-        )
 
 
 def peft_name(method: str) -> str:

@@ -1,0 +1,33 @@
+"""`rankfold init`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from rankfold.commands.command import option, positional
+
+
+@dataclass(kw_only=True)
+class Options:
+    """write a commented run file that works"""
+
+    run_file: str = positional(default="run.yaml", nargs="?", metavar="run.yaml")
+    task: Literal["classification", "causal-lm"] = option(default="classification")
+    method: str = option("see `rankfold methods`, or peft:NAME (default: rasa)", default="rasa")
+    compare: bool = option("a compare file instead; its methods are a start", default=False)
+    force: bool = option("replace the file if it exists", default=False)
+
+
+def run(options: Options) -> int:
+    from rankfold.compare.template import template as compare_template
+    from rankfold.runfile.template import template
+
+    path = Path(options.run_file)
+    if path.exists() and not options.force:
+        raise FileExistsError(f"'{path}' exists; give another name or --force")
+    text = compare_template(options.task) if options.compare else template(options.task, options.method)
+    path.write_text(text, encoding="utf-8")
+    print(f"wrote {path}; next: rankfold {'compare' if options.compare else 'train'} {path} --dry-run")
+    return 0
