@@ -41,8 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         _parser().parse_args(arguments)  # ends with help, version or wrong usage
         raise AssertionError("a command that argparse knows is in COMMANDS")
     command = import_module(f"rankfold.commands.{arguments[0]}")
-    options, debug = parse(_parser_of(arguments[0], command), command.Options, arguments[1:])
-    if not debug:
+    options = parse(_parser_of(arguments[0], command), command.Options, arguments[1:])
+    if not options.debug:
         quiet.quiet()
     try:
         return command.run(options)
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"\n{getattr(command, 'INTERRUPTED', 'interrupted')}", file=sys.stderr)
         return 130
     except Exception as e:
-        if debug or not _is_users(e):
+        if options.debug or not _is_users(e):
             raise
         print(f"error: {_missing_extra(e) or e}", file=sys.stderr)
         return 1
@@ -68,7 +68,7 @@ def _is_users(error: Exception) -> bool:
 
 def _missing_extra(error: Exception) -> str | None:
     name = error.name if isinstance(error, ModuleNotFoundError) else None
-    extra = EXTRAS.get((name or "").split(".")[0])
+    extra = EXTRAS.get(name or "")
     return f"this needs the package '{name}': pip install 'rankfold[{extra}]'" if extra else None
 
 
@@ -86,7 +86,6 @@ def _parser() -> argparse.ArgumentParser:
 def _parser_of(name: str, command: ModuleType) -> argparse.ArgumentParser:
     text = _about(command)
     parser = argparse.ArgumentParser(prog=f"rankfold {name}", description=text[0].upper() + text[1:] + ".")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     add_options(parser, command.Options)
     return parser
 

@@ -36,7 +36,6 @@ MOVED = {
     "plan.states": "gelora.states",
     "plan.samples": "gelora.samples",
     "plan.blocks": "gelora.blocks",
-    "plan.command": "gelora.command",
     "plan.budgets": "plan.costs",
     "plan.base": "plan.base_facts",
     "plan.show_costs": "plan.show",

@@ -12,8 +12,6 @@ from dataclasses import MISSING, Field, dataclass, field, fields
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-Options = TypeVar("Options")
-
 
 def option(help: str | None = None, *, default: Any = MISSING, short: str | None = None, **argparse_: Any) -> Any:
     """A field that is a flag, `--like-its-name`; required unless it has a default.
@@ -43,11 +41,21 @@ def names(text: str) -> list[str]:
 
 
 @dataclass(kw_only=True)
-class RunFileOptions:
+class CommonOptions:
+    """Of every command."""
+
+    debug: bool = option("show the traceback of an error", default=False)
+
+
+@dataclass(kw_only=True)
+class RunFileOptions(CommonOptions):
     """Of the commands that read a run file."""
 
     run_file: str = positional(metavar="run.yaml")
     overrides: list[str] = positional("for instance training.seed=1", default=[], nargs="*", metavar="key=value")
+
+
+Options = TypeVar("Options", bound=CommonOptions)
 
 
 def add_options(parser: argparse.ArgumentParser, options: type) -> None:
@@ -67,14 +75,13 @@ def add_options(parser: argparse.ArgumentParser, options: type) -> None:
         _add(to, f, hints[f.name])
 
 
-def parse(parser: argparse.ArgumentParser, options: type[Options], arguments: Sequence[str]) -> tuple[Options, bool]:
-    """The options, and whether `--debug` was given. Flags may stand anywhere between the other arguments."""
+def parse(parser: argparse.ArgumentParser, options: type[Options], arguments: Sequence[str]) -> Options:
+    """The options that were given. Flags may stand anywhere between the other arguments."""
     given = vars(parser.parse_intermixed_args(arguments))
-    debug = given.pop("debug", False)
-    for f in fields(options):  # pyright: ignore[reportArgumentType]
+    for f in fields(options):
         if "group" in f.metadata:
             given[f.name] = {g.name: given.pop(g.name) for g in fields(f.metadata["group"]) if g.name in given}
-    return options(**given), debug
+    return options(**given)
 
 
 def _add(to: argparse._ActionsContainer, f: Field[Any], hint: Any, required: bool | None = None) -> None:

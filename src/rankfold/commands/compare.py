@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from rankfold.commands.command import option, positional
+from rankfold.commands.command import CommonOptions, option, positional
 from rankfold.commands.terminal import command_line
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ INTERRUPTED = "interrupted; the same command goes on where this one stopped"
 
 
 @dataclass(kw_only=True)
-class Options:
+class Options(CommonOptions):
     """find out which method is best on your model and data, at one budget"""
 
     compare_file: str = positional(metavar="compare.yaml")

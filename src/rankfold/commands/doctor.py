@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass
 
-from rankfold.commands.command import names, option, positional
+from rankfold.commands.command import CommonOptions, names, option, positional
 
 
 def _engines(text: str) -> list[str]:
@@ -21,7 +21,7 @@ def _engines(text: str) -> list[str]:
 
 
 @dataclass(kw_only=True)
-class Options:
+class Options(CommonOptions):
     """say which engine loads an adapter, which refuses or mis-scales it, and why"""
 
     path: str = positional("any adapter: a folder, or a .safetensors or .gguf file")

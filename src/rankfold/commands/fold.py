@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from rankfold.commands.command import option, positional
+from rankfold.commands.command import CommonOptions, option, positional
 
 
 @dataclass(kw_only=True)
-class Options:
+class Options(CommonOptions):
     """fold an adapter into a plain LoRA that any engine serves"""
 
     adapter: str = positional("folder of the adapter")

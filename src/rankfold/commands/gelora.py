@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from rankfold.commands.command import names, option
+from rankfold.commands.command import CommonOptions, names, option
 
 if TYPE_CHECKING:
     from rankfold.gelora.ranks import GeloraPlan
@@ -32,7 +32,7 @@ class Measure:
 
 
 @dataclass(kw_only=True)
-class Options(Measure):
+class Options(Measure, CommonOptions):
     """choose ranks from the intrinsic dimensions of your texts, before training"""
 
     model: str = option("a bundled name, folder, GGUF file or hub id")

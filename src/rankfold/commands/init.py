@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from rankfold.commands.command import option, positional
+from rankfold.commands.command import CommonOptions, option, positional
 
 
 @dataclass(kw_only=True)
-class Options:
+class Options(CommonOptions):
     """write a commented run file that works"""
 
     run_file: str = positional(default="run.yaml", nargs="?", metavar="run.yaml")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rankfold.commands.command import option, positional
+from rankfold.commands.command import CommonOptions, option, positional
 from rankfold.errors import RankfoldError
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(kw_only=True)
-class Options:
+class Options(CommonOptions):
     """show rank, norm and spectrum of an adapter, or ranks over a run's steps"""
 
     path: str = positional("an adapter folder, a run's folder, or a ranks.jsonl")

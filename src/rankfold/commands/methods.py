@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from importlib.metadata import entry_points
 
 from rankfold.catalogue import Listed, listed
-from rankfold.commands.command import option, positional
+from rankfold.commands.command import CommonOptions, option, positional
 
 
 @dataclass(kw_only=True)
-class Options:
+class Options(CommonOptions):
     """list the methods"""
 
     pattern: str = positional("a name with wildcards, such as 'ra*'", default="*", nargs="?")

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from rankfold.commands import gelora
-from rankfold.commands.command import group, names, option
+from rankfold.commands.command import CommonOptions, group, names, option
 from rankfold.errors import RankfoldError
 
 
 @dataclass(kw_only=True)
-class Options:
+class Options(CommonOptions):
     """say what each method costs on a model, as it is or at one budget; loads no weights"""
 
     model: str = option("a folder with a config.json, GGUF file, bundled name or hub id")

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from rankfold.commands.command import names, option, positional
+from rankfold.commands.command import CommonOptions, names, option, positional
 
 
 @dataclass(kw_only=True)
-class Options:
+class Options(CommonOptions):
     """build the common subspace that CoRA starts from"""
 
     models: list[str] = positional("folders of fine-tuned models of one architecture", nargs="+")

@@ -6,9 +6,11 @@ import sys
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
+from rankfold.commands.command import CommonOptions
+
 
 @dataclass(kw_only=True)
-class Options:
+class Options(CommonOptions):
     """print the versions of rankfold and what it stands on"""
 
 

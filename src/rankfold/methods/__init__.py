@@ -4,7 +4,7 @@ from importlib import import_module
 from pkgutil import iter_modules
 from typing import TYPE_CHECKING
 
-from rankfold.host.registry import METHODS
+from rankfold.host.registry import Method
 
 if TYPE_CHECKING:  # for type checkers alone, which cannot follow the loop below
     from rankfold.methods.adalora import AdaSvdConfig as AdaSvdConfig
@@ -14,9 +14,7 @@ if TYPE_CHECKING:  # for type checkers alone, which cannot follow the loop below
     from rankfold.methods.rasa import RasaConfig as RasaConfig
     from rankfold.methods.sora import SoraConfig as SoraConfig
 
-for _module in iter_modules(__path__):
-    import_module(f"{__name__}.{_module.name}")
-
-_CONFIGS = {m.config.__name__: m.config for m in METHODS.values() if m.config.__module__.startswith(f"{__name__}.")}
-globals().update(_CONFIGS)
-__all__ = sorted(_CONFIGS)  # pyright: ignore[reportUnsupportedDunderAll]
+_modules = [import_module(f"{__name__}.{found.name}") for found in iter_modules(__path__)]
+_rows = [value for module in _modules for value in vars(module).values() if isinstance(value, Method)]
+globals().update({row.config.__name__: row.config for row in _rows})
+__all__ = sorted({row.config.__name__ for row in _rows})  # pyright: ignore[reportUnsupportedDunderAll]
