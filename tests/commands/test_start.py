@@ -140,7 +140,7 @@ def test_an_adapter_loads_where_only_rankfold_is_imported(tmp_path: Path):
     model = get_peft_model(
         base, rankfold.RasaConfig(r=2, shared_rank=1, target_modules=["query"], init_lora_weights=False)
     )
-    model.eval().save_pretrained(tmp_path / "adapter")
+    model.eval().save_pretrained(str(tmp_path / "adapter"))
     torch.save(model, tmp_path / "whole.pt")
     show = "print(model.eval()(torch.tensor([[1, 2]])).last_hidden_state.sum().item())"
     loads = f"""
