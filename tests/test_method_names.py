@@ -15,7 +15,7 @@ SRC = Path(__file__).parent.parent / "src" / "rankfold"
 ALLOWED = {
     "__init__.py": {row.config.__name__ for row in registry.find()},  # the configs that a user imports
     "gelora/": {"lora", "PlainLoraConfig"},  # GeLoRA is a way to choose LoRA's ranks
-    "cli.py": {"cora_subspace", "rasa"},  # CoRA's own command; the default of `init` and an example in its help
+    "commands/init.py": {"cora_subspace", "rasa"},  # CoRA's own command; the default of `init` and an example in its help
     "fold/peft_updates.py": {"adalora"},  # the function for PEFT's adapter of that name
 }
 

@@ -1,4 +1,9 @@
-"""What moves during training: controllers around the optimiser's step, and the callback that attaches them."""
+"""What moves during training: controllers around the optimiser's step, and the callback that attaches them.
+
+PEFT comes first, for the reason that `rankfold.host` gives.
+"""
+
+import peft as peft
 
 from rankfold.control.attach import Attached, attach
 from rankfold.control.callback import AdapterCallback

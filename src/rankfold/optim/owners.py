@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from rankfold.host import registry
 from rankfold.host.adapter import Adapter
-from rankfold.host.layer import AdaptedLinear
+from rankfold.host.layer import AdaptedLayer
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +60,7 @@ class Owned:
 
 def owned(name: str, module: nn.Module) -> Owned | None:
     """What the layer `module`, called `name`, declares; None for a module that is not an adapted layer."""
-    if isinstance(module, AdaptedLinear):
+    if isinstance(module, AdaptedLayer):
         return _of_ours(name, module)
     if isinstance(module, LoraLayer):
         return _of_peft(name, module)
@@ -71,7 +71,7 @@ def _called(name: str, adapter_name: str) -> str:
     return name if adapter_name == "default" else f"{name}[{adapter_name}]"
 
 
-def _of_ours(name: str, layer: AdaptedLinear) -> Owned:
+def _of_ours(name: str, layer: AdaptedLayer) -> Owned:
     found = Owned()
     for adapter_name, adapter in layer.lowrank_adapters.items():
         assert isinstance(adapter, Adapter)
