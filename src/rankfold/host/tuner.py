@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -119,6 +120,7 @@ class LowRankTuner(BaseTuner):
         self.injected.add(adapter_name)
         for tied in link_tied([(n, m) for n, m in model.named_modules() if isinstance(m, AdaptedLayer)]):
             warn_tied(tied)
+        _warn_fast_path(model)
         link_siblings(model, AdaptedLinear)
         if config.fuse_mlp:
             fuse_mlps(model, AdaptedLinear)
@@ -344,6 +346,20 @@ def site_of(name: str, module: Any) -> Site:
             "transformers' Conv1D, quantised linears) can be adapted; leave it out of target_modules"
         )
     return Site(name, *kind.features(base), kind.name)
+
+
+def _warn_fast_path(model: nn.Module) -> None:
+    """torch's encoder layer reads the weights of its children in eval mode, past their forward and what is adapted there."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.TransformerEncoderLayer) and any(
+            isinstance(m, AdaptedLayer) for m in module.modules()
+        ):
+            warnings.warn(
+                f"{name or type(module).__name__} is a torch.nn.TransformerEncoderLayer, whose fast path ignores adapters in eval mode; "
+                "call torch.backends.mha.set_fastpath_enabled(False)",
+                stacklevel=2,
+            )
+            return
 
 
 def _owned(model: nn.Module, adapter_name: str) -> set[str]:
