@@ -96,7 +96,7 @@ def test_a_bug_of_whatever_class_shows_its_traceback(bug: Exception, monkeypatch
     def fail(*a):
         raise bug
 
-    monkeypatch.setattr("rankfold.runfile.schema.load", fail)
+    monkeypatch.setattr("rankfold.runfile.load.load", fail)
     with pytest.raises(type(bug), match=str(bug)):
         cli.main(["validate", str(run_file)])
 
@@ -119,7 +119,7 @@ def test_what_is_expected_is_one_sentence(error: Exception, sentence: str, monke
     def fail(*a):
         raise error
 
-    monkeypatch.setattr("rankfold.runfile.schema.load", fail)
+    monkeypatch.setattr("rankfold.runfile.load.load", fail)
     assert cli.main(["validate", "run.yaml"]) == 1
     assert capsys.readouterr().err == f"error: {sentence}\n"
 

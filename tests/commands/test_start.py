@@ -117,6 +117,9 @@ ORDERS = {
     "rankfold first": "import rankfold, peft",
     "a config of the host": "from rankfold.host.config import LowRankConfig",
     "a config of ours": "from rankfold import RasaConfig",
+    "the trainer, which imports peft half way": "import rankfold; from transformers import TrainerCallback, Trainer, set_seed",
+    "trl": "import rankfold; from trl.trainer.sft_trainer import SFTTrainer",
+    "the callback": "from rankfold import AdapterCallback",
     "a controller": "from rankfold.control.controller import Controller",
     "the specification": "import rankfold, importlib.util as u; s = u.find_spec('peft'); assert s.origin.endswith('.py'), s",
     "part of peft": "import rankfold; from peft.tuners.lora import LoraLayer",
@@ -172,8 +175,8 @@ for old, new in {MOVED}.items():
     assert module is importlib.import_module("rankfold." + new), old
     assert module.__name__ == module.__spec__.name == "rankfold." + new, old
 from rankfold.layer import AdaptedLinear
-import pickle, rankfold.host.layer, rankfold.train.cache as cache
-assert AdaptedLinear is rankfold.host.layer.AdaptedLinear and rankfold.train.cache is cache
+import pickle, rankfold.host.linear_layer, rankfold.train.cache as cache
+assert AdaptedLinear is rankfold.host.linear_layer.AdaptedLinear and rankfold.train.cache is cache
 """
     pickled = "import pickle; print(pickle.loads(b'crankfold.factors\\nFactors\\n.').__module__)"
     expected = {"modules": "", "pickled": "rankfold.kernel.factors"}
