@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+import torch.distributed as dist
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import (
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
@@ -262,9 +263,11 @@ class LowRankTuner(BaseTuner):
         own = owned(model, adapter_name)
         kept = {k: v for k, v in state_dict.items() if plain_name(k) in own}
         # PEFT has filtered out every key that contains another adapter's *name*; one called like a module takes ours along
-        if len(kept) < len(own):
+        if unwanted_adapter_names:
             kept |= {k: v for k, v in model.state_dict().items() if plain_name(k) in own and k not in kept}
         kept = {plain_name(k): v for k, v in kept.items()}
+        if not kept and dist.is_available() and dist.is_initialized() and dist.get_rank():
+            return kept  # a state that was gathered on the first process alone
         check_whole(config, own, kept)
         return kept
 
