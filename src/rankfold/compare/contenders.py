@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Entry:
-    """A contender at a place.
+    """A contender on one set of layers.
 
     Args:
         method: its section of a run file.

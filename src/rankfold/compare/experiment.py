@@ -39,7 +39,7 @@ def compare(
 
     Args:
         workers: trials at a time; they share the cores.
-        retry_failed: try failed trials again (those that diverged did what they do).
+        retry_failed: try failed trials again (a diverged trial is a result, not a failure).
         command: how the comparison was started, for its lines.
         say: takes each sentence for the reader.
 
@@ -118,7 +118,7 @@ class _Comparison:
                 self.say("; ".join(part for part in parts if part and (left or later or part is parts[0])))
 
     def wanted(self, done: dict[str, TrialLine]) -> tuple[list[Trial], int]:
-        """Of all contenders, one trial of each in turn, so that early results are of all of them."""
+        """Takes one trial of each contender in turn, so that early results cover all of them."""
         found = [wanted(entry, self.file, done) for entry in self.lineup.entries]
         turns = sorted((number, i) for i, (trials, _) in enumerate(found) for number in range(len(trials)))
         unique = {found[i][0][number].id: found[i][0][number] for number, i in turns}

@@ -49,7 +49,7 @@ class Rows:
         """Of a mean over seeds, or of a difference of two.
 
         Args:
-            places: of the trials among `scores`, one for each seed.
+            places: indices of the trials among `scores`, one per seed.
             minus: of those that are subtracted, in the same order of seeds.
         """
         a, c = np.asarray(places), self._covariance
@@ -116,7 +116,8 @@ def together(
     Args:
         pairs: of contenders, one family.
         tests: by contender and seed, of all contenders.
-        rows: with `places`, by contender and seed, of the trials in it; None where the row scores do not make up the metric.
+        rows: the row scores; `places` holds each trial's index in them, by contender and seed. None where the row scores do not make
+            up the metric.
 
     Returns:
         By pair; a pair with fewer than `LEAST_SEEDS` common seeds, or of which nothing varies, has none.

@@ -141,7 +141,7 @@ def choose(trials: Trials, greater_is_better: bool) -> Sensitivity | None:
 
 
 def _edge(place: int, last: int) -> Edge | None:
-    """Of the rates from 0 to `last`, where the one at `place` stands."""
+    """Which edge of the rates 0 to `last` the index `place` is, if any."""
     if last == 0:
         return "only"
     edges: dict[int, Edge] = {0: "lowest", last: "highest"}

@@ -18,7 +18,7 @@ from rankfold.compare.selection import Sensitivity, Trials, choose, contenders
 from rankfold.compare.trial_file import TrialLine
 from rankfold.errors import RankfoldError
 
-#: Between which a metric lies, whatever the data; an interval is cut off there, which leaves out nothing that could be true.
+#: The bounds of each metric. An interval is cut off there, which does not exclude any value that could be true.
 BOUNDS = {"accuracy": (0.0, 1.0), "macro_f1": (0.0, 1.0), "token_accuracy": (0.0, 1.0), "loss": (0.0, math.inf)}
 
 

@@ -1,4 +1,4 @@
-"""What moves during training: controllers around the optimiser's step, and the callback that attaches them.
+"""Schedules: controllers that act around the optimiser's step, and the callback that attaches them.
 
 PEFT comes first, for the reason that `rankfold.host` gives.
 """

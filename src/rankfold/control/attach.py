@@ -1,4 +1,4 @@
-"""Controllers onto an optimiser, through torch's own hooks, so that they run in any loop.
+"""Attaches controllers to an optimiser through torch's own hooks, so that they run in any loop.
 
 handle = attach(model, optimizer, total_steps=1000)     # that is all: bare loop, Trainer, TRL, accelerate
 """

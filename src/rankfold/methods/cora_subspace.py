@@ -63,7 +63,7 @@ class Subspace:
     hash: str
 
     def key_for(self, site: Site) -> str:
-        """The key of the site's basis. A prefix before the name is no matter (`bert.encoder…` and `encoder…`).
+        """The key of the site's basis. A prefix before the name does not matter (`bert.encoder…` and `encoder…`).
 
         Raises:
             ValueError: there is none, or it is of another size.
@@ -195,7 +195,7 @@ def build_subspace(
 
 
 def write_subspace(out: Path, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
-    """Writes a subspace file beside its place and renames it, so that a half-written one is never seen."""
+    """Writes a subspace file under a temporary name and renames it, so that a half-written one is never seen."""
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
         partial = Path(folder, out.name)

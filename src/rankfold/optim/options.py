@@ -30,7 +30,7 @@ class Options:
     def __post_init__(self) -> None:
         betas = self.betas
         ok = isinstance(betas, list | tuple) and len(betas) == 2 and all(is_number(b) and 0 <= b < 1 for b in betas)
-        self.require("betas", ok, "two numbers in [0, 1)")
+        self.require("betas", ok, "two values in [0, 1)")
         object.__setattr__(self, "betas", tuple(float(b) for b in betas))
         self.require("eps", is_number(self.eps) and self.eps >= 0, "a number >= 0")
         self.require("weight_decay", is_number(self.weight_decay) and self.weight_decay >= 0, "a number >= 0")

@@ -1,4 +1,4 @@
-"""Pairs of one shape, side by side: one product then serves all of their layers, and so does what is remembered of them."""
+"""Stacks pairs of one shape, so that one product serves all of their layers and one tensor holds their state."""
 
 from __future__ import annotations
 
@@ -88,8 +88,8 @@ class Stack:
         return self._state
 
     def batches(self, kept: Any, with_down: bool, skipped: Set[Tensor]) -> list[tuple[Batch, Tensor | None]]:
-        """The pairs that have gradients and whose `up` is not in `skipped`, by how many steps they have taken (alike, unless some
-        were left out before); with the places of a batch in the stack, or None for all of it."""
+        """Groups the pairs that have gradients and whose `up` is not in `skipped` by the steps they have taken (one group, unless
+        some were left out before). With each batch come its indices in the stack, or None if it is the whole stack."""
         ready = [i for i, p in enumerate(self.pairs) if p.up not in skipped and _has_gradients(p, with_down)]
         if not ready:
             return []

@@ -80,7 +80,7 @@ class Task(ABC):
     pipeline: ClassVar[str]
     """The hub's tag."""
     counts_rows: ClassVar[bool] = True
-    """Speed is told in rows too, not in tokens alone."""
+    """Speed is also reported in rows, not only in tokens."""
     start: ClassVar[dict[str, dict[str, Any]]]
     """What the file that `rankfold init` writes sets, by section; it works offline with the bundled model and data."""
     comparison: ClassVar[tuple[str, str, str]]

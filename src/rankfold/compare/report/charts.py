@@ -196,7 +196,7 @@ def bars(
 
 
 def ranks(contender: Contender, trials: Sequence[TrialLine], place: int) -> Picture:
-    """The ranks that training left, a row a layer and a column a kind of module, mean over seeds."""
+    """The ranks that training left: one row per layer, one column per kind of module, mean over seeds."""
     from matplotlib.patches import Rectangle
 
     found = {module: fmean(t.ranks[module] for t in trials if module in t.ranks) for module in trials[0].ranks}
@@ -253,7 +253,7 @@ def _axes(figure: Any, title: str) -> Any:
 
 
 def _rows(count: int, labels: Sequence[tuple[str, str]], ticks: bool = True) -> tuple[Any, Any]:
-    """Axes with a row a contender: above its mark, the name on the left and the number on the right."""
+    """Axes with one row per contender: above its mark, the name on the left and the value on the right."""
     from matplotlib.ticker import MaxNLocator
 
     height = 48 * count + (30 if ticks else 4)

@@ -57,7 +57,7 @@ def render(analysis: Analysis, lines: Sequence[TrialLine], specification: str | 
 
 
 def _finished(c: Contender, lines: Sequence[TrialLine]) -> list[TrialLine]:
-    """The trials that a contender's numbers come from."""
+    """The trials that a contender's results come from."""
     own = [t for t in lines if (t.label, t.where, t.rate) == (c.label, c.where, c.rate)]
     last = {t.seed: t for t in own if t.status == "done" and t.rung is None}
     return [last[seed] for seed in c.seeds]

@@ -40,7 +40,7 @@ def marker(place: int) -> str:
 
 
 def size(place: int, usual: float = 10) -> float:
-    """Of a marker, so that all shapes look as large as a circle of `usual`."""
+    """The marker size at which a shape looks as large as a circle of `usual`."""
     return usual * {"D": 0.8, "s": 0.9, "*": 1.35, "p": 1.1, "P": 1.1, "v": 1.05, "^": 1.05}.get(marker(place), 1.0)
 
 
