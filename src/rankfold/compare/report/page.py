@@ -87,8 +87,8 @@ def _pictures(analysis: Analysis, trials: dict[str, list[TrialLine]]) -> dict[st
             charts.bars(analysis, "memory", "Peak memory of a trial.", lambda c: c.peak_bytes, say.size),
         ],
         "ranks": [
-            charts.ranks(c, trials[c.name], place)
-            for place, c in enumerate(analysis.contenders)
+            charts.ranks(c, trials[c.name], index)
+            for index, c in enumerate(analysis.contenders)
             if chooses_ranks(trials[c.name])
         ],
     }
