@@ -1,4 +1,4 @@
-"""Which learning rate a contender is judged at, chosen on validation rows alone, and how much hangs on that rate."""
+"""Chooses each contender's learning rate, on validation rows alone, and measures how much depends on it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the trials of a comparison say: the rate chosen on validation rows, test means and differences with intervals."""
+"""Analyses a comparison's trials: the rate chosen on validation rows, test means, and differences with intervals."""
 
 from __future__ import annotations
 
@@ -178,7 +178,7 @@ def _differences(
     greater: bool,
     reference: str | None,
 ) -> list[Difference]:
-    """Every pair; the pairs with the reference hold together, and so do all others: fewer at a time are shorter."""
+    """Every pair. The intervals against the reference form one family and all others another: smaller families give shorter ones."""
     tests = {name: {s: _number(t.test) for s, t in some.items()} for name, some in trials.items()}
     indices = {name: {s: index[id(t)] for s, t in some.items()} for name, some in trials.items()}
     low, high = BOUNDS.get(metric, (-math.inf, math.inf))

@@ -35,7 +35,7 @@ LAYERS = "lowrank_adapters"  # ModuleDict on each AdaptedLayer: adapter name →
 
 @dataclass(frozen=True)
 class Plan:
-    """What one config asks for on one model, before anything is touched.
+    """The plan for one config on one model, made before anything is touched.
 
     Args:
         groups: by site name; absent where nothing is shared.
@@ -201,7 +201,7 @@ class LowRankTuner(BaseTuner):
         return model
 
     def _check_finite(self, adapter_names: list[str] | None) -> None:
-        """Looks at every layer before any is merged, so that a safe merge is all or nothing (PEFT stops half way)."""
+        """Checks every layer before merging any, so that a safe merge is all or nothing (PEFT stops half way)."""
         for name, layer in self.model.named_modules():
             if isinstance(layer, AdaptedLayer):
                 wanted = layer.active_adapters if adapter_names is None else adapter_names
@@ -216,7 +216,7 @@ class LowRankTuner(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """`adapter_names` of a call, one per row, reaches every layer (PEFT's interface for mixed batches)."""
+        """Passes a call's `adapter_names`, one per row, to every layer (PEFT's interface for mixed batches)."""
         names = kwargs.get("adapter_names")
         if names is None:
             yield
@@ -298,7 +298,7 @@ WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 
 def plain_name(name: str) -> str:
-    """A module's name or a key without what torch.compile, FSDP and activation checkpointing put into it."""
+    """Removes what torch.compile, FSDP and activation checkpointing put into a module's name or a key."""
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
@@ -308,8 +308,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def short_keys(keys: list[str]) -> dict[str, str]:
-    """Names of groups for state dicts and files: without the path that all have in common, which a model of another class, a
-    prefix or a renaming changes, and with letters that every file system takes.
+    """Shortens group names for state dicts and files. Drops the common path, because it changes with the model's class, a prefix
+    or a renaming, and keeps only characters that every file system takes.
 
     >>> short_keys(["model.layers.*.self_attn.q_proj:8x8", "model.layers.*.self_attn.v_proj:8x4"])
     {'model.layers.*.self_attn.q_proj:8x8': 'q_proj-8x8', 'model.layers.*.self_attn.v_proj:8x4': 'v_proj-8x4'}

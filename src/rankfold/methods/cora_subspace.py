@@ -137,7 +137,7 @@ def build_subspace(
         rank: columns to keep. Adapters may use fewer.
         scale: "none", or "sqrt_sigma" for columns of length (σ/σ₁)^½.
         force: replace an existing `out`; adapters trained with it will refuse the new one.
-        say: takes one line after each basis.
+        say: called with one line after each basis.
 
     Raises:
         FileExistsError: `out` exists and `force` is not given.

@@ -16,7 +16,7 @@ def is_number(value: object) -> bool:
 
 @dataclass(frozen=True)
 class Options:
-    """What every optimiser takes beside the model and `lr`. Each optimiser's own options extend it."""
+    """The options that all optimisers share, besides the model and `lr`. Each optimiser extends them."""
 
     betas: tuple[float, float] = field(default=(0.9, 0.999), metadata={"help": "Decay of both moments."})
     eps: float = field(default=1e-8, metadata={"help": "Added to the root of the second moment."})

@@ -74,7 +74,7 @@ class PairOptimizer(torch.optim.Optimizer):
         raise NotImplementedError
 
     def prepare(self, pairs: list[Pair]) -> None:
-        """What has to be done to the pairs before the first step."""
+        """Prepares the pairs before the first step."""
 
     # What torch asks --------------------------------------------------------------------------------------------------
 

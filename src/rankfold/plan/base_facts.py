@@ -1,4 +1,4 @@
-"""What is known of a base model from its shapes and its config: parameters, bytes, operations, and what no method adapts."""
+"""Facts of a base model, from its shapes and config: parameters, bytes, operations, and what cannot be adapted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What stands on the page, put into the template."""
+"""Fills the report's template."""
 
 from __future__ import annotations
 

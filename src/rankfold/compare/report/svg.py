@@ -49,7 +49,7 @@ def inline(figure: Figure, name: str, title: str, description: str) -> str:
 
     Args:
         name: unlike that of any other picture of the page; begins every id.
-        title, description: what a reader hears who does not see it.
+        title, description: what a screen reader reads out.
     """
     from matplotlib import rc_context
 
