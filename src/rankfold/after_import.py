@@ -1,7 +1,7 @@
-"""Runs a function as soon as a package has been imported, by whomever: how PEFT learns of our methods without our importing it.
+"""Runs a function as soon as anyone imports a package. This registers our methods with PEFT without importing PEFT.
 
 A finder stands first in `sys.meta_path` and knows one package. It leaves the search to the other finders and wraps the
-`exec_module` of the loader that they find, so `importlib.util.find_spec` and reloading work as ever. The function
+`exec_module` of the loader that they find, so `importlib.util.find_spec` and reloading work as usual. The function
 runs after the package's own body, while its import lock is held: whoever waits for the package finds everything done.
 """
 

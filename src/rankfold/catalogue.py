@@ -1,4 +1,4 @@
-"""The rows of our methods, read from their source: the command line lists them without importing torch.
+"""Reads the rows of our methods from their source, so that the command line lists them without importing torch.
 
 A row is the literal fields of `register(Method(...))` in a file of `methods/`; tests/commands/test_start.py holds it against the
 registry itself.

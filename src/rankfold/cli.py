@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _is_users(error: Exception) -> bool:
-    """Ours and the libraries' complaints about input and machine; anything else is a bug and shows its traceback."""
+    """Errors about the input or the machine, ours and the libraries'; anything else is a bug and shows its traceback."""
     if isinstance(error, RankfoldError | OSError):
         return True
     if isinstance(error, ImportError):

@@ -1,4 +1,4 @@
-"""Module names of before: each is the same module object as the new one, so that user code and pickles of then load."""
+"""Old module names. Each is the same module object as the new one, so that old user code and pickles still load."""
 
 from __future__ import annotations
 

@@ -326,7 +326,7 @@ def test_replaced_parameters_are_noticed() -> None:
     [
         ("lora_rite", {"escpe": True}, "LoraRite: option escpe=True is not known; did you mean 'escape'?"),
         ("lora_rite", {"zzz": 1}, "LoraRite: option zzz=1 is not known; there are betas, eps"),
-        ("lora_rite", {"betas": (0.9, 1.0)}, "LoraRite: betas=\\(0.9, 1.0\\) must be two numbers in \\[0, 1\\)"),
+        ("lora_rite", {"betas": (0.9, 1.0)}, "LoraRite: betas=\\(0.9, 1.0\\) must be two values in \\[0, 1\\)"),
         ("lora_rite", {"betas": 0.9}, "betas=0.9 must be"),
         ("lora_rite", {"clip": -1}, "LoraRite: clip=-1 must be a number >= 0"),
         ("lora_rite", {"escape": 1}, "escape=1 must be true or false"),

@@ -26,7 +26,7 @@ def option(help: str | None = None, *, default: Any = MISSING, short: str | None
 
 
 def positional(help: str | None = None, *, default: Any = MISSING, **argparse_: Any) -> Any:
-    """A field that is given by its place."""
+    """A field given by position."""
     return option(help, default=default, positional=True, **argparse_)
 
 

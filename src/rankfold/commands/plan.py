@@ -17,7 +17,7 @@ class Options(CommonOptions):
 
     model: str = option("a folder with a config.json, GGUF file, bundled name or hub id")
     method: list[str] | None = option(
-        "these alone, as in rasa, peft:dora or lora:r=4,use_rslora=true, with their part of a run file; "
+        "only these, as in rasa, peft:dora or lora:r=4,use_rslora=true, with their part of a run file; "
         "gelora: see below",
         default=None,
         nargs="+",

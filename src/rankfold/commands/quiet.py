@@ -1,4 +1,4 @@
-"""Keeps the terminal for the command's own words: no bars for loading files, no chatter of libraries."""
+"""Keeps library messages and loading bars off the terminal."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What several commands print: a table of names and values, and the command line itself."""
+"""Output that several commands share: a table of names and values, and the command line itself."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What moves during training: controllers around the optimiser's step, and the callback that attaches them."""
+"""Schedules: controllers that act around the optimiser's step, and the callback that attaches them."""
 
 from typing import TYPE_CHECKING, Any
 

@@ -184,7 +184,7 @@ class Adapter(nn.Module):
 
 
 def not_fixed(what: str) -> str:
-    """Why an adapter that is not `fixed` has no delta, merge, fold or spectrum, in one sentence."""
+    """One sentence that says why an adapter that is not `fixed` does not have a delta, merge, fold or spectrum."""
     return f"{what}: its update depends on the input, so no matrix and no LoRA equals it; serve it with PEFT, unmerged"
 
 
@@ -207,7 +207,7 @@ class SharedState(nn.ModuleDict):
 
 
 def _keep_vectors_wide(fn: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
-    """Gates, thresholds and magnitudes never go below float32: steps of 1e-4 vanish in half precision."""
+    """Keeps gates, thresholds and magnitudes in float32 or wider: steps of 1e-4 vanish in half precision."""
     out = fn(t)
     if t.ndim <= 1 and t.is_floating_point() and out.is_floating_point() and out.dtype.itemsize < 4:
         return t.to(out.device, torch.float32)

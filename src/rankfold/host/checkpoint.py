@@ -18,13 +18,13 @@ WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 
 def plain_name(name: str) -> str:
-    """A module's name or a key without what torch.compile, FSDP and activation checkpointing put into it."""
+    """Removes what torch.compile, FSDP and activation checkpointing put into a module's name or a key."""
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
 def short_keys(keys: list[str]) -> dict[str, str]:
-    """Names of groups for state dicts and files: without the path that all have in common, which a model of another class, a
-    prefix or a renaming changes, and with letters that every file system takes.
+    """Shortens group names for state dicts and files. Drops the common path, because it changes with the model's class, a prefix
+    or a renaming, and keeps only characters that every file system takes.
 
     >>> short_keys(["model.layers.*.self_attn.q_proj:8x8", "model.layers.*.self_attn.v_proj:8x4"])
     {'model.layers.*.self_attn.q_proj:8x8': 'q_proj-8x8', 'model.layers.*.self_attn.v_proj:8x4': 'v_proj-8x4'}

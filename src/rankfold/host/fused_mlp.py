@@ -42,14 +42,14 @@ def fuse_mlps(model: nn.Module, layer_cls: type) -> None:
 
 
 def unfuse_mlps(model: nn.Module) -> None:
-    """Gives every module its own class back."""
+    """Restores every module's own class."""
     for module in model.modules():
         if isinstance(module, FusedMlp):
             module.__class__ = _original(module)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 class FusedMlp(nn.Module):
-    """What the exchanged class does in place of its `forward`."""
+    """The exchanged class's `forward`."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         activation = _activation(self)

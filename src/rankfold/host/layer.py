@@ -75,7 +75,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         self.base_weight.join(self)
 
     def add_adapter(self, name: str, adapter: Adapter, inference_mode: bool = False) -> None:
-        """Hosts one more adapter, in the base's mode, device and dtype; it becomes trainable if it is active."""
+        """Adds an adapter in the base's mode, device and dtype; it becomes trainable if it is active."""
         adapter.tensor_names = tuple(adapter.state_dict())
         self.lowrank_adapters[name] = adapter.train(self.training)
         self._move_adapter_to_device_of_base_layer(name)
@@ -117,7 +117,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         return y
 
     def _forward_mixed_batch(self, x: Tensor, *args: Any, adapter_names: list[str], **kwargs: Any) -> Tensor:
-        """Row i of the batch through adapter `adapter_names[i]`; "__base__" is no adapter."""
+        """Row i of the batch through adapter `adapter_names[i]`; "__base__" means no adapter."""
         if len(adapter_names) != len(x):
             raise RankfoldError(f"adapter_names has {len(adapter_names)} names for a batch of {len(x)} rows")
         if self.merged:

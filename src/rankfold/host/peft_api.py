@@ -1,4 +1,4 @@
-"""Everything of PEFT that is not a documented interface, in one place: private names, and a new member of its `PeftType` enum.
+"""Keeps everything undocumented about PEFT in one file: private names, and new members of its `PeftType` enum.
 
 No other file of the package imports a private name of PEFT (tests/test_imports.py). Where a name is missing, importing rankfold
 says so in one sentence. PEFT's public `register_peft_method` refuses names that the enum lacks, and third parties have no entry

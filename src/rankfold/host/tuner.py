@@ -44,7 +44,7 @@ from rankfold.host.tied import link_tied, warn_tied
 
 @dataclass(frozen=True)
 class Plan:
-    """What one config asks for on one model, before anything is touched.
+    """The plan for one config on one model, made before anything is touched.
 
     Args:
         groups: by site name; absent where nothing is shared.
@@ -211,7 +211,7 @@ class LowRankTuner(BaseTuner):
         return model
 
     def _check_finite(self, adapter_names: list[str] | None) -> None:
-        """Looks at every layer before any is merged, so that a safe merge is all or nothing (PEFT stops half way)."""
+        """Checks every layer before merging any, so that a safe merge is all or nothing (PEFT stops half way)."""
         for name, layer in self.model.named_modules():
             if isinstance(layer, AdaptedLayer):
                 wanted = layer.active_adapters if adapter_names is None else adapter_names
@@ -226,7 +226,7 @@ class LowRankTuner(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """`adapter_names` of a call, one per row, reaches every layer (PEFT's interface for mixed batches)."""
+        """Passes a call's `adapter_names`, one per row, to every layer (PEFT's interface for mixed batches)."""
         names = kwargs.get("adapter_names")
         if names is None:
             yield

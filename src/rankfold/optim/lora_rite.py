@@ -93,7 +93,7 @@ def sides(batch: Batch) -> tuple[Side, Side]:
 
 
 def limit(found: list[Side], skip: float, clip: float) -> None:
-    """Drops gradients that are too large, then shrinks all of them by one number."""
+    """Drops gradients that are too large, then scales all of them by one factor."""
     if skip:
         for side in found:
             rms = (side.norm_square() / side.gradient[0].numel()).sqrt()

@@ -16,7 +16,7 @@ def is_number(value: object) -> bool:
 
 @dataclass(frozen=True)
 class Options:
-    """What every optimiser takes beside the model and `lr`. Each optimiser's own options extend it."""
+    """The options that all optimisers share, besides the model and `lr`. Each optimiser extends them."""
 
     betas: tuple[float, float] = field(default=(0.9, 0.999), metadata={"help": "Decay of both moments."})
     eps: float = field(default=1e-8, metadata={"help": "Added to the root of the second moment."})
@@ -30,7 +30,7 @@ class Options:
     def __post_init__(self) -> None:
         betas = self.betas
         ok = isinstance(betas, list | tuple) and len(betas) == 2 and all(is_number(b) and 0 <= b < 1 for b in betas)
-        self.require("betas", ok, "two numbers in [0, 1)")
+        self.require("betas", ok, "two values in [0, 1)")
         object.__setattr__(self, "betas", tuple(float(b) for b in betas))
         self.require("eps", is_number(self.eps) and self.eps >= 0, "a number >= 0")
         self.require("weight_decay", is_number(self.weight_decay) and self.weight_decay >= 0, "a number >= 0")

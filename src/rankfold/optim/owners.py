@@ -1,4 +1,4 @@
-"""What each kind of layer says of its own factors: the module that owns a pair names it, never the order of parameters."""
+"""Asks each layer for its own factors: the module that owns a pair declares it; the order of parameters never matters."""
 
 from __future__ import annotations
 

@@ -74,7 +74,7 @@ class PairOptimizer(torch.optim.Optimizer):
         raise NotImplementedError
 
     def prepare(self, pairs: list[Pair]) -> None:
-        """What has to be done to the pairs before the first step."""
+        """Prepares the pairs before the first step."""
 
     # What torch asks --------------------------------------------------------------------------------------------------
 
@@ -147,8 +147,8 @@ class PairOptimizer(torch.optim.Optimizer):
         if not todo:
             return
         self.rule([batch for _, batch, _ in todo], group)
-        for stack, batch, places in todo:
-            stack.write_back(batch, places, self.state, self.trains_down)
+        for stack, batch, indices in todo:
+            stack.write_back(batch, indices, self.state, self.trains_down)
 
     def _say_skipped(self, skipped: set[nn.Parameter]) -> None:
         first = next(pair.name for pair in self.pairs if pair.up in skipped)
@@ -162,9 +162,9 @@ class PairOptimizer(torch.optim.Optimizer):
         if not all(stack.fits() for stack in self._stacks):  # the model was moved or cast after the optimiser was made
             self._stacks = self._stacked()
         return [
-            (s, batch, places)
+            (s, batch, indices)
             for s in self._stacks
-            for batch, places in s.batches(self.state, self.trains_down, skipped)
+            for batch, indices in s.batches(self.state, self.trains_down, skipped)
         ]
 
 

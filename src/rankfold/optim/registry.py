@@ -1,4 +1,4 @@
-"""The optimisers by the names that run files use: one row each."""
+"""The optimisers by name: one row each."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class OptimizerRow:
     """What is known of an optimiser without making one.
 
     Args:
-        name: what run files call it.
+        name: what `create` and `optimizer_cls_and_kwargs` call it.
         title: what the paper calls it.
         paper: arXiv id.
         summary: one line.

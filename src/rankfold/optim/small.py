@@ -44,13 +44,13 @@ def function(values: Tensor, vectors: Tensor) -> Tensor:
 
 
 def inverse(s: Tensor, rounding: float, ridge: float) -> Tensor:
-    """(s + ridge·I)⁺ of symmetric matrices, in which directions that `s` lacks stay out."""
+    """(s + ridge·I)⁺ of symmetric matrices; directions in the null space of `s` are left out."""
     values, vectors, real = eigh(s, rounding)
     return function(torch.where(real, 1 / (values + ridge), 0), vectors)
 
 
 def inverse_root(s: Tensor, rounding: float) -> Tensor:
-    """s^(−1/2) of symmetric matrices; directions that `s` lacks stay out."""
+    """s^(−1/2) of symmetric matrices; directions in the null space of `s` are left out."""
     values, vectors, real = eigh(s, rounding)
     return function(torch.where(real, values.rsqrt(), 0), vectors)
 

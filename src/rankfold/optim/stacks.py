@@ -1,4 +1,4 @@
-"""Pairs of one shape, side by side: one product then serves all of their layers, and so does what is remembered of them."""
+"""Stacks pairs of one shape, so that one product serves all of their layers and one tensor holds their state."""
 
 from __future__ import annotations
 
@@ -88,8 +88,8 @@ class Stack:
         return self._state
 
     def batches(self, kept: Any, with_down: bool, skipped: Set[Tensor]) -> list[tuple[Batch, Tensor | None]]:
-        """The pairs that have gradients and whose `up` is not in `skipped`, by how many steps they have taken (alike, unless some
-        were left out before); with the places of a batch in the stack, or None for all of it."""
+        """Groups the pairs that have gradients and whose `up` is not in `skipped` by the steps they have taken (one group, unless
+        some were left out before). With each batch come its indices in the stack, or None if it is the whole stack."""
         ready = [i for i, p in enumerate(self.pairs) if p.up not in skipped and _has_gradients(p, with_down)]
         if not ready:
             return []
@@ -100,12 +100,12 @@ class Stack:
         found = []
         for step, members in by_step.items():
             whole = len(members) == len(self.pairs)
-            places = None if whole else torch.tensor(members, device=self.scale.device)
-            found.append((self._batch(members, places, stacked, step + 1, with_down), places))
+            indices = None if whole else torch.tensor(members, device=self.scale.device)
+            found.append((self._batch(members, indices, stacked, step + 1, with_down), indices))
         return found
 
     def _batch(
-        self, members: list[int], places: Tensor | None, stacked: dict[str, Tensor], step: int, with_down: bool
+        self, members: list[int], indices: Tensor | None, stacked: dict[str, Tensor], step: int, with_down: bool
     ) -> Batch:
         pairs = [self.pairs[i] for i in members]
         down = self._side_by_side("down", [p.down.detach() for p in pairs])
@@ -119,8 +119,8 @@ class Stack:
             self._side_by_side("grad_down", [_gradient(p.down) for p in pairs]) if with_down else None,
             self._side_by_side("grad_up", [_gradient(p.up) for p in pairs]),
             seen_down, seen_up,
-            self.scale if places is None else self.scale[places],
-            stacked if places is None else {k: v[places] for k, v in stacked.items()},
+            self.scale if indices is None else self.scale[indices],
+            stacked if indices is None else {k: v[indices] for k, v in stacked.items()},
             step,
         )  # fmt: skip
 
@@ -134,11 +134,11 @@ class Stack:
             self._buffers[name] = tensors[0].new_empty(len(tensors), *tensors[0].shape)
         return torch.stack(tensors, out=self._buffers[name])
 
-    def write_back(self, batch: Batch, places: Tensor | None, kept: Any, with_down: bool) -> None:
+    def write_back(self, batch: Batch, indices: Tensor | None, kept: Any, with_down: bool) -> None:
         """Stores what a rule has changed: factors, state and the count of steps."""
-        if places is not None:
+        if indices is not None:
             for name, t in batch.state.items():
-                self._state[name][places] = t
+                self._state[name][indices] = t
         params: list[Tensor] = [p.up for p in batch.pairs]
         values = list(batch.up.unbind())
         if with_down:

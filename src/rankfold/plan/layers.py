@@ -1,4 +1,4 @@
-"""The adapted layers of a model, with those alike taken together: what holds for one holds for all of its kind."""
+"""Groups identical adapted layers of a model, so that one of each kind is measured."""
 
 from __future__ import annotations
 
