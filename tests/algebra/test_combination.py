@@ -132,7 +132,7 @@ def test_refusals(adapter: Make, bases: dict[str, Path], tmp_path: Path) -> None
         combine([a, other], out, weights=[1, 1])
     combine([a, other], out, weights=[1, 1], base=str(bases["llama"]))
     fold_adapter(b, tmp_path / "fold", probe=False)
-    with pytest.raises(RankfoldError, match="out=.* holds the adapter itself"):
+    with pytest.raises(RankfoldError, match=r"out=.* holds the adapter itself"):
         combine([a, tmp_path / "fold"], tmp_path / "fold", weights=[1, 1], force=True)
     with pytest.raises(FileExistsError, match="replace it with --force"):
         combine([a, b], out, weights=[1, 1])
@@ -142,7 +142,9 @@ def test_refusals(adapter: Make, bases: dict[str, Path], tmp_path: Path) -> None
         combined(sources)
     gpt = read_source(adapter("peft lora"))
     object.__setattr__(gpt, "modules", ["h.0"])
-    with pytest.raises(RankfoldError, match=r"adapts model\.layers\.0\.self_attn\.q_proj, which the base of b does not"):
+    with pytest.raises(
+        RankfoldError, match=r"adapts model\.layers\.0\.self_attn\.q_proj, which the base of b does not"
+    ):
         combined([sources[0], Term("b", 1.0, gpt)])
 
 
@@ -171,7 +173,7 @@ def test_ties_and_dare(adapter: Make, bases: dict[str, Path], tmp_path: Path) ->
     a, b = adapter("peft lora", 1), adapter("peft lora", 2)
     with pytest.raises(RankfoldError, match=r"density=None must be in \(0, 1\] for combination='ties'"):
         combine([a, b], tmp_path / "out", weights=[1, 1], combination="ties", rank=8)
-    with pytest.raises(RankfoldError, match="to a LoRA|with --rank N"):
+    with pytest.raises(RankfoldError, match=r"to a LoRA|with --rank N"):
         combine([a, b], tmp_path / "out", weights=[1, 1], combination="ties", density=0.3)
     report = combine([a, b], tmp_path / "out", weights=[1, 0.5], combination="ties", density=0.3, error=1e-9)
     assert report.worst_of("truncation") <= 1e-9

@@ -134,7 +134,9 @@ def _is_head(model: nn.Module, name: str) -> bool:
 def _changes(pair: ModelPair, weights: dict[str, str], progress: bool) -> dict[str, float]:
     """‖·‖²_F of the change of every tensor that both have in one shape."""
     found: dict[str, float] = {}
-    shown = tqdm(pair.pairs(), "comparing", len(pair.common), delay=1.0, leave=False, disable=None if progress else True)
+    shown = tqdm(
+        pair.pairs(), "comparing", len(pair.common), delay=1.0, leave=False, disable=None if progress else True
+    )
     for name, before, after in shown:
         if before.shape == after.shape:
             found[name] = float((after - before).square().sum())
@@ -145,7 +147,9 @@ def _changes(pair: ModelPair, weights: dict[str, str], progress: bool) -> dict[s
             )
     missing = next((name for name in weights if name in set(pair.only(0)) ^ set(pair.only(1))), None)
     if missing is not None:
-        raise RankfoldError(f"only one of {pair.first} and {pair.second} has {missing}; they are not of one architecture")
+        raise RankfoldError(
+            f"only one of {pair.first} and {pair.second} has {missing}; they are not of one architecture"
+        )
     return found
 
 
