@@ -1,4 +1,4 @@
-"""What each engine does with an adapter: one row an engine, each a list of small rules (shared/field.md §3.1).
+"""What each engine does with an adapter: one row per engine, each a list of small rules.
 
 The rules were read from the engines' sources at the versions named here; no engine was started by this module.
 """

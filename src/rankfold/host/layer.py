@@ -164,6 +164,13 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
             raise TypeError(
                 f"a base quantised with {backend.backend_name} cannot be merged into; fold the adapter instead"
             )
+        if backend is None and "weight" not in self.get_base_layer()._parameters:
+            warnings.warn(
+                f"the base weight under {type(self.get_base_layer()).__name__} is recomputed at every forward (parametrize, prune, "
+                "weight_norm, spectral_norm), so what is merged into it is lost; make it permanent first, as "
+                "torch.nn.utils.parametrize.remove_parametrizations does",
+                stacklevel=2,
+            )
         merged = self.merged_weight(names)
         if safe_merge and not torch.isfinite(merged).all():
             raise RankfoldError(f"NaNs detected in the merged weights. The adapters {names} seem to be broken")
