@@ -140,12 +140,13 @@ def test_refusals(adapter: Make, bases: dict[str, Path], tmp_path: Path) -> None
     sources = [Term(str(p), 1.0, read_source(p)) for p in (a, wide)]
     with pytest.raises(RankfoldError, match=r"gate_proj is \(48, 32\) \(out, in\) in .* and \(64, 32\) in"):
         combined(sources)
-    gpt = read_source(adapter("peft lora"))
-    object.__setattr__(gpt, "modules", ["h.0"])
-    with pytest.raises(
-        RankfoldError, match=r"adapts model\.layers\.0\.self_attn\.q_proj, which the base of b does not"
-    ):
-        combined([sources[0], Term("b", 1.0, gpt)])
+    bare = adapter("peft lora", 3)
+    tensors = load_file(bare / "adapter_model.safetensors")
+    save_file({k.replace("model.model.", "model."): v for k, v in tensors.items()}, bare / "adapter_model.safetensors")
+    config = json.loads((bare / "adapter_config.json").read_text())
+    (bare / "adapter_config.json").write_text(json.dumps({**config, "task_type": None}))
+    with pytest.raises(RankfoldError, match=r"call a module model\.layers\.0\S+ and layers\.0\S+: .*\(task_type\)"):
+        combine([a, bare], out, weights=[1, 1], force=True)
 
 
 def with_head(folder: Path, value: float) -> Path:

@@ -6,9 +6,10 @@ cancel, go: what is rounded later is then relative to the sum and not to its ter
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -96,12 +97,12 @@ def combined(terms: Sequence[Term], chosen: Rule | None = None) -> Source:
     """The sum as a source; by a rule of merging.py where one is given.
 
     Raises:
-        RankfoldError: a module of one that another's base lacks or has in another shape, or heads that differ.
+        RankfoldError: a module that two have in different shapes or under different names, or heads that differ.
     """
     check_shapes([(t.name, t.source) for t in terms])
     first = next((t.source for t in terms if t.source.heads), terms[0].source)
     have = [set(t.source.adapted) for t in terms]
-    place = {name: i for i, name in enumerate(first.modules)}
+    place = module_places([first, *(t.source for t in terms)])
     adapted = sorted(set().union(*have), key=place.__getitem__)
     sites = {s.name: s for t in terms for s in t.source.sites}
 
@@ -110,15 +111,14 @@ def combined(terms: Sequence[Term], chosen: Rule | None = None) -> Source:
         return weighted_sum(found) if chosen is None else chosen(name, found)
 
     heads, notes = _head(terms)
-    return Source(
+    return replace(
+        first,
         method=" + ".join(f"{t.weight:g}·{t.source.method}" for t in terms),
-        config=first.config,
         update=update,
         adapted=adapted,
         sites=of_adapted_types(sorted(sites.values(), key=lambda s: place[s.name]), adapted),
-        modules=first.modules,
+        modules=list(place),
         heads=heads,
-        dtype=first.dtype,
         transposed=any(t.source.transposed for t in terms),
         output_head=next((t.source.output_head for t in terms if t.source.output_head), None),
         notes=[*notes, *(f"{t.name}: {note}" for t in terms for note in t.source.notes)],
@@ -171,19 +171,32 @@ def _base(source: Source) -> str:
 
 
 def check_shapes(sources: Sequence[tuple[str, Source]]) -> None:
-    """Raises RankfoldError for a module that one adapter has and another's base lacks, or has in another shape."""
-    known = [(name, set(s.modules), {t.name: (t.out_features, t.in_features) for t in s.sites}) for name, s in sources]
-    for name, source in sources:
-        own = next(shapes for n, _, shapes in known if n == name)
-        for other, modules, shapes in known:
-            for module in source.adapted:
-                if module not in modules:
-                    raise RankfoldError(f"{name} adapts {module}, which the base of {other} does not have")
-                if shapes.get(module, own[module]) != own[module]:
-                    raise RankfoldError(
-                        f"{module} is {own[module]} (out, in) in {name} and {shapes[module]} in {other}; they are of "
-                        "different base models"
-                    )
+    """Raises RankfoldError for a module that two adapters have in different shapes, or under different names."""
+    shapes = [(name, {t.name: (t.out_features, t.in_features) for t in s.sites}) for name, s in sources]
+    for (name, one), (other, two) in itertools.combinations(shapes, 2):
+        differ = next((m for m in one if two.get(m, one[m]) != one[m]), None)
+        if differ is not None:
+            raise RankfoldError(
+                f"{differ} is {one[differ]} (out, in) in {name} and {two[differ]} in {other}; they are of different base models"
+            )
+        longer = next((m for m in (*one, *two) if _without_prefix(m, two) or _without_prefix(m, one)), None)
+        if longer is not None:
+            short = _without_prefix(longer, two) or _without_prefix(longer, one)
+            raise RankfoldError(
+                f"{name} and {other} call a module {longer} and {short}: they were trained on different classes of one base "
+                "(task_type), and PEFT loads an adapter for one of them"
+            )
+
+
+def _without_prefix(module: str, names: Mapping[str, object]) -> str | None:
+    """Which of `names` is this module's without its first part, where it is not there itself."""
+    rest = module.partition(".")[2]
+    return rest if rest in names and module not in names else None
+
+
+def module_places(sources: Sequence[Source]) -> dict[str, int]:
+    """Every module name of the bases → its place, in the order of the first."""
+    return {name: i for i, name in enumerate(dict.fromkeys(m for s in sources for m in s.modules))}
 
 
 def _head(terms: Sequence[Term]) -> tuple[dict[str, Tensor], list[str]]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from rankfold.algebra.combination import check_shapes
+from rankfold.algebra.combination import check_shapes, module_places
 from rankfold.algebra.models import ModelPair
 from rankfold.errors import RankfoldError
 from rankfold.fold import read_source
@@ -123,8 +123,7 @@ def diff(a: str | Path, b: str | Path, *, base: str | None = None) -> Difference
 def _of_adapters(first: Path, second: Path, base: str | None) -> tuple[list[LayerDifference], list[str]]:
     one, other = read_source(first, base), read_source(second, base)
     check_shapes([(str(first), one), (str(second), other)])
-    names = {name: i for i, name in enumerate(one.modules)}
-    modules = sorted({*one.adapted, *other.adapted}, key=names.__getitem__)
+    modules = sorted({*one.adapted, *other.adapted}, key=module_places([one, other]).__getitem__)
     had = [set(s.adapted) for s in (one, other)]
     layers = [
         between(name, *(s.update(name) if name in h else None for s, h in zip((one, other), had, strict=True)))

@@ -19,7 +19,8 @@ class Options(CommonOptions):
     rank: int | None = option("compress to at most this rank", default=None, metavar="N")
     error: float | None = option("compress to the least rank within this relative error", default=None, metavar="E")
     combination: Literal["sum", "ties", "dare_linear", "dare_ties"] = option(
-        "sum: exact; the others keep some entries of each update and need --density, and --rank or --error", default="sum"
+        "sum: exact; the others keep some entries of each update and need --density, and --rank or --error",
+        default="sum",
     )
     density: float | None = option("share of the entries that ties and dare keep", default=None, metavar="D")
     seed: int = option("of the entries that dare keeps", default=0)

@@ -92,8 +92,7 @@ def fold_adapter(
     _check_out(out, adapter, base or config.base_model_name_or_path)
     with whole_folder(out, force) as folder:
         limit, texts = CompressionLimit(rank, error), None if calibration is None else read_texts(calibration)
-        source = _source(adapter, config, base)
-        source.notes.extend(_widened(adapter))
+        source = read_source(adapter, base)
         if texts is not None:
             name = base or source.config.base_model_name_or_path
             limit = _weighed(limit, trained_model(adapter, source.config, base), source, texts, name)
