@@ -59,7 +59,7 @@ def test_a_sum_is_exact(one: str, other: str, adapter: Make, bases: dict[str, Pa
     assert report.worst.frobenius < 1e-6
     assert report.worst_of("algebra") < 1e-14
     assert report.worst_of("truncation") == 0
-    assert report.adapter == f"0.7 · {a} + -1.3 · {b}"
+    assert report.adapter == f"0.7·{a} − 1.3·{b}"
     assert json.loads((tmp_path / "out" / "fold_report.json").read_text())["worst_frobenius"] == report.worst.frobenius
 
 

@@ -19,7 +19,7 @@ def test_combine(adapter: Make, tmp_path: Path, capsys: pytest.CaptureFixture[st
     a, b, out = adapter("rasa"), adapter("peft lora"), tmp_path / "out"
     assert main(["combine", str(a), str(b), "--weights", "0.5", "-1", "-o", str(out), "--rank", "6"]) == 0
     shown = capsys.readouterr().out
-    assert "folded 0.5·rasa + -1·peft:lora into a plain LoRA: rank 8 (6 needed), 14 modules" in shown
+    assert "folded 0.5·rasa − 1·peft:lora into a plain LoRA: rank 8 (6 needed), 14 modules" in shown
     combine([a, b], tmp_path / "same", weights=[0.5, -1], rank=6)
     one, other = (load_file(f / "adapter_model.safetensors") for f in (out, tmp_path / "same"))
     assert all((one[k] == other[k]).all() for k in one)

@@ -45,8 +45,8 @@ def model_with(base: Path, *configs: PlainLoraConfig) -> Any:
 
 def updates(model: nn.Module, name: str) -> dict[str, Tensor]:
     return {
-        module: layer.lowrank_adapters[name].double().factors().delta().detach()  # pyright: ignore
-        for module, layer in copy.deepcopy(model).named_modules()
+        layer.lowrank_adapters[name].site.name: layer.lowrank_adapters[name].double().factors().delta().detach()  # pyright: ignore
+        for layer in copy.deepcopy(model).modules()
         if isinstance(layer, AdaptedLayer) and name in layer.lowrank_adapters
     }
 
@@ -112,6 +112,15 @@ def test_a_module_whose_name_ends_another() -> None:
     tuned: Any = get_peft_model(model, PlainLoraConfig(r=2, target_modules="0", init_lora_weights=False))  # pyright: ignore
     tuned.add_weighted_adapter(["default"], [2.0], "twice")
     assert_sum(tuned, "twice", {"default": 2.0})
+
+
+def test_a_compiled_model(bases: dict[str, Path]) -> None:
+    """torch.compile puts a prefix before the names of all layers."""
+    base: Any = torch.compile(AutoModelForCausalLM.from_pretrained(bases["llama"]), backend="eager")
+    model: Any = get_peft_model(base, copy.deepcopy(ONE))
+    model.add_weighted_adapter(["default"], [-2.0], "minus")
+    assert not any("_orig_mod" in key for key in model.peft_config["minus"].target_modules)
+    assert_sum(model, "minus", {"default": -2.0})
 
 
 def test_refusals(bases: dict[str, Path]) -> None:

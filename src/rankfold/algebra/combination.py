@@ -70,7 +70,7 @@ def combine(
     return fold_source(
         combined(terms, chosen),
         out,
-        origin=" + ".join(f"{t.weight:g} · {t.name}" for t in terms),
+        origin=in_words([(t.weight, t.name) for t in terms]),
         inputs=folders,
         base=base,
         profile=profile,
@@ -113,7 +113,7 @@ def combined(terms: Sequence[Term], chosen: Rule | None = None) -> Source:
     heads, notes = _head(terms)
     return replace(
         first,
-        method=" + ".join(f"{t.weight:g}·{t.source.method}" for t in terms),
+        method=in_words([(t.weight, t.source.method) for t in terms]),
         update=update,
         adapted=adapted,
         sites=of_adapted_types(sorted(sites.values(), key=lambda s: place[s.name]), adapted),
@@ -141,6 +141,16 @@ def weighted_sum(terms: Sequence[tuple[float, Update]]) -> Update:
         return whole
     root = sigma[:rank].sqrt()
     return Factors(root[:, None] * vt[:rank], u[:, :rank] * root)
+
+
+def in_words(terms: Sequence[tuple[float, str]]) -> str:
+    """A sum as people write it.
+
+    >>> in_words([(0.5, "rasa"), (-1, "peft:lora")])
+    '0.5·rasa − 1·peft:lora'
+    """
+    (weight, name), *others = terms
+    return f"{weight:g}·{name}" + "".join(f" {'−' if w < 0 else '+'} {abs(w):g}·{n}" for w, n in others)
 
 
 def _check_weights(weights: Sequence[float], adapters: int) -> None:

@@ -131,6 +131,8 @@ def _of_adapters(first: Path, second: Path, base: str | None) -> tuple[list[Laye
     ]
     bases = [s.config.base_model_name_or_path for s in (one, other)]
     notes = [] if bases[0] == bases[1] else [f"they name different base models, {bases[0]} and {bases[1]}"]
+    if one.heads or other.heads:
+        notes.append("trained heads (modules_to_save) are not compared")
     return layers, notes
 
 

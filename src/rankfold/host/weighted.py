@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from rankfold.errors import RankfoldError
+from rankfold.host.checkpoint import plain_name
 from rankfold.host.config import LowRankConfig
 from rankfold.host.layer import AdaptedLayer
 from rankfold.kernel.factors import Factors
@@ -70,7 +71,7 @@ def sums(model: nn.Module, adapters: Sequence[str], weights: Sequence[float], ki
         RankfoldError: "linear" where the sum needs more rank than its terms have.
     """
     found: dict[str, Factors] = {}
-    for name, layer in model.named_modules():
+    for layer in model.modules():
         if not isinstance(layer, AdaptedLayer):
             continue
         had = [
@@ -79,6 +80,7 @@ def sums(model: nn.Module, adapters: Sequence[str], weights: Sequence[float], ki
             if a in layer.lowrank_adapters
         ]
         if had:
+            name = had[0][1].site.name  # without what a wrapper puts before it
             terms = [a.factors().detach().to(torch.float64).scaled(w).baked() for w, a in had]  # pyright: ignore[reportCallIssue]
             found[name] = terms[0].concat(*terms[1:]) if kind == "cat" else _same_rank(name, terms)
     return found
@@ -100,7 +102,7 @@ def config_of(first: LowRankConfig, found: dict[str, Factors], model: nn.Module)
     ranks = {name: factors.rank for name, factors in found.items()}
     largest = max(ranks.values())
     other = {f"^{re.escape(n)}": r for n, r in ranks.items() if r != largest}
-    names = [n for n, _ in model.named_modules()]
+    names = [plain_name(n) for n, _ in model.named_modules()]
     unique = not any(n != t and n.endswith(f".{t}") for t in found for n in names)
     return replace(
         first,
@@ -121,10 +123,10 @@ def config_of(first: LowRankConfig, found: dict[str, Factors], model: nn.Module)
 def fill(model: nn.Module, name: str, found: dict[str, Factors]) -> None:
     """Gives the new adapter its values."""
     with torch.no_grad():
-        for module, layer in model.named_modules():
+        for layer in model.modules():
             if isinstance(layer, AdaptedLayer) and name in layer.lowrank_adapters:
                 adapter: Any = layer.lowrank_adapters[name]
-                assert adapter.scaling == 1.0, module
-                adapter.down.copy_(found[module].down)
-                adapter.up.copy_(found[module].up)
+                assert adapter.scaling == 1.0, adapter.site
+                adapter.down.copy_(found[adapter.site.name].down)
+                adapter.up.copy_(found[adapter.site.name].up)
                 adapter.has_history = True
