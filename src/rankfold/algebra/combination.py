@@ -146,8 +146,8 @@ def weighted_sum(terms: Sequence[tuple[float, Update]]) -> Update:
 def in_words(terms: Sequence[tuple[float, str]]) -> str:
     """A sum as people write it.
 
-    >>> in_words([(0.5, "rasa"), (-1, "peft:lora")])
-    '0.5·rasa − 1·peft:lora'
+    >>> in_words([(0.5, "a"), (-1, "peft:lora")])
+    '0.5·a − 1·peft:lora'
     """
     (weight, name), *others = terms
     return f"{weight:g}·{name}" + "".join(f" {'−' if w < 0 else '+'} {abs(w):g}·{n}" for w, n in others)

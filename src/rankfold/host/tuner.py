@@ -203,7 +203,7 @@ class LowRankTuner(BaseTuner):
         Raises:
             RankfoldError: methods, heads and combinations that have no exact sum; names and weights that do not fit.
         """
-        weighted.check(self.peft_config, adapters, weights, adapter_name, combination_type, others)
+        weighted.check(self.adapter_cls, self.peft_config, adapters, weights, adapter_name, combination_type, others)
         found = weighted.sums(self.model, adapters, weights, combination_type)
         self.peft_config[adapter_name] = weighted.config_of(self.peft_config[adapters[0]], found, self.model)  # pyright: ignore
         try:

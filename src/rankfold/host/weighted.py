@@ -16,17 +16,17 @@ import torch
 from torch import nn
 
 from rankfold.errors import RankfoldError
+from rankfold.host.adapter import Adapter
 from rankfold.host.checkpoint import plain_name
 from rankfold.host.config import LowRankConfig
 from rankfold.host.layer import AdaptedLayer
 from rankfold.kernel.factors import Factors
 
-#: The method whose adapters are nothing but `down` and `up`.
-PLAIN = "lora"
 COMBINE = "save them and run `rankfold combine A B --weights ... -o OUT`, which makes a plain LoRA of any of them"
 
 
 def check(
+    adapter_cls: type[Adapter],
     configs: dict[str, Any],
     adapters: Sequence[str],
     weights: Sequence[float],
@@ -44,8 +44,8 @@ def check(
         raise RankfoldError(f"adapter_name={name!r} is a name that torch keeps for itself; choose another")
     if len(weights) != len(adapters) or not all(math.isfinite(w) for w in weights):
         raise RankfoldError(f"weights={list(weights)} must be {len(adapters)} finite numbers, one per adapter")
-    method = next((c.method for a in adapters if (c := configs[a]).method != PLAIN), None)
-    if method is not None:
+    if not vars(adapter_cls).get("stackable", False):
+        method = configs[adapters[0]].method
         raise RankfoldError(f"add_weighted_adapter: a sum of {method} adapters is not a {method} adapter; {COMBINE}")
     if kind not in ("cat", "linear"):
         raise RankfoldError(
@@ -74,14 +74,10 @@ def sums(model: nn.Module, adapters: Sequence[str], weights: Sequence[float], ki
     for layer in model.modules():
         if not isinstance(layer, AdaptedLayer):
             continue
-        had = [
-            (w, layer.lowrank_adapters[a])
-            for a, w in zip(adapters, weights, strict=True)
-            if a in layer.lowrank_adapters
-        ]
+        had = [(w, one) for a, w in zip(adapters, weights, strict=True) for one in layer.adapters([a])]
         if had:
             name = had[0][1].site.name  # without what a wrapper puts before it
-            terms = [a.factors().detach().to(torch.float64).scaled(w).baked() for w, a in had]  # pyright: ignore[reportCallIssue]
+            terms = [adapter.factors().detach().to(torch.float64).scaled(w).baked() for w, adapter in had]
             found[name] = terms[0].concat(*terms[1:]) if kind == "cat" else _same_rank(name, terms)
     return found
 
