@@ -40,6 +40,7 @@ class Source:
         transposed: the base's weights are in × out (Conv1D).
         output_head: the adapted module that makes the logits, if there is one; no engine loads its LoRA.
         notes: what the user of the fold should know.
+        left_out: what was trained too and no LoRA holds: the kind of tensor → its share of the whole change, of ‖·‖²_F.
     """
 
     method: str
@@ -53,6 +54,7 @@ class Source:
     transposed: bool
     output_head: str | None = None
     notes: list[str] = field(default_factory=list)
+    left_out: dict[str, float] = field(default_factory=dict)
 
 
 def folding_device(tensor: Tensor) -> torch.device:

@@ -62,6 +62,9 @@ class Adapter(nn.Module):
 
     #: Whether the update is a fixed matrix. A method with an input-dependent update overrides `forward` and sets False.
     fixed: ClassVar[bool] = True
+    #: Whether two of them side by side are one of the sum of their ranks, because `down` and `up` are all there is. A subclass does
+    #: not inherit it.
+    stackable: ClassVar[bool] = False
     #: Whether the method has a schedule (its config knows), and whether a controller runs it here.
     has_schedule: bool = False
     scheduled: bool = False

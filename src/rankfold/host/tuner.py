@@ -20,6 +20,7 @@ from peft.utils import (
 from torch import Tensor, nn
 
 from rankfold.errors import RankfoldError
+from rankfold.host import weighted
 from rankfold.host.adapter import Adapter, Group, SharedState, Site
 from rankfold.host.checkpoint import (
     LAYERS,
@@ -190,6 +191,29 @@ class LowRankTuner(BaseTuner):
         if not self.peft_config:
             part_siblings(self.model)
             unfuse_mlps(self.model)
+
+    def add_weighted_adapter(
+        self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "cat", **others: Any
+    ) -> None:
+        """Adds a frozen adapter whose update is Σ wᵢ ΔWᵢ of others, exactly; PEFT's interface, without its approximations.
+
+        Args:
+            combination_type: "cat", of the sum of their ranks; or "linear", of their rank, where all have one `down`.
+            others: of PEFT's other combinations, such as svd_rank and density.
+
+        Raises:
+            RankfoldError: methods, heads and combinations that have no exact sum; names and weights that do not fit.
+        """
+        weighted.check(self.adapter_cls, self.peft_config, adapters, weights, adapter_name, combination_type, others)
+        found = weighted.sums(self.model, adapters, weights, combination_type)
+        self.peft_config[adapter_name] = weighted.config_of(self.peft_config[adapters[0]], found, self.model)  # pyright: ignore
+        try:
+            self.inject_adapter(self.model, adapter_name)
+        except Exception:
+            del self.peft_config[adapter_name]
+            raise
+        weighted.fill(self.model, adapter_name, found)
+        self.injected.discard(adapter_name)
 
     # Merging --------------------------------------------------------------------------------------------------------
 

@@ -30,6 +30,8 @@ class PlainLoraConfig(LowRankConfig):
 
 
 class Lora(Adapter):
+    stackable = True
+
     def __init__(self, config: LowRankConfig, site: Site, shared: nn.Module | None = None) -> None:
         super().__init__(config, site, shared)
         self.down = nn.Parameter(torch.empty(self.r, site.in_features))  # A
