@@ -33,7 +33,7 @@ from rankfold.fold.source import (
 )
 from rankfold.host.adapter import Site
 from rankfold.host.peft_api import BaseTunerLayer, in_out_features
-from rankfold.io.adapters import read_tensors
+from rankfold.io.adapters import labels_of, read_labels, read_tensors
 from rankfold.io.weights import weight_reader
 
 _CONVERT = "fold what save_pretrained(path_initial_model_for_weight_conversion=…) writes, which is relative to the base"
@@ -152,7 +152,7 @@ def from_folder(folder: Path, config: PeftConfig, base: str | None = None) -> So
     prefix = getattr(skeleton, "base_model_prefix", "")
     stored = weight_reader(named, config.revision, prefix)
     source = _source(skeleton, config, "default", layers, stored, heads)
-    return replace(source, dtype=dtype)
+    return replace(source, dtype=dtype, folder=folder, labels=read_labels(folder))
 
 
 def _hollow(skeleton: nn.Module, dtype: torch.dtype) -> None:
@@ -261,6 +261,7 @@ def _source(
         heads=heads,
         dtype=dtype,
         transposed=any(isinstance(layer.get_base_layer(), Conv1D) for layer in layers.values()),
+        labels=labels_of(base),
         notes=[f"training also rounded the rest of the base to {dtype}; the fold is relative to the base itself"]
         if half
         else [],

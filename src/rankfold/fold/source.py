@@ -39,6 +39,8 @@ class Source:
         dtype: the base's.
         transposed: the base's weights are in × out (Conv1D).
         output_head: the adapted module that makes the logits, if there is one; no engine loads its LoRA.
+        folder: the adapter's folder, if it comes from one.
+        labels: the classes of a classifier in order of their index, where they are known.
         notes: what the user of the fold should know.
     """
 
@@ -52,6 +54,8 @@ class Source:
     dtype: torch.dtype
     transposed: bool
     output_head: str | None = None
+    folder: Path | None = None
+    labels: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
 
