@@ -214,10 +214,10 @@ def _write(source: Source, folder: Path, out: Path, origin: str, base: str | Non
     if to not in DTYPES.values():
         to = torch.float32  # a quantised base: its integers are no dtype for factors
 
-    if source.output_head and options.profile != "merged":
+    if source.output_head and options.profile in ("gguf", "mlx"):
         raise RankfoldError(
-            f"target_modules: {source.output_head} is the output head, whose LoRA engines do not load; fold with profile "
-            "merged"
+            f"target_modules: {source.output_head} is the output head, whose LoRA profile {options.profile} does not write; "
+            "fold with profile uniform or compact, which PEFT, vLLM and SGLang load, or merged"
         )
     adapted = set(source.adapted)
     rounded: dict[str, Factors] = {}

@@ -124,9 +124,8 @@ def _load_heads(model: nn.Module, heads: Mapping[str, Tensor]) -> None:
 
 def _reader(folded: Folded, folder: Path, model: nn.Module) -> Callable[[str], Tensor]:
     """What was added to a module's weight: the saved one minus the base's, out × in in float64, one at a time."""
-    prefix, config = str(getattr(model, "base_model_prefix", "")), folded.source.config
-    before = weight_reader(folded.base, config.revision, prefix)
-    after = weight_reader(str(folder), None, prefix)
+    before = weight_reader(folded.base, folded.source.config.revision, model)
+    after = weight_reader(str(folder), None, model)
     transposed = {n for n in folded.source.adapted if isinstance(model.get_submodule(n), Conv1D)}
 
     def read(name: str) -> Tensor:
