@@ -20,6 +20,7 @@ from rankfold.errors import RankfoldError
 from rankfold.fold import native, peft_adapters
 from rankfold.fold.calibration import read_texts, second_moments, tokenise
 from rankfold.fold.compression import CompressionLimit, compress
+from rankfold.fold.config_keys import check_keys
 from rankfold.fold.probe import probe as run_probe
 from rankfold.fold.probe import trained_model
 from rankfold.fold.profiles import compact, gguf, merged, mlx, uniform
@@ -93,7 +94,7 @@ def fold_adapter(
     with whole_folder(out, force) as folder:
         limit, texts = CompressionLimit(rank, error), None if calibration is None else read_texts(calibration)
         source = _source(adapter, config, base)
-        source.notes.extend(_widened(adapter))
+        source.notes.extend(_widened(adapter) + check_keys(adapter, config))
         if texts is not None:
             name = base or source.config.base_model_name_or_path
             limit = _weighed(limit, trained_model(adapter, source.config, base), source, texts, name)

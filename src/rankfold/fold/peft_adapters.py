@@ -82,6 +82,11 @@ def check_foldable(config: PeftConfig) -> None:
         value = getattr(config, field, None)
         if value:
             raise RankfoldError(f"{field}={value!r} cannot be folded into a LoRA: {reason}")
+    check_start(config)
+
+
+def check_start(config: PeftConfig) -> None:
+    """Raises RankfoldError for a start that changed the base in a way that the folder does not tell."""
     start = str(getattr(config, "init_lora_weights", ""))
     for begin, reason in UNKNOWN_STARTS.items():
         if start.startswith(begin):
