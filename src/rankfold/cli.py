@@ -169,7 +169,8 @@ def _fold(a: argparse.Namespace) -> None:
 def _doctor(a: argparse.Namespace) -> int:
     from rankfold.doctor.command import run_doctor
 
-    return run_doctor(a.path, base=a.base, engines=[e for part in a.engines or () for e in part], json=a.json)
+    engines = [e for part in a.engines or () for e in part]
+    return run_doctor(a.path, base=a.base, engines=engines, json=a.json, fixed=a.fix)
 
 
 def _engines(text: str) -> list[str]:
@@ -363,6 +364,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAMES",
         help="ask these alone, and fail unless each loads it: vllm,sglang,llama.cpp,... (repeatable)",
     )
+    doctor.add_argument("--fix", metavar="OUT", help="write a copy with what can be mended, and examine that")
     doctor.add_argument("--json", action="store_true", help="print JSON instead of the table")
 
     plan = command("plan", _plan, "say what each method costs on a model, as it is or at one budget; loads no weights")

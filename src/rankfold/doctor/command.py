@@ -7,13 +7,17 @@ from collections.abc import Sequence
 
 from rankfold.doctor.diagnosis import diagnose
 from rankfold.doctor.engines import ENGINES
+from rankfold.doctor.fix import fix
 
 
-def run_doctor(path: str, *, base: str | None = None, engines: Sequence[str] = (), json: bool = False) -> int:
+def run_doctor(
+    path: str, *, base: str | None = None, engines: Sequence[str] = (), json: bool = False, fixed: str | None = None
+) -> int:
     """Prints a diagnosis.
 
     Args:
         engines: ask these alone; then each of them must load the adapter.
+        fixed: write a mended copy there first, and examine that.
         json: print JSON instead of the table.
 
     Returns:
@@ -22,7 +26,8 @@ def run_doctor(path: str, *, base: str | None = None, engines: Sequence[str] = (
     Raises:
         ValueError, OSError: as `diagnose`.
     """
-    found = diagnose(path, base, engines)
+    done = fix(path, fixed) if fixed else []
+    found = diagnose(fixed or path, base, engines)
     if json:
         print(found.to_json(), end="")
     else:
@@ -30,6 +35,8 @@ def run_doctor(path: str, *, base: str | None = None, engines: Sequence[str] = (
 
         from rankfold.doctor.show import show
 
+        for sentence in done:
+            print(f"mended: {sentence}")
         Console().print(show(found))
     return 0 if found.healthy else 1
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING
 
@@ -141,6 +143,83 @@ def rank_flag(limit: int, flag: str, legal: tuple[int, ...], case: Case) -> Iter
         yield Finding(Status.LOADS, f"serve with {flag} {need} or more", case.file.where("r"))
 
 
+#: Starts that took something out of the base; PEFT repeats it at every load, others have the whole base. PEFT's conversion
+#: writes init_lora_weights=true.
+STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+def start_from_base(case: Case) -> Iterator[Finding]:
+    """Adapters that are relative to a base without their start."""
+    start = case.file.config.get("init_lora_weights")
+    if not case.is_lora or not isinstance(start, str) or not start.lower().startswith(STARTS):
+        return
+    foldable = start.lower() in ("pissa", "olora")
+    convert = "save it with save_pretrained(path_initial_model_for_weight_conversion=…)"
+    what = f"init_lora_weights={short_repr(start)}: it was trained on a base without its start, and this engine has the whole base"
+    yield Finding(Status.WRONG, what, case.file.where("init_lora_weights"), _fold(case) if foldable else convert)
+
+
+def wrapper_keys(status: Status, what: str) -> Rule:
+    """Keys that wrappers of training left."""
+
+    def rule(case: Case) -> Iterator[Finding]:
+        if case.wrapped:
+            fix = f"rankfold doctor {case.file.path} --fix OUT"
+            yield Finding(status, f"{what}: {examples(case.wrapped)}", case.wrapped[0], fix)
+
+    return rule
+
+
+def adapter_names(case: Case) -> Iterator[Finding]:
+    """`lora_A.default.weight`, which PEFT alone reads."""
+    if case.named:
+        what = f"keys must end in lora_A.weight or lora_B.weight: {examples(case.named)}"
+        yield Finding(Status.REFUSED, what, case.named[0], f"rankfold doctor {case.file.path} --fix OUT")
+
+
+def composite_names(case: Case) -> Iterator[Finding]:
+    """Names of a multimodal model where the base is not known: on a text model nothing would match."""
+    parts = [p.module for p in case.pairs if "language_model" in p.module.split(".")]
+    if parts and case.base is None and case.settings.peft_type == "LORA":
+        what = f"{parts[0]} is a module of a multimodal model; a text model has none of that name"
+        yield Finding(Status.NOT_CHECKED, what, parts[0], "give --base FOLDER")
+
+
+def head(status: Status, what: str) -> Rule:
+    """A LoRA of lm_head."""
+
+    def rule(case: Case) -> Iterator[Finding]:
+        heads = [p.module for p in case.pairs if p.kind == "lm_head"]
+        if heads:
+            yield Finding(status, what, heads[0], f"{_fold(case)} --profile merged")
+
+    return rule
+
+
+def parameters(case: Case) -> Iterator[Finding]:
+    """Factors of target_parameters, such as fused experts."""
+    if names := case.others.get("parameter"):
+        what = f"target_parameters are taken for its classes of fused experts only: {examples(names)}"
+        yield Finding(Status.NOT_CHECKED, what, names[0])
+
+
+def not_checked(*keys: str) -> Rule:
+    """Config keys whose reading was not tried."""
+
+    def rule(case: Case) -> Iterator[Finding]:
+        for key in keys:
+            if case.file.config.get(key):
+                what = f"whether {key} is read was not tried"
+                yield Finding(Status.NOT_CHECKED, what, case.file.where(key), _fold(case))
+
+    return rule
+
+
+def one(case: Case, pair: Pair) -> float:
+    """No scale is read."""
+    return 1.0
+
+
 # --- vLLM ---------------------------------------------------------------------------------------------------------------
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -182,15 +261,53 @@ def sglang_targets(case: Case) -> Iterator[Finding]:
 
 
 def sglang_tokens(case: Case) -> Iterator[Finding]:
-    if (case.file.path / "added_tokens.json").exists():
-        what = "adapters that add tokens are refused"
-        yield Finding(Status.REFUSED, what, "added_tokens.json", "remove the file if no token was added in training")
+    """Ids below the base's vocabulary size are filtered, the others are refused."""
+    path = case.file.path / "added_tokens.json"
+    if not path.exists():
+        return
+    words = case.base.config.get("vocab_size") if case.base else None
+    try:
+        ids = [int(i) for i in json.loads(path.read_text(encoding="utf-8")).values()]
+    except (ValueError, TypeError, AttributeError, OSError):
+        ids = []
+    if isinstance(words, int) and ids and max(ids) < words:
+        return
+    status = Status.REFUSED if isinstance(words, int) else Status.NOT_CHECKED
+    what = "tokens beyond the base's vocabulary are refused" + (
+        "" if status is Status.REFUSED else "; its size is not known"
+    )
+    yield Finding(status, what, path.name, "remove the file if no token was added in training, or give --base FOLDER")
 
 
-def sglang_pool(case: Case) -> Iterator[Finding]:
-    if case.is_lora and case.largest_rank > case.settings.r:
-        what = f"rank {case.largest_rank} is above r={case.settings.r}, by which the pool is sized"
-        yield Finding(Status.NOT_CHECKED, what, case.file.where("r"), _fold(case))
+def sglang_ranks(case: Case) -> Iterator[Finding]:
+    """Its buffers have the config's r."""
+    odd = [p for p in case.whole if p.rank != case.settings.r]
+    if case.is_lora and odd:
+        what = f"{odd[0].module} has rank {odd[0].rank}, its buffers have r={case.settings.r}"
+        yield Finding(Status.REFUSED, what, case.file.where("r"), _fold(case))
+
+
+def sglang_siblings(case: Case) -> Iterator[Finding]:
+    """It stacks q, k, v and gate, up, and asks for q and v, and for gate, where any of them is there (sglang #25913)."""
+    names = {p.module for p in case.whole}
+    for module in sorted(names):
+        block, _, kind = module.rpartition(".")
+        needed = {"q_proj": ["v_proj"], "k_proj": ["q_proj", "v_proj"], "v_proj": ["q_proj"], "up_proj": ["gate_proj"]}
+        lost = [n for n in needed.get(kind, []) if f"{block}.{n}" not in names]
+        if lost:
+            what = f"{module} is adapted without {lost[0]}, with which it is stacked (KeyError)"
+            yield Finding(Status.REFUSED, what, module, f"{_fold(case)} (it writes zeros there)")
+            return
+
+
+def sglang_others(case: Case) -> Iterator[Finding]:
+    saved = [*case.others.get("saved", []), *case.others.get("vocabulary", [])]
+    norms = [*case.others.get("norm", []), *(n for n in saved if "norm" in n)]
+    if norms:
+        yield Finding(Status.REFUSED, f"norms are refused: {examples(norms)}", norms[0], "train it without norms")
+    if saved:
+        what = f"heads in modules_to_save are dropped: {examples(saved)}"
+        yield Finding(Status.IN_PART, what, saved[0], f"{_fold(case)} --profile merged")
 
 
 # --- llama.cpp and Ollama -----------------------------------------------------------------------------------------------
@@ -262,10 +379,34 @@ def ollama_base(case: Case) -> Iterator[Finding]:
         yield Finding(Status.REFUSED, what, "config.json (model_type)", "convert it to GGUF with llama.cpp first")
 
 
+def ollama_rows(case: Case) -> Iterator[Finding]:
+    """Of a llama's q and k its conversion reorders the rows of A where those of B are meant."""
+    kinds = [p.module for p in case.whole if p.kind in ("q_proj", "k_proj")]
+    if kinds and case.base and case.base.config.get("model_type") in ("llama", "mistral"):
+        what = "its conversion of a llama reorders the rows of lora_a in q_proj and k_proj, where those of lora_b are meant"
+        yield Finding(Status.WRONG, what, kinds[0], f"{_fold(case)} --profile gguf")
+
+
+def ollama_others(case: Case) -> Iterator[Finding]:
+    norms = case.others.get("norm")
+    if norms:
+        yield Finding(Status.REFUSED, f"unexpected suffix: {examples(norms)}", norms[0], "train it without norms")
+
+
+def mlx_scale_ignored(case: Case) -> Iterator[Finding]:
+    numbers = case.file.config.get("lora_parameters")
+    used = numbers.get("scale") if isinstance(numbers, dict) else None
+    if used not in (None, 1, 1.0):
+        what = f"scale {used} of lora_parameters is not read"
+        yield Finding(
+            Status.MIS_SCALED, what, case.file.where("lora_parameters"), "multiply lora_b by it and write 1.0"
+        )
+
+
 # --- TGI and LoRAX ------------------------------------------------------------------------------------------------------
 
 #: In which order the module types of a llama are loaded.
-TGI_ORDER = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+TGI_ORDER = ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "c_proj", "gate_proj", "up_proj", "down_proj", "c_fc")
 
 
 def tgi_padded(rank: int) -> int:
@@ -281,6 +422,12 @@ def tgi_scale(case: Case, pair: Pair) -> float:
     ranks = case.rank_by_kind
     before = [ranks[kind] for kind in TGI_ORDER[: TGI_ORDER.index(pair.kind)] if kind in ranks]
     return scale(s.lora_alpha, tgi_padded(before[-1]) if before else s.r, s.use_rslora)
+
+
+def lorax_scale(case: Case, pair: Pair) -> float:
+    """As TGI, with a peft 0.4.0 that has no use_rslora."""
+    plain = replace(case, settings=replace(case.settings, use_rslora=False))
+    return tgi_scale(plain, pair)
 
 
 def tgi_layers(case: Case) -> Iterator[Finding]:
@@ -332,6 +479,26 @@ def bare_keys(status: Status, what: str) -> Rule:
     return rule
 
 
+def peft_config(case: Case) -> Iterator[Finding]:
+    """Values on which PEFT stops with an error of Python's."""
+    for key in ("rank_pattern", "alpha_pattern"):
+        if key in case.file.config and case.file.config[key] is None:
+            what = f"{key} is null, on which PEFT stops (AttributeError)"
+            yield Finding(Status.REFUSED, what, case.file.where(key), "write {}")
+    empty = [n for n, header in case.file.tensors.items() if 0 in header.shape]
+    if empty:
+        yield Finding(Status.REFUSED, f"tensors of size zero: {examples(empty)}", empty[0], "save it again")
+    shapes = case.base.shapes if case.base else {}
+    for name in case.others.get("vocabulary", []):
+        known, rows = (
+            shapes.get(name.removeprefix("base_model.model.").removesuffix(".weight")),
+            case.file.tensors[name].shape,
+        )
+        if known and rows and known[0] != rows[0]:
+            what = f"{name} has {rows[0]} rows, the base {known[0]}: the vocabulary was resized"
+            yield Finding(Status.REFUSED, what, name, f"call resize_token_embeddings({rows[0]}) on the base first")
+
+
 def peft_ranks(case: Case) -> Iterator[Finding]:
     wrong = case.contradicted
     if wrong:
@@ -344,6 +511,11 @@ def peft_ranks(case: Case) -> Iterator[Finding]:
 
 def mlx_config(case: Case) -> Iterator[Finding]:
     config, fix = case.file.config, "restore what mlx_lm.lora wrote"
+    if config.get("fine_tune_type") == "full":
+        return
+    if case.other_names:
+        what = f"tensors that it does not know: {examples(case.other_names)}"
+        yield Finding(Status.REFUSED, what, case.other_names[0], fix)
     if not isinstance(config.get("num_layers"), int):
         yield Finding(Status.REFUSED, "the config needs num_layers", case.file.where("num_layers"), fix)
     numbers = config.get("lora_parameters")
@@ -355,6 +527,27 @@ def mlx_config(case: Case) -> Iterator[Finding]:
     if wrong:
         what = f"lora_parameters.rank={short_repr(numbers['rank'])}, but {wrong[0].module} has rank {wrong[0].rank}"
         yield Finding(Status.REFUSED, what, where, "mlx has one rank for all")
+
+
+def diffusers_kind(case: Case) -> Iterator[Finding]:
+    """It has no code for LoHa and LoKr; what it converts from other tools' names was not checked."""
+    names = list(case.file.tensors)
+    foreign = [n for n in names if "hada_" in n or "lokr_" in n]
+    other = [n for n in names if n.startswith(("lora_unet_", "lora_te", "diffusion_model.")) or ".processor." in n]
+    if foreign:
+        yield Finding(
+            Status.REFUSED, f"it has no LoHa or LoKr: {examples(foreign)}", foreign[0], "merge it where it was made"
+        )
+    elif other:
+        what = f"names of kohya, ComfyUI or old processors, whose conversion was not checked: {examples(other)}"
+        yield Finding(Status.NOT_CHECKED, what, other[0])
+
+
+def mistral_rs_base(case: Case) -> Iterator[Finding]:
+    config = case.base.config if case.base else {}
+    if "rope_parameters" in config and "rope_theta" not in config:
+        what = "it refuses this base until its config.json has rope_theta at the top level (missing field rope_theta)"
+        yield Finding(Status.LOADS, what, "config.json (rope_parameters)")
 
 
 def diffusers_scale(case: Case) -> Iterator[Finding]:

@@ -25,6 +25,7 @@ from rankfold.fold.source import (
     folding_device,
     of_adapted_types,
     output_head,
+    siblings,
 )
 from rankfold.host import registry
 from rankfold.host.adapter import not_fixed
@@ -70,6 +71,7 @@ def from_model(model: nn.Module, adapter_name: str = "default", heads: dict[str,
         update=update,
         adapted=list(layers),
         sites=of_adapted_types(sites, list(layers)),
+        siblings=siblings(sites, list(layers)),
         modules=modules,
         heads=_heads(model, adapter_name) if heads is None else heads,
         dtype=getattr(base, "dtype", first.weight.dtype),

@@ -31,6 +31,7 @@ from rankfold.fold.source import (
     folding_device,
     of_adapted_types,
     output_head,
+    siblings,
 )
 from rankfold.host.adapter import Site
 from rankfold.host.peft_api import BaseTunerLayer, in_out_features
@@ -349,6 +350,7 @@ def _source(
         update=update,
         adapted=list(layers),
         sites=of_adapted_types(sites, list(layers)),
+        siblings=siblings(sites, list(layers)),
         modules=modules,
         heads=heads,
         dtype=dtype,

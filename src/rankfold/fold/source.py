@@ -35,6 +35,7 @@ class Source:
         update: the trained update of a module by name, with gate and scale; in any order.
         adapted: names of the modules that have the adapter, as the base model knows them.
         sites: every linear module of a type that has the adapter, adapted or not, in the model's order.
+        siblings: more sites, without an adapter, that SGLang wants beside those.
         modules: every module name of the base model.
         heads: tensors of modules_to_save, by their name in the checkpoint.
         dtype: the base's.
@@ -55,6 +56,7 @@ class Source:
     dtype: torch.dtype
     transposed: bool
     output_head: str | None = None
+    siblings: list[Site] = field(default_factory=list)
     folder: Path | None = None
     labels: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -76,6 +78,22 @@ def of_adapted_types(sites: list[Site], adapted: list[str]) -> list[Site]:
     names = set(adapted)
     types = {_type(s) for s in sites if s.name in names}
     return [s for s in sites if _type(s) in types]
+
+
+#: What SGLang asks for beside a module, because it stacks them (sglang #25913): a missing one is a KeyError.
+SIBLINGS = {"q_proj": ["v_proj"], "k_proj": ["q_proj", "v_proj"], "v_proj": ["q_proj"], "up_proj": ["gate_proj"]}
+
+
+def siblings(sites: list[Site], adapted: list[str]) -> list[Site]:
+    """Sites without an adapter that SGLang wants beside those of `of_adapted_types`."""
+    known, found = {s.name: s for s in sites}, {s.name for s in of_adapted_types(sites, adapted)}
+    wanted: dict[str, Site] = {}
+    for name in sorted(found):
+        block, _, kind = name.rpartition(".")
+        for other in (f"{block}.{n}" for n in SIBLINGS.get(kind, [])):
+            if other in known and other not in found:
+                wanted[other] = known[other]
+    return list(wanted.values())
 
 
 def _type(site: Site) -> tuple[str, int, int]:
