@@ -13,8 +13,8 @@ from transformers import LlamaForCausalLM
 
 from rankfold import PlainLoraConfig, RasaConfig
 from rankfold.doctor import Diagnosis, Status, diagnose
+from rankfold.doctor.engine_rules import tgi_padded
 from rankfold.doctor.engines import ENGINES
-from rankfold.doctor.rules import tgi_padded
 from rankfold.fold import fold_adapter
 
 PEFT_READERS = ("vllm", "vllm-old", "sglang", "llama.cpp", "ollama", "tgi", "peft")

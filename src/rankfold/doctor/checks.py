@@ -115,7 +115,7 @@ def base_rope(case: Case) -> Iterator[Finding]:
     part = config.get("text_config") if isinstance(config.get("text_config"), dict) else config
     rope = part.get("rope_parameters") if isinstance(part, dict) else None
     theta = rope.get("rope_theta") if isinstance(rope, dict) else None
-    if case.base and theta not in (None, 10000, 10000.0) and "rope_theta" not in part:
+    if case.base and isinstance(part, dict) and theta not in (None, 10000) and "rope_theta" not in part:
         what = (
             f"the base's config has rope_theta={theta} in rope_parameters alone; mlx-lm and others take 10000 instead"
         )

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 
-from rankfold.doctor import rules
+from rankfold.doctor import engine_rules, rules
 from rankfold.doctor.case import Case
 from rankfold.doctor.findings import Finding, Status
 from rankfold.doctor.rules import Rule
@@ -80,13 +80,13 @@ FORMATS = {
     "diffusers": "a diffusers file",
     "gguf": "a GGUF file",
 }
-_vllm_rank = partial(rules.rank_flag, rules.VLLM_RANKS[-1], "--max-lora-rank", rules.VLLM_RANKS)
+_vllm_rank = partial(rules.rank_flag, engine_rules.VLLM_RANKS[-1], "--max-lora-rank", engine_rules.VLLM_RANKS)
 _lora = partial(rules.only_lora, Status.REFUSED)
 _both_gguf: tuple[Rule, ...] = (
     _lora,
     rules.needs("lora_alpha"),
-    rules.gguf_other_tensors,
-    rules.gguf_head,
+    engine_rules.gguf_other_tensors,
+    engine_rules.gguf_head,
     rules.scales(rules.alpha_over_tensor_rank, "use_rslora", "alpha_pattern", "rank_pattern"),
 )
 
@@ -96,8 +96,8 @@ def _tgi(key: str, name: str, version: str, scale: rules.Scale, *more: Rule) -> 
     shared: tuple[Rule, ...] = (
         partial(rules.only_lora, Status.IN_PART),
         rules.keys_end_in_factors(Status.IN_PART, "only lora_A.weight and lora_B.weight are used, not"),
-        rules.bare_keys(Status.NOT_CHECKED, "what becomes of keys without base_model.model. was not read"),
-        rules.tgi_layers,
+        engine_rules.bare_keys(Status.NOT_CHECKED, "what becomes of keys without base_model.model. was not read"),
+        engine_rules.tgi_layers,
         rules.scales(scale, "use_rslora", "alpha_pattern", "rank_pattern"),
     )
     return Engine(key, name, version, "source read", FORMATS["peft"], {"peft": (*shared, *more)})
@@ -118,9 +118,9 @@ ENGINES = (
                     "use_dora", "lora_bias", "layer_replication", "alora_invocation_tokens", "use_bdlora", "use_qalora"
                 ),
                 rules.refuses_bias,
-                rules.vllm_init,
-                rules.vllm_saved,
-                rules.vllm_embedding,
+                engine_rules.vllm_init,
+                engine_rules.vllm_saved,
+                engine_rules.vllm_embedding,
                 rules.keys_end_in_factors(
                     Status.REFUSED,
                     "keys must end in lora_A.weight or lora_B.weight",
@@ -147,7 +147,7 @@ ENGINES = (
                 rules.needs("r", "lora_alpha", "target_modules"),
                 rules.refuses_flag("use_dora", "modules_to_save"),
                 rules.refuses_bias,
-                rules.vllm_embedding,
+                engine_rules.vllm_embedding,
                 rules.keys_end_in_factors(
                     Status.REFUSED, "keys must end in lora_A.weight or lora_B.weight", "embedding"
                 ),
@@ -167,15 +167,17 @@ ENGINES = (
                 _lora,
                 rules.needs("peft_type", "r", "lora_alpha", "target_modules"),
                 rules.refuses_flag("use_dora"),
-                rules.sglang_targets,
-                rules.sglang_tokens,
-                rules.sglang_ranks,
-                rules.sglang_siblings,
-                rules.sglang_others,
+                engine_rules.sglang_targets,
+                engine_rules.sglang_tokens,
+                engine_rules.sglang_ranks,
+                engine_rules.sglang_siblings,
+                engine_rules.sglang_others,
                 rules.keys_end_in_factors(
                     Status.NOT_CHECKED, "what becomes of other tensors was not read", "norm", "saved", "vocabulary"
                 ),
-                rules.bare_keys(Status.NOT_CHECKED, "what becomes of keys without base_model.model. was not read"),
+                engine_rules.bare_keys(
+                    Status.NOT_CHECKED, "what becomes of keys without base_model.model. was not read"
+                ),
                 rules.scales(rules.one_scale_no_rslora, "use_rslora", "alpha_pattern", "rank_pattern"),
                 partial(rules.rank_flag, 1 << 31, "--max-lora-rank", ()),
             )
@@ -187,7 +189,7 @@ ENGINES = (
         "November 2026",
         "run",
         "a PEFT folder (through its converter) or a GGUF file",
-        {"peft": (*_both_gguf, rules.gguf_base), "gguf": (rules.gguf_file,)},
+        {"peft": (*_both_gguf, engine_rules.gguf_base), "gguf": (engine_rules.gguf_file,)},
     ),
     Engine(
         "ollama",
@@ -198,25 +200,25 @@ ENGINES = (
         {
             "peft": (
                 *_both_gguf,
-                rules.ollama_alpha,
-                rules.ollama_base,
-                rules.ollama_rows,
-                rules.ollama_others,
+                engine_rules.ollama_alpha,
+                engine_rules.ollama_base,
+                engine_rules.ollama_rows,
+                engine_rules.ollama_others,
                 rules.head(Status.REFUSED, "it has no such tensor"),
             ),
-            "gguf": (rules.gguf_file,),
-            "mlx": (rules.mlx_scale_ignored,),
+            "gguf": (engine_rules.gguf_file,),
+            "mlx": (engine_rules.mlx_scale_ignored,),
         },
     ),
     _tgi(
         "tgi",
         "TGI",
         "2026-01-08",
-        rules.tgi_scale,
+        engine_rules.tgi_scale,
         rules.head(Status.IN_PART, "lm_head's LoRA is dropped with a warning"),
     ),
-    _tgi("lorax", "LoRAX", "2024-06", rules.lorax_scale),
-    Engine("mlx", "mlx-lm", "0.32.2", "run", FORMATS["mlx"], {"mlx": (rules.mlx_config,)}),
+    _tgi("lorax", "LoRAX", "2024-06", engine_rules.lorax_scale),
+    Engine("mlx", "mlx-lm", "0.32.2", "run", FORMATS["mlx"], {"mlx": (engine_rules.mlx_config,)}),
     Engine(
         "openvino",
         "OpenVINO GenAI",
@@ -236,7 +238,7 @@ ENGINES = (
                 _lora,
                 rules.needs("r", "lora_alpha", "target_modules"),
                 rules.not_checked("use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save"),
-                rules.mistral_rs_base,
+                engine_rules.mistral_rs_base,
             )
         },
     ),
@@ -260,7 +262,7 @@ ENGINES = (
         "2026-08-23",
         "source read",
         FORMATS["diffusers"],
-        {"diffusers": (rules.diffusers_kind, rules.diffusers_scale)},
+        {"diffusers": (engine_rules.diffusers_kind, engine_rules.diffusers_scale)},
     ),
     Engine(
         "peft",
@@ -271,10 +273,10 @@ ENGINES = (
         {
             "peft": (
                 rules.needs("peft_type"),
-                rules.peft_type,
-                rules.peft_config,
-                rules.peft_ranks,
-                rules.bare_keys(Status.IN_PART, "keys without base_model.model. are not applied"),
+                engine_rules.peft_type,
+                engine_rules.peft_config,
+                engine_rules.peft_ranks,
+                engine_rules.bare_keys(Status.IN_PART, "keys without base_model.model. are not applied"),
             )
         },
     ),

@@ -69,7 +69,7 @@ def _of_model(model: nn.Module, adapter_name: str) -> dict[str, Found]:
             updates[name] = _live(*_ours(module, adapter_name))
         elif isinstance(module, LoraLayer) and adapter_name in module.lora_A:
             _check_plain(config := model.peft_config[adapter_name])  # pyright: ignore
-            if not is_plain(config):
+            if not is_plain(config):  # pyright: ignore[reportArgumentType]
                 return _of_source(peft_adapters.from_model(model, adapter_name))
             down, up = (part[adapter_name].weight for part in (module.lora_A, module.lora_B))
             assert isinstance(down, Tensor)
