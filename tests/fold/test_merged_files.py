@@ -114,6 +114,13 @@ def test_a_new_config_gets_the_old_keys(model: Any, targets: str, wanted: dict[s
     assert report.probe["max_logit_error"] < 1e-4  # type: ignore[operator]
 
 
+def test_every_how_many_layers_attention_is_full() -> None:
+    kinds = ["sliding_attention", "sliding_attention", "full_attention"] * 2
+    assert with_old_keys({"layer_types": kinds})["sliding_window_pattern"] == 3
+    assert "sliding_window_pattern" not in with_old_keys({"layer_types": kinds[1:]})
+    assert with_old_keys({"layer_types": kinds, "sliding_window_pattern": 7})["sliding_window_pattern"] == 7
+
+
 def test_old_keys_of_modernbert() -> None:
     found = with_old_keys(json.loads(ModernBertConfig().to_json_string(use_diff=False)))
     assert (found["global_rope_theta"], found["local_rope_theta"]) == (160000.0, 10000.0)

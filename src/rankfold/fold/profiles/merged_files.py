@@ -134,6 +134,8 @@ def with_old_keys(config: Mapping[str, Any], scaling: bool = True) -> dict[str, 
     }
     if isinstance(found.get("dtype"), str):
         found.setdefault("torch_dtype", found["dtype"])
+    if pattern := _period(found.get("layer_types")):
+        found.setdefault("sliding_window_pattern", pattern)
     rope, kind = found.get("rope_parameters"), found.get("model_type")
     if not isinstance(rope, dict) or not rope:
         return found
@@ -149,6 +151,17 @@ def with_old_keys(config: Mapping[str, Any], scaling: bool = True) -> dict[str, 
     if scaling and rest.get("rope_type", "default") != "default":
         found.setdefault("rope_scaling", rest)
     return found
+
+
+def _period(layers: Any) -> int:
+    """Every how many layers attention is full, as older configs say it; 0 where there is no such period."""
+    if not isinstance(layers, list) or set(layers) != {"full_attention", "sliding_attention"}:
+        return 0
+    period = layers.index("full_attention") + 1
+    same = [
+        ("full_attention" if (i + 1) % period == 0 else "sliding_attention") == kind for i, kind in enumerate(layers)
+    ]
+    return period if period > 1 and all(same) else 0
 
 
 def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
