@@ -1,4 +1,4 @@
-"""Edits of an adapter's two files."""
+"""Edits of an adapter's two files, and what is expected of a sound one."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from rankfold.doctor import Diagnosis
+
 
 def edit_config(folder: Path, **changes: Any) -> None:
     path = folder / "adapter_config.json"
@@ -19,3 +21,9 @@ def edit_config(folder: Path, **changes: Any) -> None:
 def edit_tensors(folder: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> None:
     path = folder / "adapter_model.safetensors"
     save_file(change(load_file(path)), path)
+
+
+def sound(found: Diagnosis) -> bool:
+    """No problem in the file, and loaded right but by Ollama, which is wrong on any llama's q_proj, and by OpenVINO, which reads
+    no lora_alpha."""
+    return not found.problems and {v.engine.key for v in found.failing} <= {"ollama", "openvino"}

@@ -17,7 +17,7 @@ def _wide(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_healthy_is_0(adapter, capsys: pytest.CaptureFixture[str]):
-    assert cli.main(["doctor", str(adapter())]) == 0
+    assert cli.main(["doctor", str(adapter()), "--engine", "vllm,sglang,llama.cpp,tgi,peft"]) == 0
     out = capsys.readouterr().out
     assert "vLLM 0.33.0" in out
     assert "healthy" in out
@@ -39,9 +39,10 @@ def test_json(adapter, llama: Path, capsys: pytest.CaptureFixture[str]):
     folder = adapter(use_rslora=True, r=16)
     assert cli.main(["doctor", str(folder), "--json", "--base", str(llama)]) == 1
     found = json.loads(capsys.readouterr().out)
-    assert (found["healthy"], found["file"], len(found["engines"])) == (False, [], 9)
+    assert (found["healthy"], found["file"], len(found["engines"])) == (False, [], 13)
     sglang = next(e for e in found["engines"] if e["engine"] == "sglang")
     assert (sglang["version"], sglang["status"]) == ("0.5.23", "loads but mis-scaled")
+    assert (sglang["known_by"], sglang["date"]) == ("loader run", "2026-11")
     assert sglang["findings"][-1]["where"].endswith("(use_rslora)") or "use_rslora" in sglang["findings"][0]["where"]
 
 

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from edits import edit_config, edit_tensors
+from edits import edit_config, edit_tensors, sound
 from peft import LoKrConfig, get_peft_model, save_as_lora
 from transformers import LlamaForCausalLM
 
 from rankfold import PlainLoraConfig, RasaConfig
 from rankfold.doctor import Diagnosis, Status, diagnose
+from rankfold.doctor.engine_rules import tgi_padded
 from rankfold.doctor.engines import ENGINES
-from rankfold.doctor.rules import tgi_padded
 from rankfold.fold import fold_adapter
 
 PEFT_READERS = ("vllm", "vllm-old", "sglang", "llama.cpp", "ollama", "tgi", "peft")
@@ -32,9 +32,11 @@ def why(found: Diagnosis, engine: str) -> str:
 
 
 def expect(found: Diagnosis, **other: Status) -> None:
-    """Everything that reads PEFT's format loads it, except as said (`vllm_old` for "vllm-old", `llama` for "llama.cpp")."""
+    """Everything that reads PEFT's format loads it but Ollama, or as said (`vllm_old` for "vllm-old", `llama` for "llama.cpp")."""
     names = {"vllm_old": "vllm-old", "llama": "llama.cpp"}
-    wanted = dict.fromkeys(PEFT_READERS, LOADS) | {names.get(k, k): v for k, v in other.items()}
+    wanted = (
+        dict.fromkeys(PEFT_READERS, LOADS) | {"ollama": Status.WRONG} | {names.get(k, k): v for k, v in other.items()}
+    )
     assert {k: v for k, v in verdicts(found).items() if k in PEFT_READERS} == wanted
 
 
@@ -43,7 +45,7 @@ def test_a_plain_lora_loads_everywhere(adapter):
     expect(found)
     assert verdicts(found)["mlx"] is verdicts(found)["diffusers"] is Status.DOES_NOT_APPLY
     assert found.findings == []
-    assert found.healthy
+    assert sound(found)
 
 
 @pytest.mark.parametrize("config", [RasaConfig(r=4, shared_rank=1), PlainLoraConfig(r=3, rank_pattern={"q_proj": 5})])
@@ -61,12 +63,12 @@ def test_a_fold_of_ours_loads_everywhere_and_the_unfolded_nowhere(config, llama:
     found = diagnose(tmp_path / "folded")
     expect(found)
     assert found.findings == []
-    assert found.healthy
+    assert sound(found)
 
 
 def test_rslora_is_ignored_by_sglang_and_gguf(adapter):
     found = diagnose(adapter(r=16, use_rslora=True))
-    expect(found, sglang=MIS, llama=MIS, ollama=MIS)
+    expect(found, sglang=MIS, llama=MIS)
     assert "scale 1 where 4 is right, 4 times too small" in why(found, "sglang")
     assert "(6 of 6 modules)" in why(found, "sglang")
     assert "(use_rslora)]" in why(found, "sglang")
@@ -76,7 +78,7 @@ def test_the_scale_of_save_as_lora(adapter):
     """lora_alpha 1 with patterns gives 1/16 and 1/13 in llama.cpp."""
     patterns = {"q_proj": 16, "v_proj": 13}
     found = diagnose(adapter(r=1, lora_alpha=1, rank_pattern=patterns, alpha_pattern=patterns))
-    expect(found, sglang=UNCHECKED, llama=MIS, ollama=MIS, tgi=MIS)
+    expect(found, sglang=REFUSED, llama=MIS, tgi=MIS)
     assert "scale 0.0625 where 1 is right, 16 times too small, in model.layers.0.self_attn.q_proj" in why(
         found, "llama.cpp"
     )
@@ -97,7 +99,7 @@ def test_what_peft_really_saves(llama: Path, tmp_path: Path):
 def test_a_rank_pattern_without_alphas(adapter):
     """Right where α is divided by each tensor's rank, wrong where one scale serves all."""
     found = diagnose(adapter(r=8, lora_alpha=8, rank_pattern={"v_proj": 16}))
-    expect(found, vllm_old=MIS, sglang=MIS, tgi=MIS)
+    expect(found, vllm_old=MIS, sglang=REFUSED, tgi=MIS)
     assert "scale 1 where 0.5 is right, 2 times too large" in why(found, "vllm-old")
     assert "(3 of 6 modules)" in why(found, "vllm-old")
     assert "(rank_pattern)" in why(found, "vllm-old")
@@ -120,7 +122,8 @@ def test_pissa_in_the_config_is_refused_by_vllm(adapter):
     folder = adapter()
     edit_config(folder, init_lora_weights="pissa")
     found = diagnose(folder)
-    expect(found, vllm=REFUSED)
+    wrong = dict.fromkeys(("vllm_old", "sglang", "llama", "tgi"), Status.WRONG)
+    expect(found, vllm=REFUSED, **wrong)
     assert "init_lora_weights='pissa'" in why(found, "vllm")
     edit_config(folder, init_lora_weights="gaussian")
     expect(diagnose(folder))
@@ -128,7 +131,7 @@ def test_pissa_in_the_config_is_refused_by_vllm(adapter):
 
 def test_modules_to_save_and_bias(adapter):
     found = diagnose(adapter(modules_to_save=["lm_head"]))
-    expect(found, vllm=REFUSED, vllm_old=REFUSED, sglang=UNCHECKED, llama=REFUSED, ollama=REFUSED, tgi=PART)
+    expect(found, vllm=REFUSED, vllm_old=REFUSED, sglang=PART, llama=REFUSED, ollama=REFUSED, tgi=PART)
     assert "modules_to_save=['lm_head']" in why(found, "vllm")
     assert found.problems == []
 
@@ -140,11 +143,12 @@ def test_modules_to_save_and_bias(adapter):
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning")
 def test_embeddings_and_the_head(adapter, llama: Path):
     found = diagnose(adapter(target_modules=["q_proj", "embed_tokens"]))
-    assert verdicts(found)["vllm"] is REFUSED
-    assert "base_layer.weight" in why(found, "vllm")
+    assert verdicts(found)["vllm"] is UNCHECKED
+    assert verdicts(found)["vllm-old"] is REFUSED
+    assert "base_layer.weight" in why(found, "vllm-old")
     found = diagnose(adapter(target_modules=["q_proj", "lm_head"]))
     assert verdicts(found)["llama.cpp"] is LOADS  # this base does not tie it
-    assert verdicts(found)["vllm"] is REFUSED  # PEFT saved the whole head with it
+    assert verdicts(found)["vllm"] is LOADS  # it skips the whole head that PEFT saved with it
     config = json.loads((llama / "config.json").read_text())
     tied = found.path.parent / "tied"
     tied.mkdir()
@@ -223,8 +227,10 @@ def test_keys_that_engines_need(adapter):
 
 def test_added_tokens_are_refused_by_sglang(adapter):
     folder = adapter()
-    (folder / "added_tokens.json").write_text("{}")
+    (folder / "added_tokens.json").write_text('{"<new>": 64}')
     expect(diagnose(folder), sglang=REFUSED)
+    (folder / "added_tokens.json").write_text('{"<old>": 63}')
+    expect(diagnose(folder))
 
 
 def test_ollama_converts_two_architectures(adapter, llama: Path, tmp_path: Path):
@@ -239,7 +245,7 @@ def test_ollama_converts_two_architectures(adapter, llama: Path, tmp_path: Path)
     edit_config(folder, base_model_name_or_path=None)
     found = diagnose(folder)
     assert verdicts(found)["ollama"] is UNCHECKED
-    assert found.healthy  # what could not be checked is no failure ...
+    assert sound(found)  # what could not be checked is no failure ...
     assert not diagnose(folder, engines=["ollama"]).healthy  # ... unless it was asked for
     assert "needs --base" in why(found, "llama.cpp")
 
@@ -262,4 +268,5 @@ def test_other_methods_of_peft_are_read_by_peft_alone(adapter):
 
 def test_every_engine_says_what_was_read():
     assert all(e.version and e.reads and e.rules for e in ENGINES)
-    assert len({e.key for e in ENGINES}) == len(ENGINES) == 9
+    assert len({e.key for e in ENGINES}) == len(ENGINES) == 13
+    assert {e.known for e in ENGINES} == {"run", "loader run", "source read"}

@@ -31,11 +31,12 @@ def mlx(folder: Path, rank: int = 4, **changes) -> Path:
 
 def test_mlx(tmp_path: Path):
     found = diagnose(mlx(tmp_path))
-    assert status(found) == {"mlx": "loads"}
-    assert found.healthy
-    assert status(diagnose(tmp_path / "adapters.safetensors")) == {"mlx": "loads"}
+    assert status(found) == {"mlx": "loads", "ollama": "loads but mis-scaled"}  # Ollama does not read scale
+    assert diagnose(tmp_path, engines=["mlx"]).healthy
+    assert status(diagnose(tmp_path / "adapters.safetensors"))["mlx"] == "loads"
     found = diagnose(mlx(tmp_path, rank=8))
-    assert status(found) == {"mlx": "refused"}
+    assert status(found)["mlx"] == "refused"
+    assert status(diagnose(mlx(tmp_path, rank=8, fine_tune_type="full")))["mlx"] == "loads"
     assert "lora_parameters.rank=4, but model.layers.0.self_attn.q_proj has rank 8" in why(found)
     assert "needs num_layers" in why(diagnose(mlx(tmp_path, num_layers=None)))
     assert "needs lora_parameters" in why(diagnose(mlx(tmp_path, lora_parameters=[])))

@@ -301,7 +301,6 @@ LORA_REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "bias": ({"bias": "lora_only"}, "bias='lora_only'"),
     "lora_bias": ({"lora_bias": True}, "lora_bias=True"),
     "embedding": ({"target_modules": ["q_proj", "embed_tokens"]}, "embed_tokens is a Embedding"),
-    "head": ({"target_modules": ["q_proj", "lm_head"]}, "lm_head is the output head"),
     "replication": ({"layer_replication": [[0, 2], [1, 2]]}, "layer_replication="),
     "alora": ({"alora_invocation_tokens": [3]}, "alora_invocation_tokens="),
     "tokens": ({"trainable_token_indices": [3]}, "trainable_token_indices="),
@@ -416,8 +415,8 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
         "truncated",
     ),
     "rank": (lambda f: edit(f, r=5), "would be"),
-    "base": (lambda f: edit(f, base_model_name_or_path="/nowhere"), "--base FOLDER"),
-    "no base": (lambda f: edit(f, base_model_name_or_path=None), "--base FOLDER"),
+    "base": (lambda f: edit(f, base_model_name_or_path="/nowhere", use_dora=True), "--base FOLDER"),
+    "no base": (lambda f: edit(f, base_model_name_or_path=None, use_dora=True), "--base FOLDER"),
     "targets": (lambda f: edit(f, target_modules=["nothing"]), "nothing"),
 }  # fmt: skip
 
@@ -483,7 +482,7 @@ def test_a_base_without_its_modules(bases: dict[str, Path], tmp_path: Path) -> N
 
 
 def test_a_base_that_moved(bases: dict[str, Path], tmp_path: Path) -> None:
-    shaken(ROWS["lora"].config(), bases["llama"]).save_pretrained(tmp_path / "adapter")
+    shaken(ROWS["dora"].config(), bases["llama"]).save_pretrained(tmp_path / "adapter")
     edit(tmp_path / "adapter", base_model_name_or_path="/gone/base")
     with pytest.raises(ValueError, match="base='/gone/base' does not exist"):
         fold_adapter(tmp_path / "adapter", tmp_path / "out")

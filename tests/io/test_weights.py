@@ -8,8 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import nn
+from transformers import LlamaConfig, LlamaModel, ViTConfig, ViTForImageClassification
 
 from rankfold.errors import RankfoldError
+from rankfold.io.weight_names import in_files
 from rankfold.io.weights import (
     Header,
     read_headers,
@@ -45,19 +48,33 @@ def test_headers_and_tensors(model: Path) -> None:
         read_tensor(file, "nothing")
 
 
-def test_a_reader_knows_a_module_with_the_prefix_and_without(model: Path) -> None:
-    read = weight_reader(str(model), None, "model")
-    assert torch.equal(read("a"), read("model.a"))
-    assert read("model.head").shape == (4, 2)
+def test_what_a_reader_reads_and_refuses(model: Path) -> None:
+    read = weight_reader(str(model), None, nn.Module())
+    assert read("model.a").shape == (2, 3)
+    assert read("head").shape == (4, 2)
     with pytest.raises(RankfoldError, match=r"no tensor 'b\.weight'"):
         read("b")
     with pytest.raises(RankfoldError, match=r"is torch\.int32; give the unquantised base"):
         read("i")
     with pytest.raises(RankfoldError, match="give the base with --base"):
-        weight_reader(None, None, "")("a")
+        weight_reader(None, None, nn.Module())("a")
     (model / "empty").mkdir()
     with pytest.raises(RankfoldError, match=r"no model\.safetensors here.*--base FOLDER with safetensors"):
-        weight_reader(str(model / "empty"), None, "")("a")
+        weight_reader(str(model / "empty"), None, nn.Module())("a")
+
+
+def test_names_are_those_of_transformers_table() -> None:
+    small = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = ViTConfig(**small, image_size=8, patch_size=4)
+    old = "vit.encoder.layer.0.attention.attention.query.weight"
+    with torch.device("meta"):
+        model = ViTForImageClassification(config)
+        bare = LlamaModel(LlamaConfig(**small, vocab_size=8))
+    found = in_files(model, [old])
+    assert next(iter(found)) in model.state_dict()
+    assert in_files(bare, ["model.layers.0.self_attn.q_proj.weight"]) == {
+        "layers.0.self_attn.q_proj.weight": ["model.layers.0.self_attn.q_proj.weight"]
+    }
 
 
 def test_damaged_models(model: Path) -> None:

@@ -34,14 +34,17 @@ class Options(CommonOptions):
         type=_engines,
         metavar="NAMES",
     )
+    fix: str | None = option("write a copy with what can be mended, and examine that", default=None, metavar="OUT")
     json: bool = option("print JSON instead of the table", default=False)
 
 
 def run(options: Options) -> int:
     """Prints a diagnosis. Returns 0 if the file is sound and every engine that is asked loads it right, else 1."""
     from rankfold.doctor.diagnosis import diagnose
+    from rankfold.doctor.fix import fix
 
-    found = diagnose(options.path, options.base, [name for part in options.engines for name in part])
+    mended = fix(options.path, options.fix) if options.fix else []
+    found = diagnose(options.fix or options.path, options.base, [name for part in options.engines for name in part])
     if options.json:
         print(found.to_json(), end="")
     else:
@@ -49,5 +52,7 @@ def run(options: Options) -> int:
 
         from rankfold.doctor.show import show
 
+        for sentence in mended:
+            print(f"mended: {sentence}")
         Console().print(show(found))
     return 0 if found.healthy else 1

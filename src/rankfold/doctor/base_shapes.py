@@ -10,10 +10,12 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from rankfold.errors import RankfoldError
-from rankfold.io.models import model_config, named_class, skeleton
+from rankfold.io.models import ModelError, model_config, named_class, skeleton
+from rankfold.io.weight_names import ToModel, to_model
 from rankfold.io.weights import read_headers
 from rankfold.tasks import table
 from rankfold.text import one_line
@@ -26,12 +28,21 @@ class BaseShapes:
     Args:
         shapes: (out, in) of every matrix by module name; {} if it could not be had.
         why_not: why the shapes could not be had.
+        name_of: the model's name of a tensor by that in older files, and whether it is a part of it (one expert of fused ones).
     """
 
     folder: Path
     config: dict[str, Any]
     shapes: dict[str, tuple[int, int]] = field(default_factory=dict)
     why_not: str = ""
+    name_of: ToModel = lambda name: (name, False)
+
+    def shape(self, module: str) -> tuple[int, int] | None:
+        """(out, in) of a module by its name or by one that it once had."""
+        return self.shapes.get(module) or self.shapes.get(self.name_of(f"{module}.weight")[0].removesuffix(".weight"))
+
+    def has(self, module: str) -> bool:
+        return self.shape(module) is not None or self.name_of(f"{module}.weight")[1]
 
 
 def read_base(folder: Path, adapter: dict[str, Any]) -> BaseShapes:
@@ -51,7 +62,9 @@ def read_base(folder: Path, adapter: dict[str, Any]) -> BaseShapes:
     except (OSError, ValueError, RecursionError) as error:
         raise RankfoldError(f"base '{folder}': its config.json cannot be read ({error}); give --base FOLDER") from None
     try:
-        return BaseShapes(folder, config, _skeleton(folder, config, adapter))
+        model = _skeleton(folder, config, adapter)
+        shapes = {name: shape for name, m in model.named_modules() if (shape := _shape(m)) is not None}
+        return BaseShapes(folder, config, shapes, name_of=to_model(model))
     except Exception as error:  # transformers raises anything on a config that it does not know
         if "quantization_config" in config:  # packed weights have other shapes
             return BaseShapes(folder, config, why_not=f"transformers cannot build it: {one_line(error)}")
@@ -61,16 +74,22 @@ def read_base(folder: Path, adapter: dict[str, Any]) -> BaseShapes:
         return BaseShapes(folder, config, why_not=one_line(error))
 
 
-def _skeleton(folder: Path, config: dict[str, Any], adapter: dict[str, Any]) -> dict[str, tuple[int, int]]:
-    """From transformers' model class on the meta device."""
+def _skeleton(folder: Path, config: dict[str, Any], adapter: dict[str, Any]) -> PreTrainedModel:
+    """transformers' model class on the meta device: of the adapter's task if it has one for this base, else what the base or
+    the adapter names."""
     task = table.of_peft_type(adapter.get("task_type"))
     mapping = adapter.get("auto_mapping")
-    name = (mapping if isinstance(mapping, dict) else {}).get("base_model_class") or config["architectures"][0]
-    if task is None and not hasattr(transformers, name):
-        raise RankfoldError(f"transformers has no {name}")  # whose names could only be guessed
-    maker = named_class(task.models[0] if task else name)
-    model = skeleton(model_config(folder, local_files_only=True), (maker,))
-    return {name: shape for name, m in model.named_modules() if (shape := _shape(m)) is not None}
+    named = (mapping if isinstance(mapping, dict) else {}).get("base_model_class")
+    names = [n for n in (task.models[0] if task else None, named, *config.get("architectures", [])) if n]
+    if not any(hasattr(transformers, name) for name in names):
+        raise RankfoldError(f"transformers has no {names[:1]}")  # whose names could only be guessed
+    known, failed = model_config(folder, local_files_only=True), None
+    for name in names:
+        try:
+            return skeleton(known, (named_class(name),))
+        except ModelError as error:
+            failed = failed or error
+    raise RankfoldError(str(failed))
 
 
 def _shape(module: nn.Module) -> tuple[int, int] | None:

@@ -10,6 +10,7 @@ from functools import cached_property
 from rankfold.doctor.adapter_file import AdapterFile
 from rankfold.doctor.base_shapes import BaseShapes
 from rankfold.doctor.settings import Settings
+from rankfold.io.adapter_names import PREFIX, is_saved, mended, wrapped
 from rankfold.io.weights import Header
 
 _PEFT = re.compile(r"^(?P<prefix>base_model\.model\.)?(?P<module>.+)\.lora_(?P<side>[AB])\.weight$")
@@ -50,9 +51,11 @@ class Case:
         pairs: of every module, complete or not.
         others: names of the tensors that are no factor, by their role: "embedding", "magnitude", "bias", "base_layer",
             "saved" (named in modules_to_save), "vocabulary" (embed_tokens or lm_head whole), "tokens", "norm", "alpha",
-            "foreign".
+            "parameter" (factors of target_parameters), "foreign".
         base: what is known of the base model.
         bare: names of factors that lack the prefix base_model.model., in PEFT's format.
+        wrapped: names that hold a wrapper's name or a doubled prefix.
+        named: names of factors that hold the adapter's name (lora_A.default.weight).
     """
 
     file: AdapterFile
@@ -61,6 +64,8 @@ class Case:
     others: dict[str, list[str]] = field(default_factory=dict)
     base: BaseShapes | None = None
     bare: list[str] = field(default_factory=list)
+    wrapped: list[str] = field(default_factory=list)
+    named: list[str] = field(default_factory=list)
 
     @property
     def ours(self) -> bool:
@@ -111,31 +116,49 @@ def make_case(file: AdapterFile, settings: Settings, base: BaseShapes | None) ->
     others: dict[str, list[str]] = defaultdict(list)
     ours = settings.peft_type.startswith("RANKFOLD_")
     bare: list[str] = []
+    peft = file.kind == "peft" and not ours
+    mends = mended(file.tensors) if peft else {}
+    odd = wrapped(file.tensors) if peft else []
     pattern = _LOOSE if file.kind != "peft" else _OURS if ours else _PEFT
+    named: list[str] = []
     for name, header in file.tensors.items():
-        match = pattern.match(name)
+        plain = mends.get(name, name)
+        match = None if _of_parameter(plain, settings) else pattern.match(plain)
         if match:
-            if pattern is _PEFT and not match["prefix"]:
+            if pattern is _PEFT and not name.startswith("base_model.") and name not in odd:
                 bare.append(name)
+            if pattern is _PEFT and not name.endswith((".lora_A.weight", ".lora_B.weight")):
+                named.append(name)
             shape = header.shape[::-1] if file.kind == "mlx" else header.shape
             sides[match["module"]][_SIDE[match["side"]]] = Header(shape, header.dtype)
         else:
-            others[_role(name, settings)].append(name)
+            others[_role(plain, settings)].append(name)
     pairs = [Pair(module, s.get("a"), s.get("b")) for module, s in sides.items()]
-    return Case(file, settings, pairs, dict(others), base, bare)
+    return Case(file, settings, pairs, dict(others), base, bare, odd, named)
 
 
 def layer_of(module: str) -> int | None:
     return next((int(part) for part in module.split(".") if part.isdecimal()), None)
 
 
+def _of_parameter(name: str, settings: Settings) -> bool:
+    """Whether a factor is of a parameter that `target_parameters` names, as fused experts are: it is no matrix of a module."""
+    module = name.removeprefix(PREFIX).rpartition(".lora_")[0]
+    while module.endswith(".base_layer"):
+        module = module.removesuffix(".base_layer")
+    owners = [target.rpartition(".")[0] for target in settings.target_parameters]
+    return bool(module) and any(owner and (module == owner or module.endswith(f".{owner}")) for owner in owners)
+
+
 def _role(name: str, settings: Settings) -> str:
     parts = name.split(".")
+    if _of_parameter(name, settings):
+        return "parameter"
     if "lora_embedding_" in name:
         return "embedding"
     if "magnitude" in name or name.endswith(".dora_scale"):
         return "magnitude"
-    if any(s and f".{s}." in f".{name}." for s in settings.modules_to_save):
+    if is_saved(name, settings.modules_to_save):
         return "saved"
     if name.endswith(".bias"):
         return "bias"

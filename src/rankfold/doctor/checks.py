@@ -10,6 +10,7 @@ from peft import PEFT_TYPE_TO_CONFIG_MAPPING, LoraConfig
 import rankfold.methods  # noqa: F401  (registers the methods with PEFT)
 from rankfold.doctor.case import Case
 from rankfold.doctor.findings import Finding, Status
+from rankfold.io.adapter_names import is_saved
 from rankfold.text import examples
 
 #: PEFT adds both names to the modules_to_save of every classifier; a model has one of them.
@@ -19,7 +20,7 @@ FLOATS = {"F64", "F32", "F16", "BF16"}
 
 def check(case: Case) -> list[Finding]:
     """Every check that applies to the format."""
-    checks: list[Callable[[Case], Iterator[Finding]]] = [pickled, dtypes, base_shapes]
+    checks: list[Callable[[Case], Iterator[Finding]]] = [pickled, dtypes, base_shapes, base_rope]
     if case.is_lora:
         checks += [pairing]
     if case.file.kind == "peft" and case.is_lora:
@@ -92,20 +93,34 @@ def base_shapes(case: Case) -> Iterator[Finding]:
     if not base.shapes:
         yield Finding(Status.NOTE, f"shapes were not compared with the base: {base.why_not}", str(base.folder))
         return
-    missing = [p.module for p in case.pairs if p.module not in base.shapes]
+    missing = [p.module for p in case.pairs if not base.has(p.module)]
     fix = "give the base it was trained on with --base FOLDER"
     if missing and case.file.kind != "diffusers":
         what = f"{len(missing)} of {len(case.pairs)} adapted modules are not in the base '{base.folder}': {examples(missing)}"
         yield Finding(Status.PROBLEM, what, missing[0], fix)
     for p in case.whole:
-        if p.module in base.shapes and p.a and p.b and len(p.a.shape) == len(p.b.shape) == 2:
-            ours, theirs = (p.b.shape[0], p.a.shape[1]), base.shapes[p.module]
+        if (theirs := base.shape(p.module)) and p.a and p.b and len(p.a.shape) == len(p.b.shape) == 2:
+            ours = (p.b.shape[0], p.a.shape[1])
             if ours != theirs:
                 what = (
                     f"the update of {p.module} is {ours[0]}×{ours[1]}, but the base's module is {theirs[0]}×{theirs[1]}"
                 )
                 yield Finding(Status.PROBLEM, f"another base: {what} ('{base.folder}')", p.module, fix)
                 return
+
+
+def base_rope(case: Case) -> Iterator[Finding]:
+    """Engines that read rope_theta at the top level take 10000 where transformers 5 wrote only rope_parameters."""
+    config = case.base.config if case.base else {}
+    part = config.get("text_config") if isinstance(config.get("text_config"), dict) else config
+    rope = part.get("rope_parameters") if isinstance(part, dict) else None
+    theta = rope.get("rope_theta") if isinstance(rope, dict) else None
+    if case.base and isinstance(part, dict) and theta not in (None, 10000) and "rope_theta" not in part:
+        what = (
+            f"the base's config has rope_theta={theta} in rope_parameters alone; mlx-lm and others take 10000 instead"
+        )
+        fix = f"write rope_theta: {theta} at the top level of its config.json"
+        yield Finding(Status.NOTE, what, str(case.base.folder / "config.json"), fix)
 
 
 def unknown_keys(case: Case) -> Iterator[Finding]:
@@ -140,7 +155,8 @@ def targets(case: Case) -> Iterator[Finding]:
     where = case.file.where("target_modules")
     names = [*(p.module for p in case.pairs), *case.other_names]
     if isinstance(targets, list):
-        idle = [t for t in targets if not any(f".{t}." in f".{n}." for n in names)]
+        parameters = {part for t in case.settings.target_parameters for part in t.split(".")}
+        idle = [t for t in targets if t not in parameters and not any(f".{t}." in f".{n}." for n in names)]
         if idle:
             what = f"target_modules that match no tensor: {examples(idle)}"
             yield Finding(Status.PROBLEM, what, where, "remove them, or find the missing tensors")
@@ -160,14 +176,20 @@ def belonging(case: Case) -> Iterator[Finding]:
     if case.bare:
         what = f"keys lack the prefix base_model.model., so PEFT applies none of them: {examples(case.bare)}"
         yield Finding(Status.PROBLEM, what, case.bare[0], "write base_model.model. before each key")
+    if case.wrapped:
+        what = f"keys hold names of wrappers or a doubled prefix, so that nothing is applied: {examples(case.wrapped)}"
+        yield Finding(Status.PROBLEM, what, case.wrapped[0], f"rankfold doctor {case.file.path} --fix OUT")
+    if case.named:
+        what = f"keys hold the adapter's name, which engines do not read: {examples(case.named)}"
+        yield Finding(Status.NOTE, what, case.named[0], f"rankfold doctor {case.file.path} --fix OUT")
     saved = case.others.get("saved", [])
-    absent = [m for m in case.settings.modules_to_save if not any(f".{m}." in f".{n}." for n in saved)]
+    absent = [m for m in case.settings.modules_to_save if not any(is_saved(n, [m]) for n in saved)]
     if (set(case.settings.modules_to_save) - set(absent)) & CLASSIFIERS:
         absent = [m for m in absent if m not in CLASSIFIERS]
     if absent and case.file.tensors:
         what = f"modules_to_save names {examples(absent)}, of which there is no tensor"
         yield Finding(Status.PROBLEM, what, case.file.where("modules_to_save"), "save the adapter again")
-    if case.file.tensors and not case.pairs and not case.others.get("embedding"):
+    if case.file.tensors and not (case.pairs or case.others.get("embedding") or case.others.get("parameter")):
         what = "none of its tensors is a LoRA factor (base_model.model.MODULE.lora_A.weight)"
         yield Finding(Status.PROBLEM, what, next(iter(case.file.tensors)), "save it with save_pretrained")
 

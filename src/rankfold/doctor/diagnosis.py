@@ -18,7 +18,10 @@ from rankfold.errors import RankfoldError
 from rankfold.io.files import to_json
 
 #: What the verdicts are, and are not; printed with them.
-BASIS = "rules read from the engines' sources at these versions, in November 2026; nothing was started"
+BASIS = (
+    "rules of these versions in November 2026, each checked by a run of the engine, by a run of its own loader, or by reading its "
+    "source; nothing was started now"
+)
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,7 @@ class Diagnosis:
     @property
     def failing(self) -> list[Verdict]:
         """Engines that do not load it right. What does not apply or could not be checked counts only if it was asked for."""
-        bad = {Status.REFUSED, Status.MIS_SCALED, Status.IN_PART}
+        bad = {Status.REFUSED, Status.WRONG, Status.MIS_SCALED, Status.IN_PART}
         return [v for v in self.verdicts if v.status in bad or (self.asked and v.status is not Status.LOADS)]
 
     @property
@@ -62,6 +65,8 @@ class Diagnosis:
                 "engine": v.engine.key,
                 "name": v.engine.name,
                 "version": v.engine.version,
+                "known_by": v.engine.known,
+                "date": v.engine.date,
                 "status": v.status,
                 "findings": plain(v.findings),
             }

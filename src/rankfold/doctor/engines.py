@@ -1,6 +1,6 @@
 """What each engine does with an adapter: one row per engine, each a list of small rules.
 
-The rules were read from the engines' sources at the versions named here; no engine was started by this module.
+Each row says how it is known, at which version and when; no engine is started by this module.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 
-from rankfold.doctor import rules
+from rankfold.doctor import engine_rules, rules
 from rankfold.doctor.case import Case
 from rankfold.doctor.findings import Finding, Status
 from rankfold.doctor.rules import Rule
@@ -20,7 +20,8 @@ class Engine:
     """One engine.
 
     Args:
-        version: what was read.
+        version: what was run or read.
+        known: "run" (the engine), "loader run" (its own loader or converter), or "source read".
         rules: by format of the file; a format that is missing does not apply.
         reads: that format in words.
     """
@@ -28,8 +29,10 @@ class Engine:
     key: str
     name: str
     version: str
+    known: str
     reads: str
     rules: dict[str, tuple[Rule, ...]] = field(default_factory=dict)
+    date: str = "2026-11"
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,11 @@ def judge(engine: Engine, case: Case) -> Verdict:
     if case.file.problems:
         first = case.file.problems[0]
         return Verdict(engine, [Finding(Status.REFUSED, first.what, first.where, first.fix)])
-    return Verdict(engine, [f for rule in (_pickled, *engine.rules[case.file.kind]) for f in rule(case)])
+    common: tuple[Rule, ...] = (_pickled,)
+    if case.file.kind == "peft":
+        common += (rules.composite_names, *(() if engine.key == "peft" else _ELSEWHERE))
+        common += (_wrapped_gguf if engine.key in ("llama.cpp", "ollama") else _wrapped,)
+    return Verdict(engine, [f for rule in (*common, *engine.rules[case.file.kind]) for f in rule(case)])
 
 
 def _pickled(case: Case) -> Iterator[Finding]:
@@ -59,6 +66,11 @@ def _pickled(case: Case) -> Iterator[Finding]:
         what = "the weights are a pickle and were not opened; the config alone was checked"
         yield Finding(Status.NOT_CHECKED, what, case.file.weights.name, "convert it to safetensors")
 
+
+#: What every engine but PEFT makes of a PEFT folder.
+_ELSEWHERE: tuple[Rule, ...] = (rules.start_from_base, rules.adapter_names)
+_wrapped = rules.wrapper_keys(Status.IN_PART, "no module has these names, so none is applied")
+_wrapped_gguf = rules.wrapper_keys(Status.REFUSED, "the converter stops at names that it does not know")
 
 # --- the table ----------------------------------------------------------------------------------------------------------
 
@@ -68,21 +80,35 @@ FORMATS = {
     "diffusers": "a diffusers file",
     "gguf": "a GGUF file",
 }
-_vllm_rank = partial(rules.rank_flag, rules.VLLM_RANKS[-1], "--max-lora-rank", rules.VLLM_RANKS)
+_vllm_rank = partial(rules.rank_flag, engine_rules.VLLM_RANKS[-1], "--max-lora-rank", engine_rules.VLLM_RANKS)
 _lora = partial(rules.only_lora, Status.REFUSED)
 _both_gguf: tuple[Rule, ...] = (
     _lora,
     rules.needs("lora_alpha"),
-    rules.gguf_other_tensors,
-    rules.gguf_head,
+    engine_rules.gguf_other_tensors,
+    engine_rules.gguf_head,
     rules.scales(rules.alpha_over_tensor_rank, "use_rslora", "alpha_pattern", "rank_pattern"),
 )
+
+
+def _tgi(key: str, name: str, version: str, scale: rules.Scale, *more: Rule) -> Engine:
+    """TGI and LoRAX, from which it came."""
+    shared: tuple[Rule, ...] = (
+        partial(rules.only_lora, Status.IN_PART),
+        rules.keys_end_in_factors(Status.IN_PART, "only lora_A.weight and lora_B.weight are used, not"),
+        engine_rules.bare_keys(Status.NOT_CHECKED, "what becomes of keys without base_model.model. was not read"),
+        engine_rules.tgi_layers,
+        rules.scales(scale, "use_rslora", "alpha_pattern", "rank_pattern"),
+    )
+    return Engine(key, name, version, "source read", FORMATS["peft"], {"peft": (*shared, *more)})
+
 
 ENGINES = (
     Engine(
         "vllm",
         "vLLM",
         "0.33.0",
+        "loader run",
         FORMATS["peft"],
         {
             "peft": (
@@ -92,12 +118,18 @@ ENGINES = (
                     "use_dora", "lora_bias", "layer_replication", "alora_invocation_tokens", "use_bdlora", "use_qalora"
                 ),
                 rules.refuses_bias,
-                rules.vllm_init,
-                rules.vllm_saved,
-                rules.vllm_embedding,
+                engine_rules.vllm_init,
+                engine_rules.vllm_saved,
+                engine_rules.vllm_embedding,
                 rules.keys_end_in_factors(
-                    Status.REFUSED, "keys must end in lora_A.weight or lora_B.weight", "embedding", "saved"
+                    Status.REFUSED,
+                    "keys must end in lora_A.weight or lora_B.weight",
+                    "embedding",
+                    "saved",
+                    "base_layer",
+                    "parameter",
                 ),
+                rules.parameters,
                 rules.scales(lambda case, pair: case.right_scale(pair)),
                 _vllm_rank,
             )
@@ -106,7 +138,8 @@ ENGINES = (
     Engine(
         "vllm-old",
         "older vLLM",
-        "before patterns",
+        "before 0.33",
+        "source read",
         FORMATS["peft"],
         {
             "peft": (
@@ -114,7 +147,7 @@ ENGINES = (
                 rules.needs("r", "lora_alpha", "target_modules"),
                 rules.refuses_flag("use_dora", "modules_to_save"),
                 rules.refuses_bias,
-                rules.vllm_embedding,
+                engine_rules.vllm_embedding,
                 rules.keys_end_in_factors(
                     Status.REFUSED, "keys must end in lora_A.weight or lora_B.weight", "embedding"
                 ),
@@ -127,17 +160,24 @@ ENGINES = (
         "sglang",
         "SGLang",
         "0.5.23",
+        "loader run",
         FORMATS["peft"],
         {
             "peft": (
                 _lora,
-                rules.needs("r", "lora_alpha", "target_modules"),
+                rules.needs("peft_type", "r", "lora_alpha", "target_modules"),
                 rules.refuses_flag("use_dora"),
-                rules.sglang_targets,
-                rules.sglang_tokens,
-                rules.sglang_pool,
-                rules.keys_end_in_factors(Status.NOT_CHECKED, "what becomes of other tensors was not read"),
-                rules.bare_keys(Status.NOT_CHECKED, "what becomes of keys without base_model.model. was not read"),
+                engine_rules.sglang_targets,
+                engine_rules.sglang_tokens,
+                engine_rules.sglang_ranks,
+                engine_rules.sglang_siblings,
+                engine_rules.sglang_others,
+                rules.keys_end_in_factors(
+                    Status.NOT_CHECKED, "what becomes of other tensors was not read", "norm", "saved", "vocabulary"
+                ),
+                engine_rules.bare_keys(
+                    Status.NOT_CHECKED, "what becomes of keys without base_model.model. was not read"
+                ),
                 rules.scales(rules.one_scale_no_rslora, "use_rslora", "alpha_pattern", "rank_pattern"),
                 partial(rules.rank_flag, 1 << 31, "--max-lora-rank", ()),
             )
@@ -147,43 +187,96 @@ ENGINES = (
         "llama.cpp",
         "llama.cpp",
         "November 2026",
+        "run",
         "a PEFT folder (through its converter) or a GGUF file",
-        {"peft": (*_both_gguf, rules.gguf_base), "gguf": (rules.gguf_file,)},
+        {"peft": (*_both_gguf, engine_rules.gguf_base), "gguf": (engine_rules.gguf_file,)},
     ),
     Engine(
         "ollama",
         "Ollama",
         "November 2026",
-        "a PEFT folder or a GGUF file",
-        {"peft": (*_both_gguf, rules.ollama_alpha, rules.ollama_base), "gguf": (rules.gguf_file,)},
+        "source read",
+        "a PEFT folder, an mlx adapter or a GGUF file",
+        {
+            "peft": (
+                *_both_gguf,
+                engine_rules.ollama_alpha,
+                engine_rules.ollama_base,
+                engine_rules.ollama_rows,
+                engine_rules.ollama_others,
+                rules.head(Status.REFUSED, "it has no such tensor"),
+            ),
+            "gguf": (engine_rules.gguf_file,),
+            "mlx": (engine_rules.mlx_scale_ignored,),
+        },
+    ),
+    _tgi(
+        "tgi",
+        "TGI",
+        "2026-01-08",
+        engine_rules.tgi_scale,
+        rules.head(Status.IN_PART, "lm_head's LoRA is dropped with a warning"),
+    ),
+    _tgi("lorax", "LoRAX", "2024-06", engine_rules.lorax_scale),
+    Engine("mlx", "mlx-lm", "0.32.2", "run", FORMATS["mlx"], {"mlx": (engine_rules.mlx_config,)}),
+    Engine(
+        "openvino",
+        "OpenVINO GenAI",
+        "2026.4.1",
+        "run",
+        FORMATS["peft"],
+        {"peft": (_lora, rules.scales(rules.one, "lora_alpha", "use_rslora", "alpha_pattern", "rank_pattern"))},
     ),
     Engine(
-        "tgi",
-        "TGI/LoRAX",
-        "2026-01-08/2026-05-28",
+        "mistral.rs",
+        "mistral.rs",
+        "0.9.5",
+        "run",
         FORMATS["peft"],
         {
             "peft": (
-                partial(rules.only_lora, Status.IN_PART),
-                rules.keys_end_in_factors(Status.IN_PART, "only lora_A.weight and lora_B.weight are used, not"),
-                rules.bare_keys(Status.NOT_CHECKED, "what becomes of keys without base_model.model. was not read"),
-                rules.tgi_layers,
-                rules.scales(rules.tgi_scale, "alpha_pattern", "rank_pattern"),
+                _lora,
+                rules.needs("r", "lora_alpha", "target_modules"),
+                rules.not_checked("use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save"),
+                engine_rules.mistral_rs_base,
             )
         },
     ),
-    Engine("mlx", "mlx-lm", "2026-08-22", FORMATS["mlx"], {"mlx": (rules.mlx_config,)}),
-    Engine("diffusers", "diffusers", "2026-08-23", FORMATS["diffusers"], {"diffusers": (rules.diffusers_scale,)}),
+    Engine(
+        "lmdeploy",
+        "LMDeploy",
+        "0.18",
+        "source read",
+        FORMATS["peft"],
+        {
+            "peft": (
+                _lora,
+                rules.needs("r", "lora_alpha", "target_modules"),
+                rules.scales(rules.one_scale_no_rslora, "use_rslora", "alpha_pattern", "rank_pattern"),
+            )
+        },
+    ),
+    Engine(
+        "diffusers",
+        "diffusers",
+        "2026-08-23",
+        "source read",
+        FORMATS["diffusers"],
+        {"diffusers": (engine_rules.diffusers_kind, engine_rules.diffusers_scale)},
+    ),
     Engine(
         "peft",
         "PEFT",
         "0.21.2",
+        "run",
         FORMATS["peft"],
         {
             "peft": (
-                rules.peft_type,
-                rules.peft_ranks,
-                rules.bare_keys(Status.IN_PART, "keys without base_model.model. are not applied"),
+                rules.needs("peft_type"),
+                engine_rules.peft_type,
+                engine_rules.peft_config,
+                engine_rules.peft_ranks,
+                engine_rules.bare_keys(Status.IN_PART, "keys without base_model.model. are not applied"),
             )
         },
     ),

@@ -17,6 +17,7 @@ class Status(StrEnum):
     NOT_CHECKED = "not checked"
     IN_PART = "loads in part"
     MIS_SCALED = "loads but mis-scaled"
+    WRONG = "loads but wrong"
     REFUSED = "refused"
 
     @property

@@ -1,12 +1,10 @@
-"""The rules of the engines: small functions from a case to what one engine makes of one thing in it."""
+"""The rules that several engines share: small functions from a case to what an engine makes of one thing in it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 
-from peft import PEFT_TYPE_TO_CONFIG_MAPPING
-
-from rankfold.doctor.case import Case, Pair, layer_of
+from rankfold.doctor.case import Case, Pair
 from rankfold.doctor.findings import Finding, Status
 from rankfold.doctor.settings import scale
 from rankfold.text import examples, short_repr
@@ -15,7 +13,7 @@ Rule = Callable[[Case], Iterable[Finding]]
 Scale = Callable[[Case, Pair], float]
 
 
-def _fold(case: Case) -> str:
+def fold_command(case: Case) -> str:
     return f"rankfold fold {case.file.path} -o OUT"
 
 
@@ -26,7 +24,7 @@ def only_lora(status: Status, case: Case) -> Iterator[Finding]:
     """Engines know LoRA and nothing else."""
     if not case.is_lora:
         what = f"peft_type={case.settings.peft_type} is not LORA; its tensors are not read"
-        yield Finding(status, what, case.file.where("peft_type"), _fold(case))
+        yield Finding(status, what, case.file.where("peft_type"), fold_command(case))
 
 
 def needs(*keys: str) -> Rule:
@@ -47,7 +45,7 @@ def refuses_flag(*keys: str) -> Rule:
         for key in keys:
             value = case.file.config.get(key)
             if value:
-                fix = _fold(case) if key == "use_dora" else f"train without {key}"
+                fix = fold_command(case) if key == "use_dora" else f"train without {key}"
                 yield Finding(Status.REFUSED, f"{key}={short_repr(value)} is refused", case.file.where(key), fix)
 
     return rule
@@ -68,7 +66,7 @@ def keys_end_in_factors(status: Status, why: str, *allowed: str) -> Rule:
             return
         for role, names in case.others.items():
             if role not in allowed:
-                fix = _fold(case) if role == "magnitude" else "train it without, or merge it into the base"
+                fix = fold_command(case) if role == "magnitude" else "train it without, or merge it into the base"
                 yield Finding(status, f"{why}: {examples(names)}", names[0], fix)
 
     return rule
@@ -102,7 +100,7 @@ def scales(engine_scale: Scale, *ignored: str) -> Rule:
             what = f"scale {used:.4g} where {right:.4g} is right{off}, in {pair.module}"
             key = next((k for k in ignored if case.file.config.get(k)), "r")
             total = f" ({len(wrong)} of {len(case.whole)} modules)" if case.whole else ""
-            yield Finding(Status.MIS_SCALED, what + total, case.file.where(key), _fold(case))
+            yield Finding(Status.MIS_SCALED, what + total, case.file.where(key), fold_command(case))
 
     return rule
 
@@ -134,234 +132,85 @@ def rank_flag(limit: int, flag: str, legal: tuple[int, ...], case: Case) -> Iter
     rank = case.largest_rank
     if rank > limit:
         what = f"rank {rank} is above {limit}, the largest that it takes"
-        fix = f"{_fold(case)} --rank {limit}"
+        fix = f"{fold_command(case)} --rank {limit}"
         yield Finding(Status.REFUSED, what, case.file.where("r"), fix)
     elif rank > 16 or not legal:
         need = next((r for r in legal if r >= rank), rank)
         yield Finding(Status.LOADS, f"serve with {flag} {need} or more", case.file.where("r"))
 
 
-# --- vLLM ---------------------------------------------------------------------------------------------------------------
-
-VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-VLLM_INITS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
-
-
-def vllm_init(case: Case) -> Iterator[Finding]:
-    init = case.file.config.get("init_lora_weights")
-    if isinstance(init, str) and init not in VLLM_INITS:
-        what = f"init_lora_weights={short_repr(init)} is refused, even where the weights were converted"
-        fix = f"{_fold(case)}; or write true, if the weights are against the original base"
-        yield Finding(Status.REFUSED, what, case.file.where("init_lora_weights"), fix)
+#: Starts that took something out of the base; PEFT repeats it at every load, others have the whole base. PEFT's conversion
+#: writes init_lora_weights=true.
+STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
-def vllm_saved(case: Case) -> Iterator[Finding]:
-    more = [m for m in case.settings.modules_to_save if m not in ("classifier", "score")]
-    if more:
-        what = f"modules_to_save={short_repr(more)}: only classifier and score are taken"
-        fix = "train without modules_to_save, or merge it into the base"
-        yield Finding(Status.REFUSED, what, case.file.where("modules_to_save"), fix)
-
-
-def vllm_embedding(case: Case) -> Iterator[Finding]:
-    names = case.others.get("embedding")
-    if names:
-        what = "lora_embedding tensors are taken only where the model's class declares its embeddings"
-        yield Finding(Status.NOT_CHECKED, what, names[0], "adapt linear modules only")
-
-
-# --- SGLang -------------------------------------------------------------------------------------------------------------
-
-
-def sglang_targets(case: Case) -> Iterator[Finding]:
-    targets = case.settings.target_modules
-    if isinstance(targets, str) and targets not in ("all-linear", "all"):
-        what = f"target_modules={short_repr(targets)} is a regular expression; it must be a list"
-        fix = f"write the list of names, or {_fold(case)}"
-        yield Finding(Status.REFUSED, what, case.file.where("target_modules"), fix)
-
-
-def sglang_tokens(case: Case) -> Iterator[Finding]:
-    if (case.file.path / "added_tokens.json").exists():
-        what = "adapters that add tokens are refused"
-        yield Finding(Status.REFUSED, what, "added_tokens.json", "remove the file if no token was added in training")
-
-
-def sglang_pool(case: Case) -> Iterator[Finding]:
-    if case.is_lora and case.largest_rank > case.settings.r:
-        what = f"rank {case.largest_rank} is above r={case.settings.r}, by which the pool is sized"
-        yield Finding(Status.NOT_CHECKED, what, case.file.where("r"), _fold(case))
-
-
-# --- llama.cpp and Ollama -----------------------------------------------------------------------------------------------
-
-
-def gguf_other_tensors(case: Case) -> Iterator[Finding]:
-    """The converter stops at any tensor that is neither a factor, nor a norm (which the loader then skips)."""
-    if not case.is_lora:
+def start_from_base(case: Case) -> Iterator[Finding]:
+    """Adapters that are relative to a base without their start."""
+    start = case.file.config.get("init_lora_weights")
+    if not case.is_lora or not isinstance(start, str) or not start.lower().startswith(STARTS):
         return
-    names = [n for n in case.other_names if "lora_embedding_" not in n and ".base_layer.weight" not in n]
-    norms = [n for n in names if "_layernorm" in n or ".norm" in n]
-    stops = [n for n in names if n not in norms]
-    if stops:
-        fix = _fold(case) if case.others.get("magnitude") else "train it without, or merge it into the base"
-        yield Finding(Status.REFUSED, f"the converter stops at {stops[0]}", stops[0], fix)
-    elif norms:
-        what = f"converted and then not applied: {examples(norms)}"
-        yield Finding(Status.IN_PART, what, norms[0], "merge it into the base")
+    foldable = start.lower() in ("pissa", "olora")
+    convert = "save it with save_pretrained(path_initial_model_for_weight_conversion=…)"
+    what = f"init_lora_weights={short_repr(start)}: it was trained on a base without its start, and this engine has the whole base"
+    yield Finding(Status.WRONG, what, case.file.where("init_lora_weights"), fold_command(case) if foldable else convert)
 
 
-def gguf_head(case: Case) -> Iterator[Finding]:
-    if any(p.module == "lm_head" for p in case.pairs):
-        tied = case.base and case.base.config.get("tie_word_embeddings")
-        if case.base is None or tied:
-            status = Status.REFUSED if tied else Status.NOT_CHECKED
-            what = "lm_head is adapted, which fails where the base ties it to its embeddings"
-            yield Finding(status, what, "lm_head", "train without lm_head" if tied else "give --base FOLDER")
-
-
-def gguf_base(case: Case) -> Iterator[Finding]:
-    if not case.file.config.get("base_model_name_or_path"):
-        what = "the config names no base: the converter needs --base or --base-model-id"
-        yield Finding(Status.LOADS, what, case.file.where("base_model_name_or_path"))
-
-
-def gguf_file(case: Case) -> Iterator[Finding]:
-    """A GGUF's own metadata and names."""
-    for key, wanted in (("general.type", "adapter"), ("adapter.type", "lora")):
-        value = case.file.config.get(key)
-        if value != wanted:
-            what = f"{key}={short_repr(value)} must be {wanted!r}; this is no LoRA"
-            yield Finding(Status.REFUSED, what, key, "convert the adapter with convert_lora_to_gguf.py")
-    bad = [n for n in case.other_names if not n.endswith("_norm.weight")]
-    if bad:
-        what = f"tensors that end in neither .lora_a nor .lora_b: {examples(bad)}"
-        yield Finding(Status.REFUSED, what, bad[0], "convert the adapter again")
-    lone = [p.module for p in case.pairs if not (p.a and p.b)]
-    if lone:
-        yield Finding(Status.REFUSED, f"pairs that miss a side: {examples(lone)}", lone[0], "convert it again")
-    if not case.file.config.get("adapter.lora.alpha"):
-        what = "there is no alpha, so every scale is 1"
-        yield Finding(Status.LOADS, what, "adapter.lora.alpha")
-
-
-def ollama_alpha(case: Case) -> Iterator[Finding]:
-    alpha = case.file.config.get("lora_alpha")
-    if isinstance(alpha, float):
-        what = f"lora_alpha={alpha} is a float where an unsigned integer is parsed"
-        yield Finding(Status.REFUSED, what, case.file.where("lora_alpha"), f"write an integer, or {_fold(case)}")
-
-
-def ollama_base(case: Case) -> Iterator[Finding]:
-    """safetensors adapters are converted for two architectures; Mistral's is llama's in GGUF."""
-    if case.base is None:
-        what = "whether the base is a llama or gemma2, for which alone safetensors adapters are converted"
-        yield Finding(Status.NOT_CHECKED, what, case.file.where("base_model_name_or_path"), "give --base FOLDER")
-    elif case.base.config.get("model_type") not in ("llama", "mistral", "gemma2"):
-        what = f"the base is a {short_repr(case.base.config.get('model_type'))}; safetensors adapters need a llama or gemma2"
-        yield Finding(Status.REFUSED, what, "config.json (model_type)", "convert it to GGUF with llama.cpp first")
-
-
-# --- TGI and LoRAX ------------------------------------------------------------------------------------------------------
-
-#: In which order the module types of a llama are loaded.
-TGI_ORDER = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
-
-def tgi_padded(rank: int) -> int:
-    """The kernel's rank on one GPU: 8 at least, else a multiple of 16."""
-    return 8 if rank <= 8 else -(-rank // 16) * 16
-
-
-def tgi_scale(case: Case, pair: Pair) -> float:
-    """The config's α/r for the first type of module; the padding of each type then overwrites r for the next."""
-    s = case.settings
-    if pair.kind not in TGI_ORDER:
-        return one_scale(case, pair)
-    ranks = case.rank_by_kind
-    before = [ranks[kind] for kind in TGI_ORDER[: TGI_ORDER.index(pair.kind)] if kind in ranks]
-    return scale(s.lora_alpha, tgi_padded(before[-1]) if before else s.r, s.use_rslora)
-
-
-def tgi_layers(case: Case) -> Iterator[Finding]:
-    """One absent layer drops its whole type; ranks within a type are stacked."""
-    if not case.is_lora:
-        return
-    for kind in sorted({p.kind for p in case.whole if p.layer is not None}):
-        members = [p for p in case.whole if p.kind == kind]
-        have = {p.layer for p in members}
-        every = _layers_of_base(case, kind) or set(range(1 + max(p.layer or 0 for p in case.whole)))
-        absent = sorted(every - have)
-        if absent:
-            what = f"{kind} has no tensors in layer {absent[0]} ({len(absent)} of {len(every)} absent), so all {kind} are dropped"
-            yield Finding(Status.IN_PART, what, members[0].module, f"{_fold(case)} (it writes zeros there)")
-        ranks = sorted({p.rank for p in members})
-        if len(ranks) > 1:
-            odd = next(p for p in members if p.rank != members[0].rank)
-            what = f"ranks of {kind} differ ({ranks[0]} to {ranks[-1]}), and they are stacked"
-            yield Finding(Status.REFUSED, what, odd.module, _fold(case))
-
-
-def _layers_of_base(case: Case, kind: str) -> set[int]:
-    shapes = case.base.shapes if case.base else {}
-    return {i for name in shapes if name.rsplit(".", 1)[-1] == kind and (i := layer_of(name)) is not None}
-
-
-# --- PEFT ---------------------------------------------------------------------------------------------------------------
-
-
-def peft_type(case: Case) -> Iterator[Finding]:
-    if case.ours:
-        what = (
-            f"peft_type={case.settings.peft_type} is unknown to stock PEFT; PEFT loads it where rankfold was imported"
-        )
-        yield Finding(Status.REFUSED, what, case.file.where("peft_type"), f"import rankfold first, or {_fold(case)}")
-    elif case.settings.peft_type not in PEFT_TYPE_TO_CONFIG_MAPPING:
-        what = f"peft_type={short_repr(case.settings.peft_type)} is unknown to PEFT"
-        yield Finding(Status.REFUSED, what, case.file.where("peft_type"), "write the type it was trained with")
-
-
-def bare_keys(status: Status, what: str) -> Rule:
-    """Factors whose keys lack PEFT's prefix."""
+def wrapper_keys(status: Status, what: str) -> Rule:
+    """Keys that wrappers of training left."""
 
     def rule(case: Case) -> Iterator[Finding]:
-        if case.bare:
-            fix = "write base_model.model. before each key"
-            yield Finding(status, f"{what}: {examples(case.bare)}", case.bare[0], fix)
+        if case.wrapped:
+            fix = f"rankfold doctor {case.file.path} --fix OUT"
+            yield Finding(status, f"{what}: {examples(case.wrapped)}", case.wrapped[0], fix)
 
     return rule
 
 
-def peft_ranks(case: Case) -> Iterator[Finding]:
-    wrong = case.contradicted
-    if wrong:
-        what = f"{wrong[0].module} has rank {wrong[0].rank}, the config says {case.settings.rank(wrong[0].module)}"
-        yield Finding(Status.REFUSED, what, case.file.where("r"), "correct r or rank_pattern")
+def adapter_names(case: Case) -> Iterator[Finding]:
+    """`lora_A.default.weight`, which PEFT alone reads."""
+    if case.named:
+        what = f"keys must end in lora_A.weight or lora_B.weight: {examples(case.named)}"
+        yield Finding(Status.REFUSED, what, case.named[0], f"rankfold doctor {case.file.path} --fix OUT")
 
 
-# --- mlx-lm and diffusers -----------------------------------------------------------------------------------------------
+def composite_names(case: Case) -> Iterator[Finding]:
+    """Names of a multimodal model where the base is not known: on a text model nothing would match."""
+    parts = [p.module for p in case.pairs if "language_model" in p.module.split(".")]
+    if parts and case.base is None and case.settings.peft_type == "LORA":
+        what = f"{parts[0]} is a module of a multimodal model; a text model has none of that name"
+        yield Finding(Status.NOT_CHECKED, what, parts[0], "give --base FOLDER")
 
 
-def mlx_config(case: Case) -> Iterator[Finding]:
-    config, fix = case.file.config, "restore what mlx_lm.lora wrote"
-    if not isinstance(config.get("num_layers"), int):
-        yield Finding(Status.REFUSED, "the config needs num_layers", case.file.where("num_layers"), fix)
-    numbers = config.get("lora_parameters")
-    where = case.file.where("lora_parameters")
-    if not isinstance(numbers, dict) or not {"rank", "scale", "dropout"} <= set(numbers):
-        yield Finding(Status.REFUSED, "the config needs lora_parameters{rank, scale, dropout}", where, fix)
-        return
-    wrong = [p for p in case.whole if p.rank != numbers["rank"]]
-    if wrong:
-        what = f"lora_parameters.rank={short_repr(numbers['rank'])}, but {wrong[0].module} has rank {wrong[0].rank}"
-        yield Finding(Status.REFUSED, what, where, "mlx has one rank for all")
+def head(status: Status, what: str) -> Rule:
+    """A LoRA of lm_head."""
+
+    def rule(case: Case) -> Iterator[Finding]:
+        heads = [p.module for p in case.pairs if p.kind == "lm_head"]
+        if heads:
+            yield Finding(status, what, heads[0], f"{fold_command(case)} --profile merged")
+
+    return rule
 
 
-def diffusers_scale(case: Case) -> Iterator[Finding]:
-    ranks = {p.rank for p in case.whole}
-    if len(ranks) > 1 and not case.others.get("alpha") and not case.file.config.get("lora_adapter_metadata"):
-        what = (
-            f"ranks from {min(ranks)} to {max(ranks)} without alphas: versions before pull request 14409 take one "
-            "module's rank as the α of all"
-        )
-        yield Finding(Status.NOT_CHECKED, what, case.whole[0].module, "add alpha keys or metadata")
+def parameters(case: Case) -> Iterator[Finding]:
+    """Factors of target_parameters, such as fused experts."""
+    if names := case.others.get("parameter"):
+        what = f"target_parameters are taken for its classes of fused experts only: {examples(names)}"
+        yield Finding(Status.NOT_CHECKED, what, names[0])
+
+
+def not_checked(*keys: str) -> Rule:
+    """Config keys whose reading was not tried."""
+
+    def rule(case: Case) -> Iterator[Finding]:
+        for key in keys:
+            if case.file.config.get(key):
+                what = f"whether {key} is read was not tried"
+                yield Finding(Status.NOT_CHECKED, what, case.file.where(key), fold_command(case))
+
+    return rule
+
+
+def one(case: Case, pair: Pair) -> float:
+    """No scale is read."""
+    return 1.0

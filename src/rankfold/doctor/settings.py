@@ -29,6 +29,7 @@ class Settings:
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     target_modules: list[str] | str | None = None
     modules_to_save: list[str] = field(default_factory=list)
+    target_parameters: list[str] = field(default_factory=list)
 
     def rank(self, module: str) -> int:
         """The rank that the config gives a module, by PEFT's rule: the first pattern that matches the end of its name."""
@@ -79,6 +80,7 @@ def read_settings(file: AdapterFile) -> tuple[Settings, list[Finding]]:
         alpha_pattern={k: float(v) for k, v in alpha_pattern.items()},
         target_modules=targets,
         modules_to_save=get("modules_to_save", [], _are_names, "a list of names"),
+        target_parameters=get("target_parameters", [], _are_names, "a list of names"),
     ), problems
 
 

@@ -19,8 +19,12 @@ COLOURS = {
     Status.LOADS: "green",
     Status.IN_PART: "red",
     Status.MIS_SCALED: "red",
+    Status.WRONG: "red",
     Status.REFUSED: "red",
 }
+
+#: How a row is known, in a word.
+KNOWN = {"run": "run", "loader run": "loader", "source read": "read"}
 
 
 def show(found: Diagnosis) -> Group:
@@ -47,9 +51,11 @@ def _engines(found: Diagnosis) -> Table:
     rows: dict[tuple[Status, str], list[str]] = defaultdict(list)
     for v in found.verdicts:
         shown = [f for f in v.findings if f.status is v.status]
-        rows[v.status, "\n".join(_sentence(f) for f in shown)].append(f"{v.engine.name} {v.engine.version}")
-    shown_engines = table("engine, as read", "verdict", "why", gap=1)
-    shown_engines.columns[0].no_wrap = True
+        rows[v.status, "\n".join(_sentence(f) for f in shown)].append(
+            f"{v.engine.name} {v.engine.version} ({KNOWN[v.engine.known]})"
+        )
+    shown_engines = table("engine, known by", "verdict", "why", gap=1)
+    shown_engines.columns[0].overflow = "fold"
     shown_engines.columns[2].overflow = "fold"  # the end of a tensor's name says which it is
     for (status, why), engines in rows.items():
         shown_engines.add_row("\n".join(engines), Text(status, COLOURS.get(status, "")), Text(why))

@@ -20,6 +20,7 @@ from rankfold.errors import RankfoldError
 from rankfold.fold import native, peft_adapters
 from rankfold.fold.calibration import read_texts, second_moments, tokenise
 from rankfold.fold.compression import CompressionLimit, compress
+from rankfold.fold.config_keys import check_keys
 from rankfold.fold.probe import probe as run_probe
 from rankfold.fold.probe import trained_model
 from rankfold.fold.profiles import compact, gguf, merged, mlx, uniform
@@ -139,8 +140,9 @@ def fold_model(
 def read_source(adapter: str | Path, base: str | None = None) -> Source:
     """What `fold_adapter` reads an adapter folder as; arguments and errors as there."""
     folder = find_adapter(Path(adapter))
-    source = _source(folder, read_config(folder), base)
-    source.notes.extend(_widened(folder))
+    config = read_config(folder)
+    source = _source(folder, config, base)
+    source.notes.extend(_widened(folder) + check_keys(folder, config))
     return source
 
 
@@ -253,10 +255,10 @@ def _write(source: Source, folder: Path, out: Path, origin: str, base: str | Non
     if to not in DTYPES.values():
         to = torch.float32  # a quantised base: its integers are no dtype for factors
 
-    if source.output_head and options.profile != "merged":
+    if source.output_head and options.profile in ("gguf", "mlx"):
         raise RankfoldError(
-            f"target_modules: {source.output_head} is the output head, whose LoRA engines do not load; fold with profile "
-            "merged"
+            f"target_modules: {source.output_head} is the output head, whose LoRA profile {options.profile} does not write; "
+            "fold with profile uniform or compact, which PEFT, vLLM and SGLang load, or merged"
         )
     adapted = set(source.adapted)
     rounded: dict[str, Factors] = {}

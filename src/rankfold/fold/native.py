@@ -25,13 +25,14 @@ from rankfold.fold.source import (
     folding_device,
     of_adapted_types,
     output_head,
+    siblings,
 )
 from rankfold.host import registry
 from rankfold.host.adapter import not_fixed
 from rankfold.host.config import LowRankConfig
 from rankfold.host.layer import AdaptedLayer
 from rankfold.host.tuner import LAYERS, SHARED, site_of
-from rankfold.io.adapters import read_tensors
+from rankfold.io.adapters import labels_of, read_labels, read_tensors
 from rankfold.kernel.factors import Factors
 
 
@@ -70,11 +71,13 @@ def from_model(model: nn.Module, adapter_name: str = "default", heads: dict[str,
         update=update,
         adapted=list(layers),
         sites=of_adapted_types(sites, list(layers)),
+        siblings=siblings(sites, list(layers)),
         modules=modules,
         heads=_heads(model, adapter_name) if heads is None else heads,
         dtype=getattr(base, "dtype", first.weight.dtype),
         transposed=any(layer.transposed for layer in layers.values()),
         output_head=output_head(base, layers),
+        labels=labels_of(base),
         notes=[f"the schedule had not finished: step {schedule['step']} of {schedule['total_steps']}"]
         if unfinished
         else [],
@@ -88,7 +91,8 @@ def from_folder(folder: Path, config: PeftConfig, base: str | None = None) -> So
     heads = {k: v for k, v in read_tensors(folder).items() if not _is_ours(k) and ".base_layer." not in k}
     # of the skeleton, the config knows the dtype of the weights it was saved with; its tensors do not
     dtype = getattr(model.get_base_model().config, "dtype", None) or torch.float32
-    return replace(from_model(model, heads=heads), config=config, dtype=dtype)
+    source = from_model(model, heads=heads)
+    return replace(source, config=config, dtype=dtype, folder=folder, labels=read_labels(folder))
 
 
 def weightless(folder: Path, config: PeftConfig, base: str | None = None) -> PeftModel:

@@ -22,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from rankfold.errors import RankfoldError
 from rankfold.fold.peft_updates import REFUSED, STARTS, UPDATES, kind, update_of
+from rankfold.fold.plain_lora import from_tensors, is_plain, modules_of
 from rankfold.fold.source import (
     Source,
     Update,
@@ -30,33 +31,37 @@ from rankfold.fold.source import (
     folding_device,
     of_adapted_types,
     output_head,
+    siblings,
 )
 from rankfold.host.adapter import Site
 from rankfold.host.peft_api import BaseTunerLayer, in_out_features
-from rankfold.io.adapters import read_tensors
+from rankfold.io.adapter_names import PREFIX, is_saved, mended, wrapped
+from rankfold.io.adapters import labels_of, read_labels, read_tensors
+from rankfold.io.weight_names import to_model
 from rankfold.io.weights import weight_reader
 
+_MERGE = "merge it into the base with PEFT's merge_and_unload()"
 _CONVERT = "fold what save_pretrained(path_initial_model_for_weight_conversion=…) writes, which is relative to the base"
 #: Fields of any config that make it more than an update of linear weights, and what to do.
 FIELDS = {
-    "lora_bias": "it trains a bias, which engines do not load; merge it or train with lora_bias=False",
-    "target_parameters": "it adapts parameters that are no linear modules; merge it",
-    "layer_replication": "it makes new layers, which engines do not load; merge it",
-    "trainable_token_indices": "it trains embeddings; merge it or train without",
+    "lora_bias": f"it trains a bias, which engines do not load; {_MERGE} or train with lora_bias=False",
+    "target_parameters": f"it adapts parameters that are no linear modules; {_MERGE}",
+    "layer_replication": f"it makes new layers, which engines do not load; {_MERGE}",
+    "trainable_token_indices": f"it trains embeddings; {_MERGE} or train without",
     "alora_invocation_tokens": "activated LoRA depends on where in the text it is; serve it with an engine that has aLoRA",
     "arrow_config": "its routing depends on the input",
-    "use_qalora": "QALoRA pools its input; merge it with its quantised base",
-    "use_bdlora": "its block-diagonal layout is not read by this version; merge it",
-    "kasa_config": "KaSA changes the base's weights; merge it",
-    "monteclora_config": "its update is drawn from a distribution; merge it",
-    "velora_config": "VeLoRA is not covered by this version; merge it",
+    "use_qalora": f"QALoRA pools its input; {_MERGE} with its quantised base",
+    "use_bdlora": f"its block-diagonal layout is not read by this version; {_MERGE}",
+    "kasa_config": f"KaSA changes the base's weights; {_MERGE}",
+    "monteclora_config": f"its update is drawn from a distribution; {_MERGE}",
+    "velora_config": f"VeLoRA is not covered by this version; {_MERGE}",
 }
 #: Starts that change the base in a way that the folder does not tell.
 UNKNOWN_STARTS = {
     "corda": "its start depends on data",
     "lora_ga": "its start depends on gradients",
     "pissa_niter": "its randomised start differs at every load",
-    "loftq": "its base is a quantised one that only PEFT's start knows; merge it, or fold on that base",
+    "loftq": f"its base is a quantised one that only PEFT's start knows; {_MERGE}, or fold on that base",
 }
 
 
@@ -66,15 +71,23 @@ def check_foldable(config: PeftConfig) -> None:
     if name not in UPDATES:
         reason = REFUSED.get(name, "this version has no fold for it; merge it with PEFT if it can")
         raise RankfoldError(f"peft_type={name} cannot be folded into a LoRA: {reason}")
+    kept = getattr(config, "modules_to_save", None)
+    if kept is not None and not (isinstance(kept, list | set) and all(isinstance(m, str) for m in kept)):
+        raise RankfoldError(f"adapter_config.json: PEFT cannot use a value in it (modules_to_save={kept!r})")
     bias = getattr(config, "bias", "none")
     if isinstance(bias, str) and bias != "none":
         raise RankfoldError(
-            f"bias={bias!r}: trained biases have no place in a served LoRA; merge it or train bias='none'"
+            f"bias={bias!r}: trained biases have no place in a served LoRA; {_MERGE} or train bias='none'"
         )
     for field, reason in FIELDS.items():
         value = getattr(config, field, None)
         if value:
             raise RankfoldError(f"{field}={value!r} cannot be folded into a LoRA: {reason}")
+    check_start(config)
+
+
+def check_start(config: PeftConfig) -> None:
+    """Raises RankfoldError for a start that changed the base in a way that the folder does not tell."""
     start = str(getattr(config, "init_lora_weights", ""))
     for begin, reason in UNKNOWN_STARTS.items():
         if start.startswith(begin):
@@ -114,11 +127,11 @@ def from_model(model: nn.Module, adapter_name: str = "default") -> Source:
 
     read = live
     if _start(config) in STARTS:  # the live weights are no longer the base's
-        read = weight_reader(config.base_model_name_or_path, config.revision, getattr(base, "base_model_prefix", ""))
+        read = weight_reader(config.base_model_name_or_path, config.revision, base)
     heads = {}
-    if kept := _kept(config):
+    if _kept(config):
         saved = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
-        heads = {key: tensor for key, tensor in saved.items() if kept & set(key.split("."))}
+        heads = {key: tensor for key, tensor in saved.items() if is_saved(key, _kept(config))}
     return _source(base, config, adapter_name, layers, read, heads)
 
 
@@ -129,19 +142,34 @@ def from_folder(folder: Path, config: PeftConfig, base: str | None = None) -> So
         ValueError: tensors that are truncated, foreign, missing, not finite, of another base; a type that has no fold.
     """
     check_foldable(config)
-    tensors = read_tensors(folder)
-    broken = [key for key, tensor in tensors.items() if not torch.isfinite(tensor).all()]
-    if broken:
-        raise RankfoldError(
-            f"{folder}: NaN or infinity in {broken[0]}; that training diverged, use an earlier checkpoint"
-        )
+    tensors, notes = _tensors(folder)
+    plain = is_plain(config)
+    modules = modules_of(tensors)
+    try:
+        skeleton = base_skeleton(config, base, lambda model: _has_all(model, modules))
+    except RankfoldError as error:
+        if not plain or base:
+            raise
+        why = f"the base was not looked at ({error}), so absent layers are not written as zeros, as TGI wants them"
+        return _noted(from_tensors(folder, config, tensors, None, why), notes)  # pyright: ignore[reportArgumentType]
+    config = _tied_too(_as_trained_on(config, skeleton), tensors, skeleton)
+    dtype = getattr(skeleton.config, "dtype", None) or torch.float32  # pyright: ignore[reportAttributeAccessIssue]
     bare = copy(config)
     bare.task_type, bare.inference_mode, bare.base_model_name_or_path = None, True, None
-    for field, plain in (("modules_to_save", None), ("init_lora_weights", True)):
+    for field, default in (("modules_to_save", None), ("init_lora_weights", True), ("ensure_weight_tying", False)):
         if hasattr(bare, field):
-            setattr(bare, field, plain)
-    skeleton = base_skeleton(config, base)
-    dtype = getattr(skeleton.config, "dtype", None) or torch.float32  # pyright: ignore[reportAttributeAccessIssue]
+            setattr(bare, field, default)
+    name_of = to_model(skeleton)
+    renamed = {module: name_of(f"{module}.weight") for module in modules}
+    if plain and any(fused for _, fused in renamed.values()):
+        why = "it adapts experts one by one; the fold keeps the names of its tensors, as engines read them"
+        return _noted(from_tensors(folder, config, tensors, dtype, why), notes)  # pyright: ignore[reportArgumentType]
+    moved = {old: new.removesuffix(".weight") for old, (new, _) in renamed.items() if new != f"{old}.weight"}
+    if moved:
+        tensors = {_moved(key, moved): tensor for key, tensor in tensors.items()}
+        bare.target_modules = sorted({*(set(modules) - set(moved)), *moved.values()})  # pyright: ignore
+        old, new = next(iter(moved.items()))
+        notes.append(f"{len(moved)} modules have other names in this version of transformers ({new}, once {old})")
     _hollow(skeleton, dtype)
     named = base or config.base_model_name_or_path
     with fitting(folder, config, named), warnings.catch_warnings():
@@ -149,10 +177,67 @@ def from_folder(folder: Path, config: PeftConfig, base: str | None = None) -> So
         model = get_peft_model(skeleton, bare).eval()  # pyright: ignore[reportArgumentType]
         layers = _layers(skeleton, "default")
         heads = _load(model, config, tensors, folder)
-    prefix = getattr(skeleton, "base_model_prefix", "")
-    stored = weight_reader(named, config.revision, prefix)
+    stored = weight_reader(named, config.revision, skeleton)
     source = _source(skeleton, config, "default", layers, stored, heads)
-    return replace(source, dtype=dtype)
+    return _noted(replace(source, dtype=dtype, folder=folder, labels=read_labels(folder)), notes)
+
+
+def _tensors(folder: Path) -> tuple[dict[str, Tensor], list[str]]:
+    """An adapter's tensors by the keys that PEFT writes, and what its user should know of theirs."""
+    found = read_tensors(folder)
+    broken = [key for key, tensor in found.items() if not torch.isfinite(tensor).all()]
+    if broken:
+        raise RankfoldError(
+            f"{folder}: NaN or infinity in {broken[0]}; that training diverged, use an earlier checkpoint"
+        )
+    names, odd = mended(found), wrapped(found)
+    if len(set(names.values())) < len(names):
+        raise RankfoldError(
+            f"{folder}: several of its keys name the same tensor, such as {odd[0] if odd else next(iter(found))}"
+        )
+    notes = (
+        [f"{len(odd)} keys hold names of wrappers, such as {odd[0]}; PEFT and engines apply none of them"]
+        if odd
+        else []
+    )
+    # PEFT saves the base's own weight with an adapted output head; it is no trained one
+    return {names[key]: tensor for key, tensor in found.items() if ".base_layer." not in key}, notes
+
+
+def _has_all(model: nn.Module, modules: list[str]) -> bool:
+    """Whether a base has every module that an adapter names, by its own names or by those of its files."""
+    state, name_of = model.state_dict(), to_model(model)
+    return all(name_of(f"{module}.weight")[0] in state for module in modules)
+
+
+def _as_trained_on(config: PeftConfig, base: nn.Module) -> PeftConfig:
+    """The config, with the class of the base where it names neither a task nor a class."""
+    if config.task_type or config.auto_mapping:
+        return config
+    config = copy(config)
+    config.auto_mapping = {"base_model_class": type(base).__name__, "parent_library": type(base).__module__}
+    return config
+
+
+def _tied_too(config: PeftConfig, tensors: dict[str, Tensor], base: nn.Module) -> PeftConfig:
+    """The config, with the head in modules_to_save that PEFT's `ensure_weight_tying` trained and saved with the embeddings:
+    elsewhere nothing ties the copies."""
+    if not getattr(config, "ensure_weight_tying", False) or not _kept(config):
+        return config
+    tied = set(getattr(base, "_tied_weights_keys", None) or {})
+    more = [k for k in tensors if not is_saved(k, _kept(config)) and k.removeprefix(PREFIX) in tied]
+    config = copy(config)
+    config.modules_to_save = [*_kept(config), *(k.removeprefix(PREFIX).removesuffix(".weight") for k in more)]  # pyright: ignore
+    return config
+
+
+def _moved(key: str, moved: dict[str, str]) -> str:
+    module, dot, rest = key.removeprefix(PREFIX).rpartition(".lora_")
+    return f"{PREFIX}{moved[module]}{dot}{rest}" if module in moved else key
+
+
+def _noted(source: Source, notes: list[str]) -> Source:
+    return replace(source, notes=[*source.notes, *notes])
 
 
 def _hollow(skeleton: nn.Module, dtype: torch.dtype) -> None:
@@ -172,9 +257,17 @@ def _load(model: nn.Module, config: PeftConfig, tensors: dict[str, Tensor], fold
             f"{folder} lacks {len(missing)} of the {len(expected)} tensors that its config asks for on this base, such as "
             f"{missing[0]}; it is damaged, or of another base model (--base)"
         )
-    kept = _kept(config)
     heads = {key: tensor for key, tensor in tensors.items() if key not in expected}
-    foreign = [key for key in heads if not kept & set(key.split("."))]
+    foreign = [key for key in heads if not is_saved(key, _kept(config))]
+    own = model.state_dict()
+    for key in foreign:
+        if key in own and own[key].shape[:1] != tensors[key].shape[:1]:
+            rows, before = tensors[key].shape[0], own[key].shape[0]
+            raise RankfoldError(
+                f"{folder}: {key} has {rows} rows and the base's {before}: the vocabulary was resized for training, and no LoRA "
+                f"holds a whole embedding; resize the base (resize_token_embeddings({rows})), load the adapter with PEFT and "
+                "call merge_and_unload()"
+            )
     if foreign:
         raise RankfoldError(
             f"{folder} holds {len(foreign)} tensors that do not belong to its config on this base, such as {foreign[0]}; "
@@ -204,14 +297,14 @@ def _layers(base: nn.Module, adapter_name: str) -> dict[str, BaseTunerLayer]:
             continue
         linear = module.get_base_layer()
         if type(linear).__name__.endswith(("Embedding", "Conv1d", "Conv2d", "Conv3d", "MultiheadAttention")):
-            raise RankfoldError(f"target_modules: {name} is a {type(linear).__name__}; only adapted linear layers fold")
+            raise RankfoldError(
+                f"target_modules: {name} is a {type(linear).__name__}; only adapted linear layers fold. {_MERGE}"
+            )
         if module.merged:
             raise RankfoldError(f"{name}: adapter {adapter_name!r} is merged; call unmerge_adapter() first")
         found[name] = module
     if not found:
         raise RankfoldError(f"adapter_name={adapter_name!r}: no layer of the model has it")
-    if head := output_head(base, found):
-        raise RankfoldError(f"target_modules: {head} is the output head, whose LoRA engines do not load; merge it")
     return found
 
 
@@ -257,10 +350,13 @@ def _source(
         update=update,
         adapted=list(layers),
         sites=of_adapted_types(sites, list(layers)),
+        siblings=siblings(sites, list(layers)),
         modules=modules,
         heads=heads,
         dtype=dtype,
         transposed=any(isinstance(layer.get_base_layer(), Conv1D) for layer in layers.values()),
+        output_head=output_head(base, layers),  # pyright: ignore[reportArgumentType]
+        labels=labels_of(base),
         notes=[f"training also rounded the rest of the base to {dtype}; the fold is relative to the base itself"]
         if half
         else [],
@@ -272,8 +368,8 @@ def _site(name: str, linear: nn.Module) -> Site:
     return Site(name, int(into), int(out))  # pyright: ignore[reportArgumentType]
 
 
-def _kept(config: PeftConfig) -> set[str]:
-    return set(getattr(config, "modules_to_save", None) or [])
+def _kept(config: PeftConfig) -> list[str]:
+    return list(getattr(config, "modules_to_save", None) or [])
 
 
 def _start(config: PeftConfig) -> str:

@@ -25,7 +25,7 @@ def probe(adapter: Path, folded: Path, config: PeftConfig, base: str | None, pro
     """
     if profile.loads_as == "nothing":
         return {"skipped": f"{profile.noun} is not for Python; docs/serving.md says what was compared"}
-    if not getattr(base_class(config), "__name__", "").endswith(
+    if not getattr(base_class(config, base), "__name__", "").endswith(
         ("ForCausalLM", "ForSequenceClassification", "LMHeadModel")
     ):
         return {"skipped": f"task_type={config.task_type} has no probe; CAUSAL_LM and SEQ_CLS have"}
@@ -45,7 +45,7 @@ def _compare(adapter: Path, folded: Path, config: PeftConfig, base: str, profile
     trained = _logits(model, batch)
     del model
     if profile.loads_as == "model":
-        found, loader = load_base(base_class(config), folded, torch.float32), "transformers"
+        found, loader = load_base(base_class(config, base), folded, torch.float32), "transformers"
     else:
         found, loader = _load(folded, config, base, read_tensors(adapter)), "stock PEFT"
     again = _logits(found, batch)

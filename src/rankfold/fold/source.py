@@ -16,6 +16,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 import rankfold.methods  # noqa: F401  (registers the methods with PEFT)
 from rankfold.errors import RankfoldError
 from rankfold.host.adapter import Site, module_type
+from rankfold.io.adapter_names import is_saved
 from rankfold.io.models import ModelError, load_base, model_config, named_class, skeleton
 from rankfold.kernel.factors import Factors
 from rankfold.tasks import table
@@ -34,11 +35,14 @@ class Source:
         update: the trained update of a module by name, with gate and scale; in any order.
         adapted: names of the modules that have the adapter, as the base model knows them.
         sites: every linear module of a type that has the adapter, adapted or not, in the model's order.
+        siblings: more sites, without an adapter, that SGLang wants beside those.
         modules: every module name of the base model.
         heads: tensors of modules_to_save, by their name in the checkpoint.
         dtype: the base's.
         transposed: the base's weights are in × out (Conv1D).
         output_head: the adapted module that makes the logits, if there is one; no engine loads its LoRA.
+        folder: the adapter's folder, if it comes from one.
+        labels: the classes of a classifier in order of their index, where they are known.
         notes: what the user of the fold should know.
         left_out: what was trained too and no LoRA holds: the kind of tensor → its share of the whole change, of ‖·‖²_F.
     """
@@ -53,6 +57,9 @@ class Source:
     dtype: torch.dtype
     transposed: bool
     output_head: str | None = None
+    siblings: list[Site] = field(default_factory=list)
+    folder: Path | None = None
+    labels: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     left_out: dict[str, float] = field(default_factory=dict)
 
@@ -73,6 +80,22 @@ def of_adapted_types(sites: list[Site], adapted: list[str]) -> list[Site]:
     names = set(adapted)
     types = {_type(s) for s in sites if s.name in names}
     return [s for s in sites if _type(s) in types]
+
+
+#: What SGLang asks for beside a module, because it stacks them (sglang #25913): a missing one is a KeyError.
+SIBLINGS = {"q_proj": ["v_proj"], "k_proj": ["q_proj", "v_proj"], "v_proj": ["q_proj"], "up_proj": ["gate_proj"]}
+
+
+def siblings(sites: list[Site], adapted: list[str]) -> list[Site]:
+    """Sites without an adapter that SGLang wants beside those of `of_adapted_types`."""
+    known, found = {s.name: s for s in sites}, {s.name for s in of_adapted_types(sites, adapted)}
+    wanted: dict[str, Site] = {}
+    for name in sorted(found):
+        block, _, kind = name.rpartition(".")
+        for other in (f"{block}.{n}" for n in SIBLINGS.get(kind, [])):
+            if other in known and other not in found:
+                wanted[other] = known[other]
+    return list(wanted.values())
 
 
 def _type(site: Site) -> tuple[str, int, int]:
@@ -111,19 +134,63 @@ def base_config(name: str | None) -> PretrainedConfig:
         raise RankfoldError(f"base={name!r}: its config.json cannot be read ({error}); give --base FOLDER") from None
 
 
-def base_skeleton(config: PeftConfig, base: str | None) -> PreTrainedModel:
-    """The base model on the meta device, from its config alone; raises RankfoldError where that cannot be had."""
+def base_skeleton(
+    config: PeftConfig, base: str | None, fits: Callable[[nn.Module], bool] = lambda model: True
+) -> PreTrainedModel:
+    """The base model on the meta device, from its config alone.
+
+    Args:
+        fits: whether a class of the base has the modules that the adapter names; the first one that has is taken.
+
+    Raises:
+        RankfoldError: the config cannot be had, or no class can be made of it.
+    """
     name = base or config.base_model_name_or_path
+    known, built, failed = base_config(name), [], None
+    for maker in _classes(config, known):
+        try:
+            built.append(skeleton(known, (maker,)))
+        except ModelError as error:
+            failed = failed or error
+            continue
+        if fits(built[-1]):
+            return built[-1]
+    if not built:
+        raise RankfoldError(f"base={name!r}: {failed}; give the base it was trained on with --base FOLDER") from None
+    return built[0]
+
+
+def base_class(config: PeftConfig, base: str | None = None) -> Any:
+    """The class to load the base model with: of the adapter's task, else what it was trained on, else what the base says.
+
+    Args:
+        base: where the base is, if not where the adapter's config says.
+    """
     try:
-        return skeleton(base_config(name), (base_class(config),))
-    except ModelError as error:
-        raise RankfoldError(f"base={name!r}: {error}; give the base it was trained on with --base FOLDER") from None
+        known = base_config(base or config.base_model_name_or_path)
+    except RankfoldError:
+        known = None
+    return _classes(config, known)[0]
 
 
-def base_class(config: PeftConfig) -> Any:
-    """The class to load the base model with: of the adapter's task, else what it was trained on, else the bare model."""
+def _classes(config: PeftConfig, base: PretrainedConfig | None) -> list[Any]:
+    """The classes that an adapter may have been trained on, the likeliest first; those that have no model of the base's config
+    are left out. Transformers' own `add_adapter` saves neither a task nor a class."""
     task = table.of_peft_type(config.task_type)
-    return named_class(task.models[0] if task else (config.auto_mapping or {}).get("base_model_class"))
+    names = [task.models[0]] if task else []
+    names += [
+        n
+        for n in ((config.auto_mapping or {}).get("base_model_class"), *(getattr(base, "architectures", None) or []))
+        if n
+    ]
+    makers = [named_class(name) for name in (*names, None)]
+    found = [maker for maker in makers if base is None or _has(maker, base)]
+    return list(dict.fromkeys(found or makers))
+
+
+def _has(maker: Any, base: PretrainedConfig) -> bool:
+    mapping = getattr(maker, "_model_mapping", None)
+    return mapping is None or type(base) in mapping
 
 
 def base_model(
@@ -140,12 +207,15 @@ def base_model(
     Raises:
         OSError, ValueError: the weights cannot be had.
     """
+    base_config(name)  # says in a sentence what load_base would in a paragraph
     task = table.of_peft_type(config.task_type)
-    return load_base(base_class(config), name, dtype, _labels(tensors, config) if task and task.new_head else None)
+    return load_base(
+        base_class(config, name), name, dtype, _labels(tensors, config) if task and task.new_head else None
+    )
 
 
 def _labels(tensors: Mapping[str, Tensor], config: PeftConfig) -> int | None:
     """Number of labels, from the saved head: the smallest output of its matrices."""
-    kept = set(getattr(config, "modules_to_save", None) or [])
-    heads = [v for k, v in tensors.items() if kept & set(k.split(".")) and k.endswith("weight")]
+    kept = getattr(config, "modules_to_save", None) or []
+    heads = [v for k, v in tensors.items() if is_saved(k, kept) and k.endswith("weight")]
     return min((v.shape[0] for v in heads if v.ndim == 2), default=None)

@@ -1,11 +1,10 @@
-"""Rank, norm and spectrum of every update of an adapter: rankfold's methods, and PEFT's plain LoRA.
+"""Rank, norm and spectrum of every update of an adapter: rankfold's methods, and PEFT's LoRA.
 
 Computed from the factors in float64. A component counts as kept if it adds anything at all.
 """
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import torch
@@ -13,12 +12,17 @@ from peft import LoraConfig, PeftConfig, PeftModel
 from torch import Tensor, nn
 
 from rankfold.errors import RankfoldError
-from rankfold.fold import native
+from rankfold.fold import native, peft_adapters
+from rankfold.fold.config_keys import check_keys
+from rankfold.fold.plain_lora import factors_of, is_plain, modules_of
+from rankfold.fold.source import Source
 from rankfold.host import registry
 from rankfold.host.config import LowRankConfig
 from rankfold.host.layer import AdaptedLayer
-from rankfold.host.peft_api import LoraLayer, get_pattern_key
+from rankfold.host.peft_api import LoraLayer
 from rankfold.inspect.inspection import Inspection, ModuleUpdate
+from rankfold.inspect.left_out import left_out, left_out_of
+from rankfold.io.adapter_names import mended
 from rankfold.io.adapters import find_adapter, read_config, read_tensors
 from rankfold.kernel.factors import Factors
 
@@ -44,14 +48,17 @@ def inspect_adapter(
         configs = getattr(adapter, "peft_config", {})
         if adapter_name not in configs:
             raise RankfoldError(f"adapter_name={adapter_name!r}: the model has {', '.join(configs) or 'no adapter'}")
-        return _inspection(type(adapter).__name__, configs[adapter_name], _of_model(adapter, adapter_name))
+        config, updates = configs[adapter_name], _of_model(adapter, adapter_name)
+        return _inspection(type(adapter).__name__, config, updates, left_out_of(config))
     folder = find_adapter(Path(adapter)).absolute()
     config = read_config(folder)
+    tensors = read_tensors(folder)
     if isinstance(config, LoraConfig):
-        updates = _of_peft_folder(read_tensors(folder), config)
+        updates = _of_peft_folder(folder, tensors, config, base)
     else:
         updates = _of_model(native.weightless(folder, config, base), "default")
-    return _inspection(f"{folder.parent.name}/{folder.name}", config, updates)
+    notes = (*left_out(mended(tensors).values(), config), *check_keys(folder, config))
+    return _inspection(f"{folder.parent.name}/{folder.name}", config, updates, notes)
 
 
 def _of_model(model: nn.Module, adapter_name: str) -> dict[str, Found]:
@@ -61,7 +68,9 @@ def _of_model(model: nn.Module, adapter_name: str) -> dict[str, Found]:
         if isinstance(module, AdaptedLayer) and adapter_name in module.lowrank_adapters:
             updates[name] = _live(*_ours(module, adapter_name))
         elif isinstance(module, LoraLayer) and adapter_name in module.lora_A:
-            _check_plain(model.peft_config[adapter_name])  # pyright: ignore
+            _check_plain(config := model.peft_config[adapter_name])  # pyright: ignore
+            if not is_plain(config):  # pyright: ignore[reportArgumentType]
+                return _of_source(peft_adapters.from_model(model, adapter_name))
             down, up = (part[adapter_name].weight for part in (module.lora_A, module.lora_B))
             assert isinstance(down, Tensor)
             assert isinstance(up, Tensor)
@@ -74,21 +83,21 @@ def _ours(layer: AdaptedLayer, adapter_name: str) -> tuple[Factors, int]:
     return adapter.factors(), sum(block.rank for block in adapter.blocks())
 
 
-def _of_peft_folder(tensors: dict[str, Tensor], config: LoraConfig) -> dict[str, Found]:
+def _of_peft_folder(folder: Path, tensors: dict[str, Tensor], config: LoraConfig, base: str | None) -> dict[str, Found]:
     _check_plain(config)
-    updates = {}
-    for key, down in tensors.items():
-        if not key.endswith(".lora_A.weight"):
-            continue
-        name = key.removesuffix(".lora_A.weight").removeprefix("base_model.model.")
-        up = tensors.get(key.replace(".lora_A.", ".lora_B."))
-        if up is None:
-            raise RankfoldError(f"adapter_model.safetensors has {key} without its lora_B; the file is incomplete")
-        pattern = config.alpha_pattern or {}
-        alpha = pattern.get(get_pattern_key(list(pattern), name), config.lora_alpha)
-        r = len(down)
-        updates[name] = _live(_pair(name, down, up, alpha / (math.sqrt(r) if config.use_rslora else r)), r)
-    return updates
+    peft_adapters.check_start(config)
+    if not is_plain(config):
+        return _of_source(peft_adapters.from_folder(folder, config, base))
+    names = mended(tensors)
+    tensors = {names[key]: tensor for key, tensor in tensors.items()}
+    found = {name: factors_of(tensors, config, name) for name in modules_of(tensors)}
+    return {name: _live(factors, factors.rank) for name, factors in found.items()}
+
+
+def _of_source(source: Source) -> dict[str, Found]:
+    """Updates that are not the factors themselves: PiSSA's and OLoRA's are relative to a start that they took from the base."""
+    found = {name: source.update(name) for name in source.adapted}
+    return {name: _live(update, update.rank) for name, update in found.items() if isinstance(update, Factors)}
 
 
 def _pair(name: str, down: Tensor, up: Tensor, scale: float) -> Factors:
@@ -112,11 +121,11 @@ def _check_plain(config: LoraConfig) -> None:
         )
 
 
-def _inspection(name: str, config: PeftConfig, updates: dict[str, Found]) -> Inspection:
+def _inspection(name: str, config: PeftConfig, updates: dict[str, Found], notes: tuple[str, ...]) -> Inspection:
     if not updates:
         raise RankfoldError(f"{name}: it has no linear layer with this adapter")
     method = registry.get(config.method).title if isinstance(config, LowRankConfig) else "LoRA (PEFT)"
-    return Inspection(name, method, tuple(_update(module, *found) for module, found in updates.items()))
+    return Inspection(name, method, tuple(_update(module, *found) for module, found in updates.items()), notes)
 
 
 def _update(module: str, factors: Factors, start: int) -> ModuleUpdate:

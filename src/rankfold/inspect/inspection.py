@@ -68,11 +68,13 @@ class Inspection:
         name: what was looked at, for titles.
         method: what the adapter is.
         updates: in the model's order.
+        left_out: what else the adapter trains, and is not shown.
     """
 
     name: str
     method: str
     updates: tuple[ModuleUpdate, ...]
+    left_out: tuple[str, ...] = ()
 
     @cached_property
     def grid(self) -> Grid:
@@ -100,7 +102,9 @@ class Inspection:
     def to_json(self) -> str:
         derived = ("norm", "effective_rank", "stable_rank", "energy_rank")
         updates = [{**asdict(u), **{key: getattr(u, key) for key in derived}} for u in self.updates]
-        whole = {key: getattr(self, key) for key in ("name", "method", "rank", "start", "norm", "parameters")}
+        whole = {
+            key: getattr(self, key) for key in ("name", "method", "rank", "start", "norm", "parameters", "left_out")
+        }
         return to_json({**whole, "updates": updates})
 
 

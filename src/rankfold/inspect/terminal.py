@@ -48,6 +48,7 @@ def show_adapter(found: Inspection, width: int = 80) -> Group:
         _title("by kind: rank least–most, medians of the others"),
         _by_kind(found),
         Text(summary),
+        *(Text(f"not shown: {what}") for what in found.left_out),
     )
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import re
 import warnings
 from pathlib import Path
+from typing import Any
 
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig
 from safetensors import SafetensorError
@@ -82,6 +85,34 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     if message := not_gathered({name: tuple(tensor.shape) for name, tensor in tensors.items()}):
         raise RankfoldError(f"{path}: {message}; {GATHER}")
     return {name: tensor.float() if _is_narrow(tensor) else tensor for name, tensor in tensors.items()}
+
+
+def read_labels(folder: Path) -> list[str]:
+    """The classes of a classifier's adapter in order of their index, where its folder says them: in a config.json of the model
+    beside it, or in the card that `rankfold train` writes; [] where neither does."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return _in_order(config["id2label"])
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    try:
+        card = (folder / "README.md").read_text(encoding="utf-8")
+        found = re.search(r"id2label=(\{.*\})\)", card)
+        return _in_order(ast.literal_eval(found[1])) if found else []
+    except (OSError, ValueError, SyntaxError, TypeError):
+        return []
+
+
+def labels_of(model: Any) -> list[str]:
+    """The classes of a live classifier; [] where they have no names of their own."""
+    return _in_order(getattr(getattr(model, "config", None), "id2label", None) or {})
+
+
+def _in_order(id2label: dict[Any, str]) -> list[str]:
+    labels = {int(index): str(label) for index, label in id2label.items()}
+    if sorted(labels) != list(range(len(labels))) or all(label == f"LABEL_{i}" for i, label in labels.items()):
+        return []
+    return [labels[i] for i in range(len(labels))]
 
 
 def _is_narrow(tensor: Tensor) -> bool:

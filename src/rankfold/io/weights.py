@@ -11,9 +11,10 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from rankfold.errors import RankfoldError
+from rankfold.io.weight_names import in_files
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -87,12 +88,12 @@ def weight_files(folder: Path) -> dict[str, Path]:
     return files
 
 
-def weight_reader(base: str | None, revision: str | None, prefix: str) -> Callable[[str], Tensor]:
-    """Reads module weights of a base by module name, as stored, without widening them; the model is never built.
+def weight_reader(base: str | None, revision: str | None, model: nn.Module) -> Callable[[str], Tensor]:
+    """Reads module weights of a base by module name, as stored, without widening them.
 
     Args:
         base: folder, or hub id in the local cache.
-        prefix: the model's `base_model_prefix`, which checkpoints may have or lack.
+        model: the base, perhaps on the meta device, whose names transformers makes of those in the files.
 
     Returns:
         The reader, which looks for the files when it is first called: most adapters need no weight. It raises RankfoldError
@@ -105,13 +106,22 @@ def weight_reader(base: str | None, revision: str | None, prefix: str) -> Callab
             raise RankfoldError("this adapter's update depends on the base's weights; give the base with --base FOLDER")
         return base_files(base, revision)
 
+    @cache
+    def names() -> dict[str, list[str]]:
+        return in_files(model, files())
+
     def read(module: str) -> Tensor:
-        names = (f"{module}.weight", f"{prefix}.{module}.weight", f"{module}.weight".removeprefix(f"{prefix}."))
-        name = next((n for n in names if n in files()), None)
-        if name is None:
+        stored = names().get(f"{module}.weight", [])
+        if not stored:
             raise RankfoldError(
-                f"base={base!r} has no tensor {names[0]!r}; give the base it was trained on with --base"
+                f"base={base!r} has no tensor {module + '.weight'!r}; give the base it was trained on with --base"
             )
+        if len(stored) > 1:
+            raise RankfoldError(
+                f"base={base!r}: {module} is made of {len(stored)} tensors when it is loaded ({stored[0]} …), which this fold "
+                "does not read; load the base with transformers, save it with save_original_format=False, and give --base"
+            )
+        name = stored[0]
         tensor = read_tensor(files()[name], name)
         if tensor.dtype not in FLOATS:
             raise RankfoldError(

@@ -56,8 +56,8 @@ def write(folded: Folded, folder: Path) -> Written:
         read=reader(folder, {name: ALPHA / rank for name, rank in ranks.items()}),
         serve=loaders(source, {"vLLM ≥ 0.33": flags["vLLM"], "PEFT": flags["PEFT"]}),
         notes=[
-            "where ranks differ by module, SGLang 0.5.23, TGI, LoRAX and vLLM before 0.33 scale an adapter wrongly or "
-            "refuse it; fold with --profile uniform for them"
+            "where ranks differ by module, SGLang 0.5.23 refuses an adapter, and TGI, LoRAX, LMDeploy and vLLM before 0.33 scale it "
+            "wrongly or refuse it; fold with --profile uniform for them"
         ],
     )
 

@@ -6,7 +6,6 @@ small update itself; the proof is about what was saved: ‖W′ − W − ΔW‖
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from shlex import quote
@@ -14,9 +13,9 @@ from shlex import quote
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
-from transformers.utils.hub import cached_file
 
 from rankfold.errors import RankfoldError
+from rankfold.fold.profiles.merged_files import copy_files, restore_names, write_config
 from rankfold.fold.profiles.profile import Folded, Profile, Written
 from rankfold.fold.source import base_model
 from rankfold.io.models import quiet
@@ -26,19 +25,6 @@ from rankfold.kernel.factors import Factors
 #: Files larger than this are split.
 MAX_SHARD = "5GB"
 
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "tokenizer.model",
-    "spiece.model",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-)
-
 
 def rounded(exact: Factors, dtype: torch.dtype) -> Factors:
     """float32, whatever the file's dtype: the sum is rounded, not its terms."""
@@ -46,7 +32,7 @@ def rounded(exact: Factors, dtype: torch.dtype) -> Factors:
 
 
 def write(folded: Folded, folder: Path) -> Written:
-    """config.json, generation_config.json, safetensors and the tokenizer, as `save_pretrained` writes them."""
+    """safetensors under the base's names, its config.json with what changed, and every file that belongs to the model."""
     model = _base(folded)
     with torch.no_grad():
         for name in folded.source.adapted:
@@ -62,10 +48,18 @@ def write(folded: Folded, folder: Path) -> Written:
             f"profile merged: {broken} is not finite in {folded.dtype}; give --dtype float32, or bfloat16 where float16 is "
             "too narrow"
         )
+    if len(folded.source.labels) == getattr(model.config, "num_labels", None):
+        model.config.id2label = dict(enumerate(folded.source.labels))  # pyright: ignore
+        model.config.label2id = {label: i for i, label in enumerate(folded.source.labels)}  # pyright: ignore
     with quiet():
         model.save_pretrained(folder, max_shard_size=MAX_SHARD)  # pyright: ignore[reportCallIssue]
     parameters = sum(p.numel() for p in model.parameters())
-    notes = _copy_tokenizer(str(folded.base), folder)
+    base, revision = str(folded.base), folded.source.config.revision
+    notes = [
+        *restore_names(base_files(base, revision), folder, str(getattr(model, "base_model_prefix", ""))),
+        *write_config(base, revision, folder),
+        *copy_files(base, revision, folded.source.folder, folder),
+    ]
     if folded.dtype != torch.float32:
         notes.append(
             "the error on disk is that of W+ΔW rounded, relative to ΔW: 1 means that a layer's update is lost; "
@@ -128,22 +122,10 @@ def _load_heads(model: nn.Module, heads: Mapping[str, Tensor]) -> None:
         raise RankfoldError(f"profile merged: the base has no {unknown[0]}, which the adapter saved in modules_to_save")
 
 
-def _copy_tokenizer(base: str, folder: Path) -> list[str]:
-    """Copies the files: transformers 5 makes an empty tokenizer of some types where there is none to load."""
-    quietly = {
-        f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors", "gated_repo")
-    }
-    found = [cached_file(base, name, **quietly) for name in TOKENIZER_FILES]
-    for path in filter(None, found):
-        shutil.copy(path, folder)
-    return [] if any(found) else ["no tokenizer was found beside the base; add its files before serving"]
-
-
 def _reader(folded: Folded, folder: Path, model: nn.Module) -> Callable[[str], Tensor]:
     """What was added to a module's weight: the saved one minus the base's, out × in in float64, one at a time."""
-    prefix, config = str(getattr(model, "base_model_prefix", "")), folded.source.config
-    before = weight_reader(folded.base, config.revision, prefix)
-    after = weight_reader(str(folder), None, prefix)
+    before = weight_reader(folded.base, folded.source.config.revision, model)
+    after = weight_reader(str(folder), None, model)
     transposed = {n for n in folded.source.adapted if isinstance(model.get_submodule(n), Conv1D)}
 
     def read(name: str) -> Tensor:

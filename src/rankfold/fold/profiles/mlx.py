@@ -2,11 +2,12 @@
 
     y = x Wᵀ + scale · (x lora_a) lora_b,      lora_a: in × r,  lora_b: r × out
 
-Read from mlx-lm's source (docs/serving.md says which); MLX needs an Apple machine and was not run.
+Written from mlx-lm's source (docs/serving.md says which version was run).
 """
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from shlex import quote
@@ -61,8 +62,20 @@ def write(folded: Folded, folder: Path) -> Written:
         parameters=sum(t.numel() for t in tensors.values()),
         read=lambda name: Factors(stored[f"{name}.lora_a"].T, stored[f"{name}.lora_b"].T),
         serve={"mlx-lm": f"mlx_lm.generate --model BASE --adapter-path {quote(str(folded.out))}"},
-        notes=["written from mlx-lm's source; MLX itself was not run"],
+        notes=_notes(folded.base),
     )
+
+
+def _notes(base: str | None) -> list[str]:
+    """mlx-lm reads theta at the top level alone, where transformers 5 no longer writes it."""
+    try:
+        config = json.loads((Path(str(base)) / "config.json").read_text(encoding="utf-8"))
+        theta = config["rope_parameters"]["rope_theta"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+    if "rope_theta" in config or theta == 10000:
+        return []
+    return [f"mlx-lm takes theta 10000 for this base; write rope_theta: {theta} at the top level of its config.json"]
 
 
 PROFILE = Profile(write, noun="an adapter for mlx-lm", library="mlx")

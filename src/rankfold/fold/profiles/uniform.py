@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from shlex import quote
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -34,9 +36,16 @@ def serve_rank(rank: int, pad: str = "serve") -> int:
 
 def write(folded: Folded, folder: Path) -> Written:
     """adapter_config.json and adapter_model.safetensors, every module zero-padded to one rank."""
-    source, rank = folded.source, serve_rank(folded.rank, folded.pad)
+    rank = serve_rank(folded.rank, folded.pad)
+    source = replace(folded.source, sites=[*folded.source.sites, *folded.source.siblings])
     tensors: dict[str, Tensor] = {}
-    for name, factors in folded.factors.items():
+    zeros = {
+        s.name: Factors(
+            torch.zeros(0, s.in_features, dtype=folded.dtype), torch.zeros(s.out_features, 0, dtype=folded.dtype)
+        )
+        for s in folded.source.siblings
+    }
+    for name, factors in {**folded.factors, **zeros}.items():
         padded = factors.pad(rank)
         tensors[f"base_model.model.{name}.lora_A.weight"] = padded.down.contiguous()  # rank × in
         tensors[f"base_model.model.{name}.lora_B.weight"] = padded.up.contiguous()  # out × rank
@@ -79,7 +88,9 @@ def _notes(source: Source, rank: int) -> list[str]:
         notes.append(f"rank {rank} exceeds 512, the largest that vLLM takes; compress it with --rank 512 or less")
     zeros = len(source.sites) - len(source.adapted)
     if zeros:
-        notes.append(f"{zeros} modules of adapted types have no adapter and were written as zeros (TGI wants them)")
+        notes.append(
+            f"{zeros} modules of adapted types, or stacked with them, have no adapter and were written as zeros (TGI and SGLang want them)"
+        )
     if source.heads:
         notes.append("the trained head is kept in modules_to_save; only PEFT reads it, and vLLM a classifier or score")
     return notes

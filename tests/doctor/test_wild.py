@@ -1,0 +1,141 @@
+"""What is said of adapters that people really have, and the copy that `--fix` writes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from edits import edit_config, edit_tensors, sound
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import LlamaForCausalLM
+
+from rankfold import cli
+from rankfold.doctor import Status, diagnose
+from rankfold.doctor.fix import fix
+from rankfold.fold import fold_adapter
+
+ELSEWHERE = ("vllm-old", "sglang", "llama.cpp", "ollama", "tgi", "lorax", "openvino", "mistral.rs", "lmdeploy")
+
+
+def verdicts(folder: Path, **options: Any) -> dict[str, Status]:
+    return {v.engine.key: v.status for v in diagnose(folder, **options).verdicts}
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora", "pissa_niter_16", "corda", "loftq", "lora_ga"])
+def test_an_unconverted_start_is_wrong_but_in_peft(start: str, adapter: Any) -> None:
+    """The base that other engines have is not the one that PEFT makes at every load."""
+    folder = adapter()
+    edit_config(folder, init_lora_weights=start)
+    found = verdicts(folder)
+    assert {found[key] for key in ELSEWHERE} == {Status.WRONG}
+    assert found["vllm"] in (Status.REFUSED, Status.WRONG)
+    assert found["peft"] is Status.LOADS
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda k: k.replace("base_model.model.", "base_model.model._orig_mod."),
+        lambda k: k.replace(".self_attn.", "._fsdp_wrapped_module.self_attn."),
+        lambda k: k.replace(".self_attn.", "._checkpoint_wrapped_module.self_attn."),
+        lambda k: "base_model.model." + k,
+    ],
+)
+def test_names_of_wrappers_are_known_without_a_base(change: Any, adapter: Any, llama: Path, tmp_path: Path) -> None:
+    folder = adapter()
+    before = load_file(folder / "adapter_model.safetensors")
+    edit_config(folder, base_model_name_or_path=None)
+    edit_tensors(folder, lambda t: {change(k): v for k, v in t.items()})
+    found = diagnose(folder)
+    assert any("names of wrappers" in f.what for f in found.problems)
+    status = {v.engine.key: v.status for v in found.verdicts}
+    assert {status[k] for k in ("peft", "vllm", "sglang")} == {Status.IN_PART}
+    assert status["llama.cpp"] is Status.REFUSED
+    (sentence,) = fix(folder, tmp_path / "fixed")
+    assert sentence.startswith("keys renamed")
+    assert load_file(tmp_path / "fixed" / "adapter_model.safetensors").keys() == before.keys()
+    assert sound(diagnose(tmp_path / "fixed", base=llama))
+
+
+def test_fix_writes_what_engines_and_peft_read(adapter: Any, llama: Path, tmp_path: Path, capsys: Any) -> None:
+    folder = adapter()
+    trained = load_file(folder / "adapter_model.safetensors")
+    edit_config(folder, lora_alpha=16.0, rank_pattern=None)
+    edit_tensors(
+        folder,
+        lambda t: {k.replace(".weight", ".default.weight"): v.double() if "_A" in k else v for k, v in t.items()},
+    )
+    assert verdicts(folder)["vllm"] is Status.REFUSED
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    out = tmp_path / "fixed"
+    assert cli.main(["doctor", str(folder), "--engine", "vllm,peft", "--fix", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert "mended: keys renamed" in printed
+    assert "lora_alpha 16.0 written as 16" in printed
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+    found = load_file(out / "adapter_model.safetensors")
+    assert all(torch.equal(found[key], tensor) for key, tensor in trained.items())
+    PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(llama), out)
+    with pytest.raises(FileExistsError):
+        fix(folder, out)
+    with pytest.raises(ValueError, match="nothing that can be mended"):
+        fix(out, tmp_path / "again")
+
+
+@pytest.mark.parametrize("targets", [["q_proj"], ["k_proj"], ["v_proj"], ["up_proj"]])
+def test_sglang_wants_siblings_and_the_fold_writes_them(targets: list[str], adapter: Any, tmp_path: Path) -> None:
+    """sglang #25913: KeyError v_proj."""
+    folder = adapter(target_modules=targets)
+    assert verdicts(folder)["sglang"] is Status.REFUSED
+    fold_adapter(folder, tmp_path / "out", probe=True)
+    assert verdicts(tmp_path / "out")["sglang"] is Status.LOADS
+
+
+def test_engines_that_read_no_alpha_or_no_rslora(adapter: Any, tmp_path: Path) -> None:
+    found = verdicts(adapter(r=8, lora_alpha=32))
+    assert found["openvino"] is Status.MIS_SCALED  # openvino.genai #2210
+    assert found["mistral.rs"] is found["lmdeploy"] is found["lorax"] is Status.LOADS
+    found = verdicts(adapter(r=16, lora_alpha=16, use_rslora=True))
+    assert found["tgi"] is Status.LOADS
+    assert {found[key] for key in ("lorax", "lmdeploy")} == {Status.MIS_SCALED}  # LoRAX pins peft 0.4.0
+    fold_adapter(adapter(use_rslora=True), tmp_path / "out", probe=False)
+    found = verdicts(tmp_path / "out")
+    assert {found[key] for key in ELSEWHERE if key != "ollama"} == {Status.LOADS}
+
+
+def test_what_peft_stops_at(adapter: Any) -> None:
+    folder = adapter()
+    edit_config(folder, rank_pattern=None)
+    assert verdicts(folder)["peft"] is Status.REFUSED
+    config = json.loads((folder / "adapter_config.json").read_text())
+    del config["peft_type"], config["rank_pattern"]
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    found = verdicts(folder)
+    assert found["peft"] is found["sglang"] is Status.REFUSED
+
+
+def test_names_of_a_multimodal_model_without_a_base(adapter: Any) -> None:
+    folder = adapter()
+    edit_config(folder, base_model_name_or_path=None)
+    edit_tensors(folder, lambda t: {k.replace("model.layers", "model.language_model.layers"): v for k, v in t.items()})
+    assert verdicts(folder)["peft"] is Status.NOT_CHECKED
+
+
+def test_a_base_that_has_theta_in_new_keys_alone(adapter: Any, llama: Path, tmp_path: Path) -> None:
+    """mlx-lm takes 10000 in its place."""
+    config = json.loads((llama / "config.json").read_text())
+    config["rope_parameters"] = {"rope_theta": 100000.0, "rope_type": "default"}
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config))
+    found = diagnose(adapter(), base=tmp_path / "base")
+    assert any("rope_theta=100000.0 in rope_parameters alone" in f.what for f in found.findings)
+    assert any("missing field rope_theta" in f.what for v in found.verdicts for f in v.findings)
+
+
+def test_norms_and_heads_in_sglang(adapter: Any) -> None:
+    assert verdicts(adapter(modules_to_save=["norm"]))["sglang"] is Status.REFUSED
+    assert verdicts(adapter(modules_to_save=["lm_head"]))["sglang"] is Status.IN_PART
