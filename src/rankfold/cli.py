@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rankfold.errors import RankfoldError
+from rankfold.io.paths import with_home
 from rankfold.tasks.table import TASKS
 
 
@@ -21,6 +22,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         0, or 1 for an error of the user's, which is one clear sentence on stderr. Wrong usage exits with 2.
     """
     arguments = _parser().parse_args(argv)
+    for name, value in vars(arguments).items():
+        if isinstance(value, str | list):
+            setattr(arguments, name, with_home(value))
     try:
         if arguments.imports:
             from rankfold.host.plugins import load_plugin

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rankfold.errors import RankfoldError, nearest
 
@@ -43,6 +43,13 @@ def config_class(name: str) -> type[PeftConfig]:
 def config_fields(config: type) -> dict[str, dataclasses.Field]:
     """The fields of a method's config that a run file may set."""
     return {f.name: f for f in dataclasses.fields(config) if f.init and f.name not in SET_BY_THE_RUN}
+
+
+def example(name: str) -> dict[str, Any]:
+    """The fields that a short first run of the method sets beside LoRA's; None takes one of those away."""
+    from rankfold.host import registry
+
+    return {} if name.startswith("peft:") else dict(registry.get(name).example or {})
 
 
 def scheduled(name: str) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from rankfold.host.config import LowRankConfig
-from rankfold.runfile.methods import config_class, config_fields
+from rankfold.runfile.methods import config_class, config_fields, example
 from rankfold.runfile.schema import Data, Model, Training
 from rankfold.tasks import table
 
@@ -43,7 +43,7 @@ def template(task: str, method: str, imports: Sequence[str] = ()) -> str:
             *([f"imports: {json.dumps(list(imports))}", ""] if imports else []),
             "method:",
             f"  name: {method}",
-            *_method_fields(config, start["method"]),
+            *_method_fields(config, start["method"] | example(method)),
             "",
             *_section("training", Training, start["training"]),
             "# Folder of this run: adapter, checkpoints, metrics, model card. Must not exist yet.",
@@ -69,6 +69,7 @@ def _method_fields(config: type, values: dict[str, Any]) -> list[str]:
     classes = [c for c in config.__mro__ if c is config or (issubclass(c, LowRankConfig) and c is not LowRankConfig)]
     own = [f for c in reversed(classes) for f in vars(c).get("__annotations__", {}) if f in known]
     lines = []
+    values = {key: value for key, value in values.items() if value is not None}
     values = {**values, **{key: known[key].metadata["example"] for key in own if "example" in known[key].metadata}}
     if getattr(config, "default_targets", None) not in (None, LowRankConfig.default_targets):
         values.pop("target_modules", None)  # the method knows them better

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate import PartialState
 
+from rankfold.host.config import LowRankConfig
 from rankfold.io.models import locate
 from rankfold.runfile.arguments import trainer_arguments
 from rankfold.runfile.checks import peft_config
@@ -79,8 +80,19 @@ def prepare(run: RunFile) -> Prepared:
         encoded = {split: task.encode(rows, split, processor, max_length, run.data) for split in rows.splits}
     if max_length is not None:
         tokens.note_cut_off(rows, {split: found.lengths for split, found in encoded.items()}, max_length)
+    note_idle_schedule(rows, config_of_adapter)
     arguments = trainer_arguments(run, validated="validation" in encoded, max_length=max_length)
     return Prepared(run, task, place, config, processor, rows, encoded, max_length, config_of_adapter, arguments)
+
+
+def note_idle_schedule(rows: Rows, config: PeftConfig) -> None:
+    """Adds a note for a method that is to end with the ranks that it starts with."""
+    end = config.at_the_end() if isinstance(config, LowRankConfig) else None
+    if end is not None and isinstance(config, LowRankConfig) and end.ranks() == config.ranks():
+        rows.notes.append(
+            f"method: {config.ranks_in_words()}: it starts with the ranks that it ends with, so nothing is ever pruned; "
+            "start with more (the papers take 1.5 times as many)"
+        )
 
 
 @dataclass(frozen=True)

@@ -121,6 +121,10 @@ def train(
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if resume_at is not None and resume_at > trainer.state.max_steps:
+        note = f"the run had made {resume_at:,} steps already, more than the {trainer.state.max_steps:,} asked for now; none was made"
+        say(note)
+        rows.notes.append(note)
     after = measure(trainer, split, measured) if split else {}
     if metrics_file is not None:
         metrics_file.close()
@@ -132,6 +136,7 @@ def train(
     with saving(adapter), whole_folder(adapter, force=True) if main else nullcontext(adapter) as partial:
         trainer.save_model(str(partial))  # every process: a sharded model is gathered here
         (partial / "training_args.bin").unlink(missing_ok=True)  # a pickle that nobody needs to open
+        ranks, ranks_at_start = budget.ranks(adapted)
         stored, stored_bytes = budget.stored(partial) if main else (0, 0)
         result = TrainResult(
             output=str(output),
@@ -149,6 +154,8 @@ def train(
             head=spent.head,
             stored=stored,
             stored_bytes=stored_bytes,
+            ranks=ranks,
+            ranks_at_start=ranks_at_start,
             processes=state.num_processes,
             steps=trainer.state.global_step,
             epochs=float(trainer.state.epoch or 0),
