@@ -38,9 +38,8 @@ def test_every_path_of_a_run(tmp_path: Path):
 
 
 def test_every_path_of_a_comparison(tmp_path: Path):
-    values = {k: v for k, v in RUN.items() if k != "training"} | {"method": None, "methods": ["lora", "rasa"]}
-    values["data"] = {"source": "~/f.csv"}
-    file = parse_comparison({k: v for k, v in values.items() if v is not None} | {"budget": "none"}, where="c.yaml")
+    values = {k: RUN[k] for k in ("model", "task", "output")} | {"data": {"source": "~/f.csv"}, "methods": ["lora", "rasa"]}
+    file = parse_comparison(values | {"rates": [1e-3], "seeds": [0, 1], "budget": "none"}, where="c.yaml")
     assert (file.output, file.data.source) == (f"{tmp_path}/x", f"{tmp_path}/f.csv")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from rankfold.host.layer import AdaptedLayer
 from rankfold.host.linear_layer import AdaptedLinear
 from rankfold.host.peft_api import check_as_lora, include_all_linear_layers, onload_layer
 from rankfold.host.siblings import link_siblings, part_siblings
+from rankfold.host.targets import absent_targets
 from rankfold.host.tied import link_tied, warn_tied
 
 PREFIX = "lowrank_"
@@ -67,6 +69,11 @@ class LowRankTuner(BaseTuner):
         """
         config.check()  # a field may have been assigned since
         config = self._prepare_adapter_config(config, self.get_model_config(model))  # pyright: ignore[reportAssignmentType]
+        if state_dict is None and (absent := absent_targets(config, model)):
+            warnings.warn(
+                f"target_modules: no module of the model is called {', '.join(absent)}; the other names alone are adapted",
+                stacklevel=2,
+            )
         config = include_all_linear_layers(config, model)  # pyright: ignore[reportAssignmentType]
         named = None if state_dict is None else {plain_name(k.rsplit("." + PREFIX, 1)[0]) for k in state_dict}
         sites: dict[str, Site] = {}

@@ -78,6 +78,8 @@ def prepare(run: RunFile) -> Prepared:
         processor = model.load_processor(run, place)
         max_length = tokens.longest_row(run, config, processor)
         encoded = {split: task.encode(rows, split, processor, max_length, run.data) for split in rows.splits}
+    kept = run.training.extra.get("truncation_mode", "keep_start")
+    encoded = {s: tokens.without_unlearnable(rows, s, found, max_length, kept) for s, found in encoded.items()}
     if max_length is not None:
         tokens.note_cut_off(rows, {split: found.lengths for split, found in encoded.items()}, max_length)
     note_idle_schedule(rows, config_of_adapter)
@@ -100,6 +102,7 @@ class Plan:
     """The numbers of a run.
 
     Args:
+        classes: with their training rows, in words.
         tokens: seen in training, padding left out.
         estimated: the steps are an estimate (packing fills rows as well as it can).
     """
@@ -108,6 +111,7 @@ class Plan:
     architecture: str
     budget: Budget
     rows: dict[str, int]
+    classes: str
     notes: list[str]
     max_length: int | None
     steps: int
@@ -137,6 +141,7 @@ class Plan:
                 ", ".join(f"{count:,} {split}" for split, count in self.rows.items())
                 + (f" rows of at most {self.max_length:,} tokens" if self.max_length else " rows"),
             ),
+            *([("classes", self.classes)] if self.classes else []),
             (
                 "steps",
                 f"{about}{self.steps:,} of {t.batch_size}{accumulation} rows on {self.devices} "
@@ -170,6 +175,7 @@ def make_plan(prepared: Prepared) -> Plan:
         architecture=type(skeleton).__name__,
         budget=budget.count(adapted),
         rows={name: len(split) for name, split in rows.splits.items()},
+        classes=rows.classes_in_words(),
         notes=list(rows.notes),
         max_length=prepared.max_length,
         steps=steps,

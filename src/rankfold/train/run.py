@@ -75,6 +75,8 @@ def train(
     rows = prepared.rows
     if rows["validation"] is None and run.training.early_stopping:
         raise DataError("training.early_stopping needs validation rows; hold some out with data.validation: 0.1")
+    if rows.class_counts:
+        say(f"classes (and training rows of each): {rows.classes_in_words()}")
     for note in rows.notes:
         say(note)
     checkpoint, damaged = checkpoints.last_whole(output / "checkpoints") if resume else (None, [])
@@ -87,7 +89,8 @@ def train(
     base, new_modules = model.load_model(run, prepared.place, prepared.config)
     adapted = model.adapt(base, prepared.peft_config, new_modules, prepared.processor)
     if run.training.start_from is not None:
-        model.start_from(adapted, Path(run.training.start_from))
+        for sentence in model.start_from(adapted, Path(run.training.start_from), rows.labels):
+            say(sentence)
     spent = budget.count(adapted)
     share = spent.trainable / (spent.base + spent.trainable)
     say(
@@ -171,6 +174,8 @@ def train(
             versions=versions(),
         )
         if main:
+            if rows.labels:
+                (partial / model.LABELS).write_text(json.dumps(rows.labels) + "\n", encoding="utf-8")
             (partial / "README.md").write_text(model_card(prepared, result), encoding="utf-8")
     if main:
         write_whole(output / "result.json", json.dumps(asdict(result), indent=2) + "\n")
