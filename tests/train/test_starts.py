@@ -67,6 +67,12 @@ def test_the_classes_of_a_head_are_checked(classification: Values, tmp_path: Pat
     assert any("does not say which classes its head knows; those of this run are neg, pos" in s for s in said)
 
 
+@pytest.mark.parametrize("field", ["rank_pattern={valu: 4}", "alpha_pattern={valu: 4}", "exclude_modules=[valu]", "modules_to_save=[valu]"])
+def test_so_it_is_in_the_other_fields(classification: Values, field: str):
+    with pytest.raises(ModelError, match=rf"method\.{field.partition('=')[0]}: the model has no module 'valu'; did you mean"):
+        make_plan(prepare(parse(classification, [f"method.{field}"])))
+
+
 @pytest.mark.parametrize("method", ["lora", "peft:lora"])
 def test_a_name_that_no_module_has_is_an_error(classification: Values, method: str):
     run = parse(classification | {"method": {"name": method, "r": 2, "target_modules": ["query", "valu"]}})
@@ -81,7 +87,7 @@ def test_through_peft_it_is_a_warning():
 
     from rankfold import PlainLoraConfig
 
-    with pytest.warns(UserWarning, match="no module of the model is called zzz"):
+    with pytest.warns(UserWarning, match="no module of the model is called 'zzz'"):
         get_peft_model(nn.Sequential(nn.Linear(4, 4)), PlainLoraConfig(r=2, target_modules=["0", "zzz"]))  # pyright: ignore
 
 

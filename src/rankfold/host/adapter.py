@@ -61,25 +61,28 @@ _NEW: WeakSet[Adapter] = WeakSet()
 
 
 def _after_any_step(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
-    waiting = [a for a in _WATCHED if not a.scheduled and not a._stepped_unscheduled]
+    waiting = [a for a in _WATCHED if not a.scheduled and not (a._stepped_unscheduled and a.config.allow_unscheduled)]
     if not waiting and not _NEW:
         return
     held = {id(p): p.grad is not None for g in optimizer.param_groups for p in g["params"] if p.requires_grad}
-    _notice_unscheduled(waiting, held)
+    _refuse_unscheduled(waiting, held)
     _notice_dead(held)
 
 
-def _notice_unscheduled(waiting: list[Adapter], held: dict[int, bool]) -> None:
+def _refuse_unscheduled(waiting: list[Adapter], held: dict[int, bool]) -> None:
     found = [a for a in waiting if any(held.get(id(p)) for p in a.parameters())]
     for adapter in found:
         adapter._stepped_unscheduled = True
-    if found:
-        warnings.warn(
-            f"{type(found[0]).__name__} at {found[0].site.name} is being trained without its controller, so its ranks will "
-            "never change: call rankfold.attach(model, optimizer, total_steps=...) before the loop, or give "
-            "Trainer callbacks=[rankfold.AdapterCallback()]",
-            stacklevel=3,
-        )
+    if not found:
+        return
+    said = (
+        f"{type(found[0]).__name__} at {found[0].site.name} is being trained without its controller, so its ranks will "
+        "never change: call rankfold.attach(model, optimizer, total_steps=...) before the loop, or give "
+        "Trainer callbacks=[rankfold.AdapterCallback()]"
+    )
+    if not all(adapter.config.allow_unscheduled for adapter in found):
+        raise RankfoldError(f"{said}; to train and save it all the same, set allow_unscheduled=True in its config")
+    warnings.warn(said, stacklevel=3)
 
 
 def _notice_dead(held: dict[int, bool]) -> None:
@@ -123,7 +126,7 @@ class Adapter(nn.Module):
 
     def __init__(self, config: LowRankConfig, site: Site, shared: nn.Module | None = None) -> None:
         super().__init__()
-        self.site = site
+        self.site, self.config = site, config
         self.r = config.rank_at(site.name)
         self.lora_alpha = config.alpha_at(site.name)
         # α/r of the *initial* rank: it must survive pruning, so it is never recomputed

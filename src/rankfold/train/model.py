@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from rankfold.errors import nearest, short
-from rankfold.host.targets import absent_targets
+from rankfold.host.targets import absent_names
 from rankfold.io import assets as bundled
 from rankfold.io.adapters import read_config, read_tensors
 from rankfold.io.models import ModelError, skeleton
@@ -117,9 +117,10 @@ def adapt(model: PreTrainedModel, config: PeftConfig, train_in_full: list[str], 
         if model.config.pad_token_id is None:  # a classifier of texts reads the last token that is not padding
             model.config.pad_token_id = getattr(processor, "pad_token_id", None)
         keep(config, train_in_full)
-    if absent := absent_targets(config, model):
-        names = {name.rpartition(".")[2] for name, _ in model.named_modules() if name}
-        raise ModelError(f"method.target_modules: the model has no module '{absent[0]}'{nearest(absent[0], names, 'it has')}")
+    modules = [name for name, _ in model.named_modules() if name]
+    for field, absent in absent_names(config, modules):
+        known = {name.rpartition(".")[2] for name in modules}
+        raise ModelError(f"method.{field}: the model has no module {absent!r}{nearest(absent, known, 'it has')}")
     try:
         adapted: PeftModel = get_peft_model(model, config)  # pyright: ignore[reportAssignmentType]
     except (ValueError, TypeError, KeyError) as e:
