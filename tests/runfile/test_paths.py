@@ -38,7 +38,10 @@ def test_every_path_of_a_run(tmp_path: Path):
 
 
 def test_every_path_of_a_comparison(tmp_path: Path):
-    values = {k: RUN[k] for k in ("model", "task", "output")} | {"data": {"source": "~/f.csv"}, "methods": ["lora", "rasa"]}
+    values = {k: RUN[k] for k in ("model", "task", "output")} | {
+        "data": {"source": "~/f.csv"},
+        "methods": ["lora", "rasa"],
+    }
     file = parse_comparison(values | {"rates": [1e-3], "seeds": [0, 1], "budget": "none"}, where="c.yaml")
     assert (file.output, file.data.source) == (f"{tmp_path}/x", f"{tmp_path}/f.csv")
 
@@ -49,7 +52,9 @@ def test_the_path_of_a_method(tmp_path: Path):
 
 
 def test_a_variable_that_is_not_set_is_named():
-    with pytest.raises(RunFileError, match=r"data\.source: '\$NOWHERE/f' names the environment variable NOWHERE, which"):
+    with pytest.raises(
+        RunFileError, match=r"data\.source: '\$NOWHERE/f' names the environment variable NOWHERE, which"
+    ):
         parse(RUN, ["data.source=$NOWHERE/f"])
 
 

@@ -35,15 +35,27 @@ def texts(rows: Rows, tokenizer: Any = None, loss_on: str = "completion") -> lis
 
 
 def test_alpaca(tmp_path: Path):
-    rows = load(tmp_path, [{"instruction": "Add", "input": "1 2", "output": "3"}, {"instruction": "Hi", "input": "", "output": "Ho"}])
-    assert texts(rows) == [("<|user|>Add\n\n1 2<|assistant|>3</s>", "3</s>"), ("<|user|>Hi<|assistant|>Ho</s>", "Ho</s>")]
-    named = load(tmp_path, [{"instruction": "a", "input": "b", "output": "c"}], columns={"prompt": "instruction", "completion": "output"})
+    rows = load(
+        tmp_path,
+        [{"instruction": "Add", "input": "1 2", "output": "3"}, {"instruction": "Hi", "input": "", "output": "Ho"}],
+    )
+    assert texts(rows) == [
+        ("<|user|>Add\n\n1 2<|assistant|>3</s>", "3</s>"),
+        ("<|user|>Hi<|assistant|>Ho</s>", "Ho</s>"),
+    ]
+    named = load(
+        tmp_path,
+        [{"instruction": "a", "input": "b", "output": "c"}],
+        columns={"prompt": "instruction", "completion": "output"},
+    )
     assert named.notes == ["train: not used: the column input"]
 
 
 def test_sharegpt(tmp_path: Path):
     chat = [{"from": "system", "value": "s"}, {"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
-    assert texts(load(tmp_path, [{"conversations": chat}])) == [("s" and "<|system|>s<|user|>a<|assistant|>b</s>", "b</s>")]
+    assert texts(load(tmp_path, [{"conversations": chat}])) == [
+        ("s" and "<|system|>s<|user|>a<|assistant|>b</s>", "b</s>")
+    ]
 
 
 @pytest.mark.parametrize(

@@ -207,7 +207,10 @@ def test_no_known_column(tmp_path):
         ({"text": 7}, "train, row 2: column 'text' holds 7, not text"),
         ({"text": None}, "train, row 2: column 'text' holds None, not text"),
         ({"prompt": "a", "completion": None}, "train, row 2: column 'completion' is missing"),
-        ({"prompt": "a", "completion": 7}, "train, row 2: column 'completion' holds 7; it must be text, or a list of {role"),
+        (
+            {"prompt": "a", "completion": 7},
+            "train, row 2: column 'completion' holds 7; it must be text, or a list of {role",
+        ),
         ({"messages": []}, "train, row 2: column 'messages' must be a list of {role, content}, got []"),
         ({"messages": [{"role": "robot", "content": "a"}]}, "train, row 2: column 'messages' has the role 'robot'"),
     ],
@@ -325,8 +328,9 @@ def test_an_empty_label_is_missing(tmp_path, empty):
 
 def test_suspicious_labels_are_named(tmp_path):
     rows = rows_of("classification", source=csv_of(tmp_path, ["pos", '" pos"', "Pos", "neg", '"odd "']))
-    assert "train: the labels ' pos', 'Pos', 'pos' differ in case or spaces alone; if they are one class, write them alike" in (
-        rows.notes
+    assert (
+        "train: the labels ' pos', 'Pos', 'pos' differ in case or spaces alone; if they are one class, write them alike"
+        in (rows.notes)
     )
     assert "train: the label 'odd ' begins or ends with a space" in rows.notes
     (note,) = rows_of("classification", source=csv_of(tmp_path, [f"{i / 4}" for i in range(6)])).notes

@@ -47,7 +47,8 @@ def test_less_than_was_made_is_said_and_no_step(classification: Values):
 
 
 @pytest.mark.parametrize(
-    "override", ["learning_rate=1", "optimizer=sgd", "batch_size=4", "evaluate_every=4", "seed=1", "extra={adam_beta1: 0.5}"]
+    "override",
+    ["learning_rate=1", "optimizer=sgd", "batch_size=4", "evaluate_every=4", "seed=1", "extra={adam_beta1: 0.5}"],
 )
 def test_what_a_checkpoint_decides_is_refused(classification: Values, tmp_path: Path, override: str):
     options = ["training.epochs=null", "training.max_steps=2"]

@@ -36,7 +36,9 @@ def test_rows_with_nothing_left_to_learn_are_counted(language_model: Values, tmp
     assert ": 3 train rows" in (result.adapter_path / "README.md").read_text()
 
     none = [f"data={write_jsonl(tmp_path / 'none.jsonl', rows[1:4])}", *options[1:]]
-    with pytest.raises(DataError, match=r"train: none of the 3 rows has anything to learn within 16 tokens.*longest row has 44"):
+    with pytest.raises(
+        DataError, match=r"train: none of the 3 rows has anything to learn within 16 tokens.*longest row has 44"
+    ):
         prepare(parse(language_model, none))
     assert prepare(parse(language_model, [*none, "data.max_length=64"])).encoded["train"].lengths == [44] * 3
 
@@ -55,9 +57,12 @@ def test_the_classes_of_a_head_are_checked(classification: Values, tmp_path: Pat
     options.append(f"output={tmp_path / 'second'}")
     for folder in (first.adapter_path, checkpoint):
         with pytest.raises(
-            ModelError, match=r"knows the classes \['neg', 'pos'\] in this order, .*set data\.labels: \[\"neg\", \"pos\"\]"
+            ModelError,
+            match=r"knows the classes \['neg', 'pos'\] in this order, .*set data\.labels: \[\"neg\", \"pos\"\]",
         ):
-            train(parse(classification, [*options, f"training.start_from={folder}", "data.labels=[pos, neg]"]), say=silent)
+            train(
+                parse(classification, [*options, f"training.start_from={folder}", "data.labels=[pos, neg]"]), say=silent
+            )
     more = [*options, f"training.start_from={first.adapter_path}"]
     assert train(parse(classification, more), say=silent).before["loss"] == pytest.approx(first.after["loss"])
 
@@ -67,9 +72,13 @@ def test_the_classes_of_a_head_are_checked(classification: Values, tmp_path: Pat
     assert any("does not say which classes its head knows; those of this run are neg, pos" in s for s in said)
 
 
-@pytest.mark.parametrize("field", ["rank_pattern={valu: 4}", "alpha_pattern={valu: 4}", "exclude_modules=[valu]", "modules_to_save=[valu]"])
+@pytest.mark.parametrize(
+    "field", ["rank_pattern={valu: 4}", "alpha_pattern={valu: 4}", "exclude_modules=[valu]", "modules_to_save=[valu]"]
+)
 def test_so_it_is_in_the_other_fields(classification: Values, field: str):
-    with pytest.raises(ModelError, match=rf"method\.{field.partition('=')[0]}: the model has no module 'valu'; did you mean"):
+    with pytest.raises(
+        ModelError, match=rf"method\.{field.partition('=')[0]}: the model has no module 'valu'; did you mean"
+    ):
         make_plan(prepare(parse(classification, [f"method.{field}"])))
 
 
@@ -95,3 +104,21 @@ def test_a_method_that_trains_nothing_is_refused(language_model: Values):
     run = parse(language_model | {"method": {"name": "peft:trainable_tokens"}})
     with pytest.raises(ModelError, match="it trains no parameter"):
         train(run, say=silent)
+
+
+def test_a_method_that_reads_weights_can_be_counted(language_model: Values):
+    """PEFT makes its tensors from the base's values, which a model on the meta device does not have."""
+    run = parse(language_model | {"method": {"name": "peft:adamss", "target_modules": ["q_proj", "v_proj"]}})
+    plan, result = make_plan(prepare(run)), train(run, say=silent)
+    assert plan.budget.adapter == result.adapter > 0
+
+
+def test_a_schedule_that_sees_a_number_go_bad_diverged(classification: Values, monkeypatch: pytest.MonkeyPatch):
+    from rankfold.train.trainers import CarefulTrainer, DivergedError
+
+    def bad(*args: Any, **kwargs: Any) -> None:
+        raise FloatingPointError("the scores are not finite")
+
+    monkeypatch.setattr(CarefulTrainer, "train", bad)
+    with pytest.raises(DivergedError, match="the scores are not finite"):
+        train(parse(classification), say=silent)

@@ -72,7 +72,9 @@ class LowRankTuner(BaseTuner):
         if state_dict is None:
             for field, absent in absent_names(config, [plain_name(name) for name, _ in model.named_modules()]):
                 if field != "modules_to_save":  # PEFT adds the names that heads usually have
-                    warnings.warn(f"{field}: no module of the model is called {absent!r}; it has no effect", stacklevel=2)
+                    warnings.warn(
+                        f"{field}: no module of the model is called {absent!r}; it has no effect", stacklevel=2
+                    )
         config = include_all_linear_layers(config, model)  # pyright: ignore[reportAssignmentType]
         named = None if state_dict is None else {plain_name(k.rsplit("." + PREFIX, 1)[0]) for k in state_dict}
         sites: dict[str, Site] = {}

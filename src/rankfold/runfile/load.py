@@ -38,6 +38,10 @@ def read_values(path: Path) -> tuple[Any, dict[KeyPath, int]]:
     Raises:
         RunFileError: it is no YAML. OSError: it cannot be read.
     """
+    if path.is_dir():
+        there = sorted(file.name for file in path.glob("*.yaml"))
+        hint = f"name the file in it: {path / there[0]}" if there else "name a file"
+        raise RunFileError([Problem((), f"is a folder; {hint}")], str(path))
     try:
         return read(path.read_text(encoding="utf-8"))
     except UnicodeDecodeError as e:

@@ -103,7 +103,8 @@ output: runs/compare-phonemes
                 "as prompt and completion"
             )
         tokens = _tokens_of(rows.kind, processor, is_chat, data.loss_on == "completion")
-        carried = [column for column in rows.carried if column in table.column_names]
+        # Of their own, so that what `datasets` takes a fingerprint of does not hold the rows
+        kind, carried = rows.kind, [column for column in rows.carried if column in table.column_names]
 
         def given(batch: dict[str, list], i: int, number: int) -> Options:
             try:
@@ -113,7 +114,7 @@ output: runs/compare-phonemes
 
         def encode(batch: dict[str, list], numbers: list[int]) -> dict[str, list]:
             ids, labels = [], []
-            columns = [batch[column] for column in rows.kind]
+            columns = [batch[column] for column in kind]
             if is_chat:
                 columns.append([given(batch, i, number) for i, number in enumerate(numbers)])
             for number, (row, learnt) in zip(numbers, tokens(*columns), strict=True):
@@ -158,7 +159,7 @@ def _tokens_of(
 ) -> Callable[..., Iterable[Learnt]]:
     """What turns the columns of a batch, and of chats the options, into its rows' tokens."""
     if kind == PAIR:
-        wholes_and_prompts = _pairs_of_chats if is_chat else _pairs_of_texts
+        wholes_and_prompts: Callable[..., tuple[Any, Any]] = _pairs_of_chats if is_chat else _pairs_of_texts
         return lambda *columns: (
             _behind(whole, prompt if answers_only else ())
             for whole, prompt in zip(*wholes_and_prompts(*columns, tokenizer), strict=True)
@@ -166,7 +167,9 @@ def _tokens_of(
     if kind == CHAT and answers_only:
         return functools.partial(map, turns(tokenizer))
     if kind == CHAT:
-        return lambda chats, given: (_behind(token_ids(tokenizer, c, given=g), ()) for c, g in zip(chats, given, strict=True))
+        return lambda chats, given: (
+            _behind(token_ids(tokenizer, c, given=g), ()) for c, g in zip(chats, given, strict=True)
+        )
     return lambda texts: (_behind(ids, ()) for ids in _texts(texts, tokenizer))
 
 

@@ -101,7 +101,12 @@ def turns(tokenizer: PreTrainedTokenizerBase) -> Callable[[Chat, Options], tuple
 
     def by_marks(chat: Chat, given: Options | None = None) -> tuple[list[int], list[bool]]:
         found: Any = tokenizer.apply_chat_template(
-            chat, chat_template=template, tokenize=True, return_dict=True, return_assistant_tokens_mask=True, **given or {}
+            chat,
+            chat_template=template,
+            tokenize=True,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+            **given or {},
         )
         return list(found["input_ids"]), [bool(mark) for mark in found["assistant_masks"]]
 

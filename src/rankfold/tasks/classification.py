@@ -170,8 +170,11 @@ def _alike(labels: list[str]) -> list[str]:
     found: dict[str, list[str]] = {}
     for label in labels:
         found.setdefault(" ".join(label.casefold().split()), []).append(label)
-    twins = [f"the labels {', '.join(map(repr, same))} differ in case or spaces alone; if they are one class, write them alike"
-        for same in found.values() if same[1:]]
+    twins = [
+        f"the labels {', '.join(map(repr, same))} differ in case or spaces alone; if they are one class, write them alike"
+        for same in found.values()
+        if same[1:]
+    ]
     lone = [same[0] for same in found.values() if not same[1:] and same[0] != same[0].strip()]
     return twins + [f"the label {label!r} begins or ends with a space" for label in lone]
 

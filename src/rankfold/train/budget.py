@@ -67,5 +67,5 @@ def stored(adapter: Path) -> tuple[int, int]:
 def ranks(model: nn.Module) -> tuple[int | None, int | None]:
     """The ranks that are left and those at the start, of all modules together; None where no schedule chooses them."""
     layers = [m for m in model.modules() if isinstance(m, AdaptedLayer)]
-    found = [a for layer in layers for a in layer.lowrank_adapters.values() if a.has_schedule]
+    found = [a for layer in layers for a in layer.adapters(list(layer.lowrank_adapters)) if a.has_schedule]
     return (sum(a.alive() for a in found), sum(a.r for a in found)) if found else (None, None)

@@ -179,7 +179,9 @@ def _check_labels(folder: Path, labels: list[str], where: str) -> list[str]:
     if theirs != labels:
         same = isinstance(theirs, list) and sorted(map(str, theirs)) == sorted(labels)
         fix = f"set data.labels: {json.dumps(theirs)}" if same else "start from an adapter of the same classes"
-        raise ModelError(f"{where} knows the classes {short(theirs)} in this order, this run has {short(labels)}; {fix}")
+        raise ModelError(
+            f"{where} knows the classes {short(theirs)} in this order, this run has {short(labels)}; {fix}"
+        )
     return []
 
 

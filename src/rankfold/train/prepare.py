@@ -24,7 +24,7 @@ from rankfold.train.budget import Budget
 from rankfold.train.data import load_rows
 
 if TYPE_CHECKING:
-    from peft import PeftConfig
+    from peft import PeftConfig, PeftModel
     from transformers import PreTrainedConfig
 
 
@@ -156,11 +156,23 @@ class Plan:
         ]
 
 
+def _to_count(prepared: Prepared) -> tuple[PeftModel, str]:
+    """The adapted model, without its weights unless the method reads them, and the name of its class."""
+    for weights in (False, True):
+        skeleton, new = model.load_model(prepared.run, prepared.place, prepared.config, weights=weights)
+        try:
+            config = copy.deepcopy(prepared.peft_config)
+            return model.adapt(skeleton, config, new, prepared.processor), type(skeleton).__name__
+        except NotImplementedError:  # torch's word for values that a tensor without memory does not have
+            if weights:
+                raise
+    raise AssertionError("not reached")
+
+
 def make_plan(prepared: Prepared) -> Plan:
     """The plan of a run, from the shapes of its model alone."""
     run, rows = prepared.run, prepared.rows
-    skeleton, new = model.load_model(run, prepared.place, prepared.config, weights=False)
-    adapted = model.adapt(skeleton, copy.deepcopy(prepared.peft_config), new, prepared.processor)
+    adapted, architecture = _to_count(prepared)
     longest = prepared.max_length or math.inf
     kept = [min(length, longest) for length in prepared.encoded["train"].lengths]
     # Packing fills rows of max_length; the others are one example each.
@@ -172,7 +184,7 @@ def make_plan(prepared: Prepared) -> Plan:
     epochs = steps / steps_an_epoch
     return Plan(
         run=run,
-        architecture=type(skeleton).__name__,
+        architecture=architecture,
         budget=budget.count(adapted),
         rows={name: len(split) for name, split in rows.splits.items()},
         classes=rows.classes_in_words(),

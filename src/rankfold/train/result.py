@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rankfold.tasks import table
-from rankfold.text import size
+from rankfold.text import decimals, size
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class TrainResult:
     def scores(self) -> list[tuple[str, str, str]]:
         """Metric, before and after, in words; a run that was resumed may not know what was before."""
         return [
-            (name, f"{self.before[name]:.4f}" if name in self.before else "?", f"{value:.4f}")
+            (name, decimals(self.before[name]) if name in self.before else "?", decimals(value))
             for name, value in self.after.items()
         ]
 

@@ -30,7 +30,7 @@ from rankfold.train.metrics import read_metrics, tidy
 from rankfold.train.plot import plot_metrics
 from rankfold.train.prepare import Prepared, prepare, processes
 from rankfold.train.result import TrainResult
-from rankfold.train.trainers import CarefulTrainer, make_trainer
+from rankfold.train.trainers import CarefulTrainer, DivergedError, make_trainer
 
 Measure = Callable[[CarefulTrainer, str, Any], dict[str, float]]
 """Trainer, name of the split and its rows in, metrics by name out."""
@@ -123,7 +123,10 @@ def train(
         trainer.args.restore_callback_states_from_checkpoint = True
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except FloatingPointError as e:  # a schedule of ranks saw it before the loss did
+        raise DivergedError(str(e)) from e
     if resume_at is not None and resume_at > trainer.state.max_steps:
         note = f"the run had made {resume_at:,} steps already, more than the {trainer.state.max_steps:,} asked for now; none was made"
         say(note)

@@ -25,6 +25,7 @@ from rankfold.runfile.methods import config_class
 from rankfold.runfile.problems import Problem, RunFileError
 from rankfold.runfile.schema import RunFile
 from rankfold.tasks.rows import DataError
+from rankfold.text import decimals
 from rankfold.train import folder
 from rankfold.train.data import load_rows
 from rankfold.train.plot import INK, TRAIN, VALIDATION, save_figure
@@ -169,7 +170,7 @@ def _read(stage: RunFile, xi: float, result: dict[str, Any]) -> Stage:
 def _words(stage: Stage, metric: str) -> str:
     return (
         f"  {stage.nonzero:,} parameters left ({stage.rank} of {stage.of} ranks); "
-        f"{metric} {stage.train[metric]:.4f} on training, {stage.validation[metric]:.4f} on validation rows"
+        f"{metric} {decimals(stage.train[metric])} on training, {decimals(stage.validation[metric])} on validation rows"
     )
 
 
