@@ -420,7 +420,11 @@ def _parser() -> argparse.ArgumentParser:
     subspace.add_argument(
         "--targets", type=_names, metavar="A,B", help="ends of module names (default: q_proj,k_proj,v_proj)"
     )
-    subspace.add_argument("--scope", choices=("layer", "module", "global"), default="layer")
+    subspace.add_argument(
+        "--scope",
+        choices=("layer", "module", "global"),
+        help="what shares a basis (default: layer, or module where output sizes differ)",
+    )
     subspace.add_argument("--source", choices=("weights", "delta"), default="weights")
     subspace.add_argument("--rank", type=int, default=32, help="columns to keep; adapters may use fewer (default: 32)")
     subspace.add_argument("--force", action="store_true", help="replace the file if it exists")

@@ -48,7 +48,7 @@ def read_config(folder: Path) -> PeftConfig:
         raise RankfoldError(f"{path}: {registry.unknown_type(kind)}")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT's advice about training
-        return PeftConfig.from_pretrained(str(folder))
+        return PEFT_TYPE_TO_CONFIG_MAPPING[kind].from_pretrained(str(folder))
 
 
 def _where_it_may_be(folder: Path) -> str:
