@@ -15,6 +15,8 @@ from rankfold.errors import RankfoldError
 from rankfold.host import registry
 
 CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+LABELS = "labels.json"
+"""The classes of an adapter's head in order of their index, as `rankfold train` writes them beside it."""
 
 
 def find_adapter(path: Path) -> Path:
@@ -49,6 +51,28 @@ def read_config(folder: Path) -> PeftConfig:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT's advice about training
         return PEFT_TYPE_TO_CONFIG_MAPPING[kind].from_pretrained(str(folder))
+
+
+def read_labels(folder: Path) -> list[str] | None:
+    """The classes of an adapter's head in order of their index; None where nothing says so.
+
+    Raises:
+        RankfoldError: the file that says so is damaged.
+    """
+    folder = Path(folder)
+    files = [folder / LABELS]
+    if folder.parent.name == "checkpoints":  # of a run, whose adapter may be there already
+        files.append(folder.parent.parent / "adapter" / LABELS)
+    file = next((file for file in files if file.is_file()), None)
+    if file is None:
+        return None
+    try:
+        labels = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise RankfoldError(f"{file} is not valid: {error}") from None
+    if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
+        raise RankfoldError(f"{file} is not valid: it must hold a list of names")
+    return labels
 
 
 def _where_it_may_be(folder: Path) -> str:

@@ -12,10 +12,10 @@ from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from rankfold.errors import nearest, short
+from rankfold.errors import RankfoldError, nearest, short
 from rankfold.host.targets import absent_names
 from rankfold.io import assets as bundled
-from rankfold.io.adapters import read_config, read_tensors
+from rankfold.io.adapters import read_config, read_labels, read_tensors
 from rankfold.io.models import ModelError, skeleton
 from rankfold.tasks import table
 from rankfold.train.budget import count
@@ -131,10 +131,6 @@ def adapt(model: PreTrainedModel, config: PeftConfig, train_in_full: list[str], 
     return adapted
 
 
-LABELS = "labels.json"
-"""File beside an adapter: the classes of its head in order of their index."""
-
-
 def start_from(model: PeftModel, folder: Path, labels: list[str]) -> list[str]:
     """Puts the weights of an adapter folder, trained head included, into the model's new adapter.
 
@@ -167,17 +163,14 @@ def start_from(model: PeftModel, folder: Path, labels: list[str]) -> list[str]:
 
 
 def _check_labels(folder: Path, labels: list[str], where: str) -> list[str]:
-    # A checkpoint lies two folders below its run, whose adapter may be there already.
-    files = [folder / LABELS, folder.parent.parent / "adapter" / LABELS]
-    file = next((file for file in files if file.is_file()), None)
-    if file is None:
-        return [f"{where} does not say which classes its head knows; those of this run are {', '.join(labels)}"]
     try:
-        theirs = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as e:
-        raise ModelError(f"{where}: {file} is damaged ({e})") from e
+        theirs = read_labels(folder)
+    except RankfoldError as e:
+        raise ModelError(f"{where}: {e}") from e
+    if theirs is None:
+        return [f"{where} does not say which classes its head knows; those of this run are {', '.join(labels)}"]
     if theirs != labels:
-        same = isinstance(theirs, list) and sorted(map(str, theirs)) == sorted(labels)
+        same = sorted(theirs) == sorted(labels)
         fix = f"set data.labels: {json.dumps(theirs)}" if same else "start from an adapter of the same classes"
         raise ModelError(
             f"{where} knows the classes {short(theirs)} in this order, this run has {short(labels)}; {fix}"

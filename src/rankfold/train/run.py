@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, set_seed
 
+from rankfold.io.adapters import LABELS
 from rankfold.io.files import whole_folder, write_whole
 from rankfold.runfile.checks import check
 from rankfold.runfile.problems import RunFileError
@@ -178,7 +179,7 @@ def train(
         )
         if main:
             if rows.labels:
-                (partial / model.LABELS).write_text(json.dumps(rows.labels) + "\n", encoding="utf-8")
+                (partial / LABELS).write_text(json.dumps(rows.labels) + "\n", encoding="utf-8")
             (partial / "README.md").write_text(model_card(prepared, result), encoding="utf-8")
     if main:
         write_whole(output / "result.json", json.dumps(asdict(result), indent=2) + "\n")
