@@ -69,7 +69,7 @@ def _train(a: argparse.Namespace) -> None:
         from rankfold.train.prepare import make_plan, prepare
 
         plan = make_plan(prepare(run))
-        _print_table("plan (nothing was trained or written)", plan.lines())
+        _print_table("plan (nothing was trained)", plan.lines())
         print(*plan.notes, sep="\n")
         return
     from rankfold.train.profiler import Profile

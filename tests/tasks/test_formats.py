@@ -28,7 +28,7 @@ def load(tmp_path: Path, rows: list[dict[str, Any]], **data: Any) -> Rows:
 def texts(rows: Rows, tokenizer: Any = None, loss_on: str = "completion") -> list[tuple[str, str]]:
     """Of each row: all of it, and what is learnt."""
     tokenizer = tokenizer or byte_tokenizer()
-    made = TASK.encode(rows, "train", tokenizer, 512, SimpleNamespace(loss_on=loss_on)).rows
+    made = TASK.encode(rows, "train", tokenizer, 512, SimpleNamespace(loss_on=loss_on)).rows.to_list()
     return [
         (tokenizer.decode(row["input_ids"]), tokenizer.decode([i for i in row["labels"] if i != -100])) for row in made
     ]
