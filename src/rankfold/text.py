@@ -21,6 +21,15 @@ def count(n: float) -> str:
     return f"{n:,.0f}"
 
 
+def decimals(x: float, digits: int = 4) -> str:
+    """A number with so many decimals, and never a zero with a minus.
+
+    >>> decimals(-0.00001), decimals(-0.5)
+    ('0.0000', '-0.5000')
+    """
+    return f"{round(x, digits) + 0.0:.{digits}f}"
+
+
 def size(n: float) -> str:
     """Bytes in three digits, in units of 1000.
 

@@ -21,6 +21,7 @@ from toy import SCHEDULED, STEPS, adamw, adapted, adapters, alive, assert_same, 
 
 import rankfold
 from rankfold import attach
+from rankfold.errors import RankfoldError
 
 scheduled = pytest.mark.parametrize("method", SCHEDULED)
 METHODS = [*SCHEDULED, "rasa"]
@@ -342,18 +343,20 @@ def test_wherever_the_layers_are(method: str, how: str, masks_of_peft: None) -> 
 def test_training_without_the_controller_is_noticed(method: str, fused: bool, tmp_path: Path) -> None:
     model = adapted(method)
     optimizer = adamw(model, fused=fused)
-    with pytest.warns(UserWarning, match=r"without its controller.*rankfold\.attach"):
-        train(model, optimizer, range(4))
+    for _ in range(2):  # at every step, as a notebook's cell is run again
+        with pytest.raises(RankfoldError, match=r"without its controller.*rankfold\.attach.*allow_unscheduled=True"):
+            train(model, optimizer, range(1))
     with pytest.raises(RuntimeError, match="allow_unscheduled=True"):
         model.save_pretrained(tmp_path)
     assert not (tmp_path / "adapter_model.safetensors").exists()
     model.peft_config["default"].allow_unscheduled = True
     model.save_pretrained(tmp_path)
     assert (tmp_path / "adapter_model.safetensors").exists()
+    train(model, optimizer, range(1))  # what was said once is enough
 
 
 def test_one_warning_is_enough() -> None:
-    model = adapted("sora")
+    model = adapted("sora", allow_unscheduled=True)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         train(model, adamw(model), range(4))
@@ -414,7 +417,7 @@ def test_training_on_after_the_controller_went_is_noticed(method: str) -> None:
     handle = attach(model, optimizer, total_steps=STEPS)
     train(model, optimizer, range(STEPS))
     handle.remove()
-    with pytest.warns(UserWarning, match="without its controller"):
+    with pytest.raises(RankfoldError, match="without its controller"):
         train(model, optimizer, range(4))
 
 

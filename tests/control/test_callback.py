@@ -14,6 +14,7 @@ from toy import SCHEDULED, STEPS, adapters, alive, assert_same, llama, trainer
 from transformers import TrainerCallback
 
 from rankfold import AdapterCallback
+from rankfold.errors import RankfoldError
 
 scheduled = pytest.mark.parametrize("method", SCHEDULED)
 #: Sum of the ranks at the end over the four modules, where a budget says it.
@@ -105,12 +106,11 @@ def test_started_again_in_one_session(method: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused"])
 @scheduled
-def test_without_the_callback_nothing_is_saved(method: str, optim: str, tmp_path: Path) -> None:
-    with (
-        pytest.warns(UserWarning, match=r"callbacks=\[rankfold\.AdapterCallback\(\)\]"),
-        pytest.raises(RuntimeError, match="without its controller"),
-    ):
-        trainer(llama(method), tmp_path, optim=optim).train()
+def test_without_the_callback_the_first_step_says_so(method: str, optim: str, tmp_path: Path) -> None:
+    run = trainer(llama(method), tmp_path, optim=optim)
+    with pytest.raises(RankfoldError, match=r"without its controller.*callbacks=\[rankfold\.AdapterCallback\(\)\]"):
+        run.train()
+    assert run.state.global_step == 0
     assert not list(tmp_path.rglob("adapter_model.safetensors"))
     allowed = llama(method, allow_unscheduled=True)
     with pytest.warns(UserWarning, match="without its controller"):

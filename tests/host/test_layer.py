@@ -14,6 +14,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from rankfold import AdaSvdConfig, PlainLoraConfig, RasaConfig, SoraConfig
+from rankfold.errors import RankfoldError
 from rankfold.host.layer import AdaptedLayer
 
 
@@ -103,7 +104,7 @@ def pickled(model: nn.Module) -> nn.Module:
 @pytest.mark.parametrize("copied", [copy.deepcopy, pickled], ids=["copied", "pickled"])
 @pytest.mark.parametrize("config", [AdaSvdConfig, SoraConfig])
 @pytest.mark.parametrize("attached", [False, True])
-def test_a_copy_trained_without_its_controller_warns_and_is_not_saved(copied, config, attached, tmp_path):
+def test_a_copy_trained_without_its_controller_is_refused_and_not_saved(copied, config, attached, tmp_path):
     """A copy has no controller, whatever the original has: it hangs on the original's optimiser."""
     from rankfold import attach
 
@@ -113,7 +114,7 @@ def test_a_copy_trained_without_its_controller_warns_and_is_not_saved(copied, co
     twin = copied(model)
     optimizer = torch.optim.SGD(twin.parameters(), lr=0.1)
     twin(torch.randn(2, 8)).sum().backward()
-    with pytest.warns(UserWarning, match="trained without its controller"):
+    with pytest.raises(RankfoldError, match="trained without its controller"):
         optimizer.step()
     with pytest.raises(RuntimeError, match="trained without its controller"):
         twin.save_pretrained(tmp_path)

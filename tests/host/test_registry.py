@@ -92,7 +92,7 @@ def test_a_schedule_over_anothers_adapter_leaves_that_one_alone() -> None:
     assert layer(chain).has_schedule
     step(lora)  # warnings are errors here
     assert not layer(lora).trained_unscheduled()
-    with pytest.warns(UserWarning, match="Lora at 0 is being trained without its controller"):
+    with pytest.raises(RankfoldError, match="Lora at 0 is being trained without its controller"):
         step(chain)
     assert layer(chain).trained_unscheduled()
     assert (PlainLoraConfig.scheduled, ChainConfig.scheduled, SoraConfig.scheduled) == (False, True, True)

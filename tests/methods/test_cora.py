@@ -18,7 +18,9 @@ from table import adapter_parameters, assert_same, layers, snapshot, stir, stock
 from torch import nn
 
 from rankfold import CoraConfig, PlainLoraConfig
+from rankfold.errors import RankfoldError
 from rankfold.fold import fold_adapter
+from rankfold.io.adapters import read_config
 from rankfold.methods.cora_subspace import build_subspace, load_subspace
 
 QKV = {
@@ -268,6 +270,26 @@ def test_a_relative_path_is_found_from_anywhere(
     model.save_pretrained(tmp_path / "a")
     monkeypatch.chdir(tmp_path)
     assert torch.equal(BERT.out(PeftModel.from_pretrained(BERT.build(), tmp_path / "a")), BERT.out(model))
+
+
+@approaches
+def test_a_project_that_is_moved_takes_its_basis_along(approach: int, bases: dict[str, Path], tmp_path: Path) -> None:
+    old, new = tmp_path / "old", tmp_path / "elsewhere" / "new"
+    (old / "bases").mkdir(parents=True)
+    shutil.copy(bases["bert"], old / "bases" / "qkv.safetensors")
+    model = adapt(BERT, old / "bases" / "qkv.safetensors", approach=approach)
+    model.save_pretrained(old / "runs" / "a" / "adapter")
+    new.parent.mkdir()
+    shutil.move(old, new)
+    adapter = new / "runs" / "a" / "adapter"
+    assert torch.equal(BERT.out(PeftModel.from_pretrained(BERT.build(), adapter)), BERT.out(model))
+    assert read_config(adapter).basis == str(new / "bases" / "qkv.safetensors")  # pyright: ignore
+    beside = Path(shutil.move(new / "bases" / "qkv.safetensors", adapter))
+    assert read_config(adapter).basis == str(beside)  # pyright: ignore
+    shutil.copy(bases["t5"], beside)  # of that name, but another
+    if approach == 1:
+        with pytest.raises(RankfoldError, match="there is no such file"):
+            PeftModel.from_pretrained(BERT.build(), adapter)
 
 
 @archs

@@ -266,9 +266,13 @@ def test_grouped_query_attention_needs_scope_module(tmp_path: Path) -> None:
     for scope in ("layer", "global"):
         with pytest.raises(ValueError, match=r'different output sizes .*use scope="module"'):
             build_subspace(model, tmp_path / "b.safetensors", rank=2, scope=scope)
-    found = build_subspace(model, tmp_path / "b.safetensors", rank=2, scope="module")
-    assert found.basis_for(site(NAMES[0])).shape == (D, 2)
-    assert found.basis_for(site(NAMES[1], D // 2)).shape == (D // 2, 2)
+    said: list[str] = []
+    for options in ({"scope": "module"}, {"say": said.append, "force": True}):
+        found = build_subspace(model, tmp_path / "b.safetensors", rank=2, **options)
+        assert found.scope == "module"
+        assert found.basis_for(site(NAMES[0])).shape == (D, 2)
+        assert found.basis_for(site(NAMES[1], D // 2)).shape == (D // 2, 2)
+    assert "different output sizes" in said[0]
 
 
 def test_models_that_do_not_belong_together(models: list[Path], tmp_path: Path) -> None:

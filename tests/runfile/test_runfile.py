@@ -196,3 +196,18 @@ def test_every_default_in_the_written_file_is_valid(tmp_path, task):
 )
 def test_examples_are_valid(example):
     (load_comparison if "methods:" in example.read_text() else load)(example)
+
+
+@pytest.mark.parametrize("name", ["adalora", "dynamic_dora"])
+def test_a_starter_file_of_a_budget_method_prunes(tmp_path, name):
+    method = load_text(tmp_path, template("causal-lm", name)).method
+    assert method.config.r == 12  # pyright: ignore[reportAttributeAccessIssue]
+    assert method.config.target_r == 8  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_a_folder_in_place_of_a_run_file(tmp_path):
+    with pytest.raises(RunFileError, match="is a folder; name a file"):
+        load(tmp_path)
+    (tmp_path / "run.yaml").write_text(GOOD)
+    with pytest.raises(RunFileError, match=rf"is a folder; name the file in it: {tmp_path}/run\.yaml"):
+        load(tmp_path)

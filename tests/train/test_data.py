@@ -206,7 +206,11 @@ def test_no_known_column(tmp_path):
     [
         ({"text": 7}, "train, row 2: column 'text' holds 7, not text"),
         ({"text": None}, "train, row 2: column 'text' holds None, not text"),
-        ({"prompt": "a", "completion": None}, "train, row 2: column 'completion' must be a list"),
+        ({"prompt": "a", "completion": None}, "train, row 2: column 'completion' is missing"),
+        (
+            {"prompt": "a", "completion": 7},
+            "train, row 2: column 'completion' holds 7; it must be text, or a list of {role",
+        ),
         ({"messages": []}, "train, row 2: column 'messages' must be a list of {role, content}, got []"),
         ({"messages": [{"role": "robot", "content": "a"}]}, "train, row 2: column 'messages' has the role 'robot'"),
     ],
@@ -304,3 +308,48 @@ def test_the_longest_row_that_fits(bert):
     assert longest(max_length=10) == 10
     with pytest.raises(DataError, match=r"data\.max_length: 65 tokens do not fit the model, which takes 64"):
         longest(max_length=65)
+
+
+# --- labels of CSV files, which are all text ----------------------------------------------------------------------------
+
+
+def csv_of(tmp_path, labels, split="train"):
+    path = tmp_path / f"{split}.csv"
+    path.write_text("text,label\n" + "".join(f"row {split} {i},{label}\n" for i, label in enumerate(labels)))
+    return str(path)
+
+
+@pytest.mark.parametrize("empty", ["", "  ", '"  "'])
+def test_an_empty_label_is_missing(tmp_path, empty):
+    assert error_of("classification", source=csv_of(tmp_path, ["pos", empty, "neg"])) == (
+        "train, row 2: the label is missing"
+    )
+
+
+def test_suspicious_labels_are_named(tmp_path):
+    rows = rows_of("classification", source=csv_of(tmp_path, ["pos", '" pos"', "Pos", "neg", '"odd "']))
+    assert (
+        "train: the labels ' pos', 'Pos', 'pos' differ in case or spaces alone; if they are one class, write them alike"
+        in (rows.notes)
+    )
+    assert "train: the label 'odd ' begins or ends with a space" in rows.notes
+    (note,) = rows_of("classification", source=csv_of(tmp_path, [f"{i / 4}" for i in range(6)])).notes
+    assert note.startswith("train: 6 of 6 labels are numbers with a fraction (such as 0.0)")
+    assert rows_of("classification", source=csv_of(tmp_path, ["1", "-2", "nan", "1.x"])).notes == []
+    assert rows_of("classification", source=csv_of(tmp_path, ["1.0", "1.1"]), labels=["1.0", "1.1"]).notes == []
+
+
+def test_classes_are_counted(tmp_path):
+    rows = rows_of("classification", source=csv_of(tmp_path, ["pos", "pos", "neg"]))
+    assert rows.classes_in_words() == "2: neg 1, pos 2"
+    many = rows_of("classification", source=csv_of(tmp_path, [f"c{i:02}" for i in range(14)]))
+    assert many.classes_in_words().startswith("14: c00 1, c01 1, ")
+    assert many.classes_in_words().endswith(", c11 1, ...")
+
+
+def test_a_class_that_only_validation_has_may_be_named(tmp_path):
+    files = {"train": csv_of(tmp_path, ["a", "b"]), "validation": csv_of(tmp_path, ["c"], "validation")}
+    assert "validation: the label 'c' (1 row) is never seen in train" in error_of("classification", **files)
+    rows = rows_of("classification", **files, labels=["a", "b", "c"])
+    assert rows.notes == ["train: no row has the label c of data.labels"]
+    assert "is not in data.labels" in error_of("classification", **files, labels=["a", "b", "d"])

@@ -14,6 +14,7 @@ from rankfold.io.models import ModelError
 from rankfold.runfile.load import parse
 from rankfold.runfile.problems import RunFileError
 from rankfold.runfile.schema import RunFile
+from rankfold.tasks.rows import DataError
 from rankfold.train import sparsify as module
 from rankfold.train.run import train
 from rankfold.train.sparsify import sparsify, thresholds
@@ -94,3 +95,11 @@ def test_methods_with_a_schedule_keep_the_last_checkpoint(classification: Values
     assert parse(classification).keeps_best
     with pytest.raises(RunFileError, match="early_stopping"):
         sora(classification, "training.early_stopping=2")
+
+
+def test_validation_rows_are_asked_for_before_anything_is_trained(classification: Values):
+    source = Path(classification["data"]["source"], "train.jsonl")
+    run = sora(classification, f"data={source}")
+    with pytest.raises(DataError, match=r"sparsify needs validation rows .* data\.validation: 0\.1"):
+        sparsify(run, thresholds(0.0, 0.1, 2), say=silent)
+    assert not Path(run.output).exists()

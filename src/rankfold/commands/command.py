@@ -12,6 +12,8 @@ from dataclasses import MISSING, Field, dataclass, field, fields
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from rankfold.io.paths import with_home
+
 
 def option(help: str | None = None, *, default: Any = MISSING, short: str | None = None, **argparse_: Any) -> Any:
     """A field that is a flag, `--like-its-name`; required unless it has a default.
@@ -84,7 +86,7 @@ def add_options(parser: argparse.ArgumentParser, options: type) -> None:
 
 def parse(parser: argparse.ArgumentParser, options: type[Options], arguments: Sequence[str]) -> Options:
     """The options that were given. Flags may stand anywhere between the other arguments."""
-    given = vars(parser.parse_intermixed_args(arguments))
+    given = {name: with_home(value) for name, value in vars(parser.parse_intermixed_args(arguments)).items()}
     for f in fields(options):
         if "group" in f.metadata:
             given[f.name] = {g.name: given.pop(g.name) for g in fields(f.metadata["group"]) if g.name in given}

@@ -85,7 +85,7 @@ def print_plan(lineup: Lineup, file: CompareFile) -> None:
     from rankfold.compare.trial_list import wanted
 
     done = {line.id: line for line in read(Path(file.output, FILE))}
-    table = Table(title="comparison (nothing was trained or written)", title_justify="left", box=None, pad_edge=False)
+    table = Table(title="comparison (nothing was trained)", title_justify="left", box=None, pad_edge=False)
     for name in ("contender", "where", "trained", "of budget", "head", "fields"):
         table.add_column(name, justify="right" if name in ("trained", "of budget", "head") else "left")
     for e in lineup.entries:

@@ -18,7 +18,9 @@ class Options(CommonOptions):
     targets: list[str] | None = option(
         "ends of module names (default: q_proj,k_proj,v_proj)", default=None, type=names, metavar="A,B"
     )
-    scope: Literal["layer", "module", "global"] = option(default="layer")
+    scope: Literal["layer", "module", "global"] | None = option(
+        "what shares a basis (default: layer, or module where output sizes differ)", default=None
+    )
     source: Literal["weights", "delta"] = option(default="weights")
     rank: int = option("columns to keep; adapters may use fewer (default: 32)", default=32)
     force: bool = option("replace the file if it exists", default=False)

@@ -30,7 +30,7 @@ def run(options: Options) -> int:
         from rankfold.train.prepare import make_plan, prepare
 
         plan = make_plan(prepare(run))
-        print_table("plan (nothing was trained or written)", plan.lines())
+        print_table("plan (nothing was trained)", plan.lines())
         print(*plan.notes, sep="\n")
         return 0
     from rankfold.train.profiler import Profile

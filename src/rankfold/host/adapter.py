@@ -76,7 +76,7 @@ class Adapter(nn.Module):
 
     def __init__(self, config: LowRankConfig, site: Site, shared: nn.Module | None = None) -> None:
         super().__init__()
-        self.site = site
+        self.site, self.config = site, config
         self.r = config.rank_at(site.name)
         self.lora_alpha = config.alpha_at(site.name)
         # α/r of the *initial* rank: it must survive pruning, so it is never recomputed

@@ -72,7 +72,7 @@ class LowRankConfig(PeftConfig, metaclass=LoraFields):
         metadata={"help": "Compute a gated MLP (SwiGLU, GeGLU) as one, which keeps less for the backward."},
     )
     allow_unscheduled: bool = field(
-        default=False, metadata={"help": "Save or fold a scheduled method although its schedule did not run."}
+        default=False, metadata={"help": "Train, save or fold a scheduled method although its schedule does not run."}
     )
     schedule: dict | None = field(
         default=None, metadata={"help": "Written by the controller: how far the schedule has run. Not for you to set."}

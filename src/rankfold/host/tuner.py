@@ -40,6 +40,7 @@ from rankfold.host.layer import AdaptedLayer
 from rankfold.host.linear_layer import AdaptedLinear
 from rankfold.host.peft_api import check_as_lora, include_all_linear_layers, onload_layer
 from rankfold.host.siblings import link_siblings, part_siblings
+from rankfold.host.targets import absent_names
 from rankfold.host.tied import link_tied, warn_tied
 
 
@@ -77,6 +78,12 @@ class LowRankTuner(BaseTuner):
         """
         config.check()  # a field may have been assigned since
         config = self._prepare_adapter_config(config, self.get_model_config(model))  # pyright: ignore[reportAssignmentType]
+        if state_dict is None:
+            for field, absent in absent_names(config, [plain_name(name) for name, _ in model.named_modules()]):
+                if field != "modules_to_save":  # PEFT adds the names that heads usually have
+                    warnings.warn(
+                        f"{field}: no module of the model is called {absent!r}; it has no effect", stacklevel=2
+                    )
         config = include_all_linear_layers(config, model)  # pyright: ignore[reportAssignmentType]
         named = None if state_dict is None else {plain_name(k.rsplit("." + PREFIX, 1)[0]) for k in state_dict}
         sites: dict[str, Site] = {}

@@ -9,6 +9,8 @@ from weakref import WeakSet
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from rankfold.errors import RankfoldError
+
 #: Every adapter that has a schedule. A hook on all optimisers sees one that is stepped without its controller: a parameter's
 #: version counter would not (fused kernels leave it alone, loading moves it).
 _WATCHED: WeakSet[Any] = WeakSet()
@@ -17,25 +19,28 @@ _NEW: WeakSet[Any] = WeakSet()
 
 
 def _after_any_step(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
-    waiting = [a for a in _WATCHED if not a.scheduled and not a._stepped_unscheduled]
+    waiting = [a for a in _WATCHED if not a.scheduled and not (a._stepped_unscheduled and a.config.allow_unscheduled)]
     if not waiting and not _NEW:
         return
     held = {id(p): p.grad is not None for g in optimizer.param_groups for p in g["params"] if p.requires_grad}
-    _notice_unscheduled(waiting, held)
+    _refuse_unscheduled(waiting, held)
     _notice_dead(held)
 
 
-def _notice_unscheduled(waiting: list[Any], held: dict[int, bool]) -> None:
+def _refuse_unscheduled(waiting: list[Any], held: dict[int, bool]) -> None:
     found = [a for a in waiting if any(held.get(id(p)) for p in a.parameters())]
     for adapter in found:
         adapter._stepped_unscheduled = True
-    if found:
-        warnings.warn(
-            f"{type(found[0]).__name__} at {found[0].site.name} is being trained without its controller, so its ranks will "
-            "never change: call rankfold.attach(model, optimizer, total_steps=...) before the loop, or give "
-            "Trainer callbacks=[rankfold.AdapterCallback()]",
-            stacklevel=3,
-        )
+    if not found:
+        return
+    said = (
+        f"{type(found[0]).__name__} at {found[0].site.name} is being trained without its controller, so its ranks will "
+        "never change: call rankfold.attach(model, optimizer, total_steps=...) before the loop, or give "
+        "Trainer callbacks=[rankfold.AdapterCallback()]"
+    )
+    if not all(adapter.config.allow_unscheduled for adapter in found):
+        raise RankfoldError(f"{said}; to train and save it all the same, set allow_unscheduled=True in its config")
+    warnings.warn(said, stacklevel=3)
 
 
 def _notice_dead(held: dict[int, bool]) -> None:

@@ -18,6 +18,8 @@ from rankfold.errors import RankfoldError
 from rankfold.host import registry
 
 CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+LABELS = "labels.json"
+"""The classes of an adapter's head in order of their index, as `rankfold train` writes them beside it."""
 
 
 def find_adapter(path: Path) -> Path:
@@ -51,7 +53,7 @@ def read_config(folder: Path) -> PeftConfig:
         raise RankfoldError(f"{path}: {registry.unknown_type(kind)}")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT's advice about training
-        return PeftConfig.from_pretrained(str(folder))
+        return PEFT_TYPE_TO_CONFIG_MAPPING[kind].from_pretrained(str(folder))
 
 
 def _where_it_may_be(folder: Path) -> str:
@@ -88,8 +90,14 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def read_labels(folder: Path) -> list[str]:
-    """The classes of a classifier's adapter in order of their index, where its folder says them: in a config.json of the model
-    beside it, or in the card that `rankfold train` writes; [] where neither does."""
+    """The classes of a classifier's adapter in order of their index, where its folder says them: in a labels.json, in a
+    config.json of the model beside it, or in the card that `rankfold train` writes; [] where none does.
+
+    Raises:
+        RankfoldError: labels.json is damaged.
+    """
+    if (stated := _stated_labels(folder)) is not None:
+        return stated
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         return _in_order(config["id2label"])
@@ -101,6 +109,28 @@ def read_labels(folder: Path) -> list[str]:
         return _in_order(ast.literal_eval(found[1])) if found else []
     except (OSError, ValueError, SyntaxError, TypeError):
         return []
+
+
+def _stated_labels(folder: Path) -> list[str] | None:
+    """What `rankfold train` wrote beside the adapter; None where it wrote nothing.
+
+    Raises:
+        RankfoldError: the file that says so is damaged.
+    """
+    folder = Path(folder)
+    files = [folder / LABELS]
+    if folder.parent.name == "checkpoints":  # of a run, whose adapter may be there already
+        files.append(folder.parent.parent / "adapter" / LABELS)
+    file = next((file for file in files if file.is_file()), None)
+    if file is None:
+        return None
+    try:
+        labels = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise RankfoldError(f"{file} is not valid: {error}") from None
+    if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
+        raise RankfoldError(f"{file} is not valid: it must hold a list of names")
+    return labels
 
 
 def labels_of(model: Any) -> list[str]:

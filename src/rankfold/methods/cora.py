@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
@@ -31,6 +32,16 @@ from rankfold.host.config import LowRankConfig
 from rankfold.host.registry import Method, register
 from rankfold.kernel.factors import Factors
 from rankfold.methods.cora_subspace import Subspace, load_subspace
+
+#: The folder of the adapter whose config is being read.
+_SAVED_IN: ContextVar[Path | None] = ContextVar("_SAVED_IN", default=None)
+
+
+def _hash(path: Path) -> str | None:
+    try:
+        return load_subspace(path).hash
+    except (OSError, ValueError):
+        return None  # a file of that name, but no basis
 
 
 @dataclass
@@ -58,13 +69,34 @@ class CoraConfig(LowRankConfig):
     def check(self) -> None:
         given = isinstance(self.basis, str | os.PathLike) and bool(os.fspath(self.basis))
         self.require("basis", self.basis, given, "the path of a file that `rankfold subspace` wrote")
-        self.basis = str(Path(self.basis).absolute())  # the adapter may be loaded from elsewhere
+        self.basis = str(self._place())
         super().check()
         self.require("approach", self.approach, self.approach in (1, 2), "1 (B frozen) or 2 (B trained)")
         if self.basis_hash is None and (found := self.subspace()) is not None:
             self.basis_hash = found.hash
             for r in (self.r, *self.rank_pattern.values()):
                 self.require("r", r, r <= found.rank, f"<= {found.rank}, the rank of the basis")
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
+        """As PEFT's. A basis that was moved together with the adapter is found again; its hash says that it is the one."""
+        saved = Path(pretrained_model_name_or_path, subfolder or "").absolute()
+        token = _SAVED_IN.set(saved if saved.is_dir() else None)
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        finally:
+            _SAVED_IN.reset(token)
+
+    def _place(self) -> Path:
+        """The absolute path of the basis; where nothing is there, the same place seen from a folder above the adapter's."""
+        path = Path(self.basis).absolute()  # the adapter may be loaded from elsewhere
+        if (saved := _SAVED_IN.get()) is None or self.basis_hash is None or path.exists():
+            return path
+        tails = [Path(*path.parts[-n:]) for n in range(1, len(path.parts))]
+        for found in (above / tail for above in (saved, *saved.parents) for tail in tails):
+            if found.is_file() and _hash(found) == self.basis_hash:
+                return found
+        return path
 
     def subspace(self) -> Subspace | None:
         """The basis. None where it is not needed: for a saved adapter of approach 2, which brings its own B, with the

@@ -119,7 +119,7 @@ def build_subspace(
     *,
     base: Folder | None = None,
     targets: Sequence[str] = ("q_proj", "k_proj", "v_proj"),
-    scope: str = "layer",
+    scope: str | None = None,
     source: str = "weights",
     rank: int = 32,
     scale: str = "none",
@@ -132,7 +132,8 @@ def build_subspace(
         models: folders of one architecture, as `save_pretrained` writes them (safetensors, sharded or not).
         base: folder of the model they were all tuned from; `source="delta"` needs it.
         targets: endings of the names of the modules whose weights are collected.
-        scope: one basis for the targets of each "layer", for each "module", or a single "global" one.
+        scope: one basis for the targets of each "layer", for each "module", or a single "global" one. By default "layer" where
+            the targets of a layer have one output size, else "module" (grouped-query attention).
         source: "weights" W_t, or "delta" W_t − W_0.
         rank: columns to keep. Adapters may use fewer.
         scale: "none", or "sqrt_sigma" for columns of length (σ/σ₁)^½.
@@ -147,7 +148,7 @@ def build_subspace(
     targets = (targets,) if isinstance(targets, str) else tuple(targets)
     out = Path(out)
     for name, value, allowed in (("scope", scope, SCOPES), ("source", source, SOURCES), ("scale", scale, SCALES)):
-        if value not in allowed:
+        if value not in allowed and (name, value) != ("scope", None):
             raise RankfoldError(f"build_subspace: {name}={value!r} must be one of {', '.join(allowed)}")
     if not models or not targets:
         raise RankfoldError("build_subspace: give at least one model folder and one name in targets")
@@ -167,9 +168,13 @@ def build_subspace(
     # In the order of their content: sums of float64 depend on it, and the basis should not depend on the caller's
     found.sort(key=lambda m: sorted(m.hashes.items()))
 
-    groups: dict[str, list[str]] = {}  # key → modules, by their name behind the prefix
-    for module in reference.shapes:
-        groups.setdefault(_key(reference.prefix + module, scope), []).append(module)
+    groups = _groups(reference, scope or "layer")
+    if scope is None:
+        alike = all(len({reference.shapes[m][0] for m in modules}) == 1 for modules in groups.values())
+        scope = "layer" if alike else "module"
+        groups = _groups(reference, scope)
+        if say is not None and not alike:
+            say("the targets of a layer have different output sizes: one basis for each module (scope module)")
     for key, modules in groups.items():
         _check_group(key, {m: reference.shapes[m] for m in modules}, rank)
     tensors: dict[str, Tensor] = {}
@@ -256,6 +261,14 @@ def content_hash(tensors: Mapping[str, Tensor]) -> str:
         digest.update(f"{name} {t.dtype} {tuple(t.shape)}\n".encode())
         digest.update(t.flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def _groups(reference: ModelFolder, scope: str) -> dict[str, list[str]]:
+    """The modules that share a basis, by key and by their name behind the prefix."""
+    groups: dict[str, list[str]] = {}
+    for module in reference.shapes:
+        groups.setdefault(_key(reference.prefix + module, scope), []).append(module)
+    return groups
 
 
 def _key(module: str, scope: str) -> str:

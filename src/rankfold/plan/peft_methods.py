@@ -4,11 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-#: Names that PEFT's users know, for a field of its LoRA.
-ALIASES: dict[str, tuple[str, dict[str, Any]]] = {
-    "peft:rslora": ("peft:lora", {"use_rslora": True}),
-    "peft:dora": ("peft:lora", {"use_dora": True}),
-}
 #: The best known, which a plan compares ours with.
 RIVALS = ("peft:lora", "peft:rslora", "peft:dora", "peft:adalora", "peft:vera", "peft:loha", "peft:lokr")
 #: Fields that a config requires although a plan does not depend on them, and their meaning for a run file's reader.

@@ -12,7 +12,7 @@ from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
 
 from rankfold.errors import nearest, short
 from rankfold.runfile.arguments import RENAMED, trainer_arguments
-from rankfold.runfile.methods import SET_BY_THE_RUN, config_class, config_fields
+from rankfold.runfile.methods import SET_BY_THE_RUN, config_class, config_fields, refuse
 from rankfold.runfile.problems import Problem, allowed
 from rankfold.runfile.schema import RunFile
 from rankfold.tasks import table
@@ -40,6 +40,7 @@ def peft_config(run: RunFile) -> PeftConfig:
 def _check_method(run: RunFile) -> list[Problem]:
     name = run.method.name
     try:
+        refuse(name)
         config = config_class(name)
     except ValueError as e:
         return [Problem(("method", "name"), str(e))]

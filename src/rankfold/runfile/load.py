@@ -11,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 from rankfold.errors import RankfoldError, short
 from rankfold.runfile.checks import check
 from rankfold.runfile.imports import load_all, with_places
+from rankfold.runfile.paths import expand_all
 from rankfold.runfile.problems import COMMAND_LINE, Problem, RunFileError, explain
 from rankfold.runfile.schema import RunFile
 from rankfold.runfile.yaml import KeyPath, YamlError, read
@@ -37,6 +38,10 @@ def read_values(path: Path) -> tuple[Any, dict[KeyPath, int]]:
     Raises:
         RunFileError: it is no YAML. OSError: it cannot be read.
     """
+    if path.is_dir():
+        there = sorted(file.name for file in path.glob("*.yaml"))
+        hint = f"name the file in it: {path / there[0]}" if there else "name a file"
+        raise RunFileError([Problem((), f"is a folder; {hint}")], str(path))
     try:
         return read(path.read_text(encoding="utf-8"))
     except UnicodeDecodeError as e:
@@ -67,10 +72,10 @@ def parse(
 def overridden(
     values: Any, root: type[BaseModel], overrides: Iterable[str], where: str, lines: dict[KeyPath, int]
 ) -> dict[str, Any]:
-    """Plain values with short forms expanded and overrides applied, which `lines` learns of.
+    """Plain values with short forms and paths expanded and overrides applied, which `lines` learns of.
 
     Raises:
-        RunFileError: they are no mapping, or an override is none.
+        RunFileError: they are no mapping, an override is none, or a path names a variable that is not set.
     """
     if not isinstance(values, dict):
         keys = ", ".join(root.model_fields)
@@ -78,6 +83,10 @@ def overridden(
     values = expand_short_forms(values)
     for override in overrides:
         apply(override, values, lines)
+    problems: list[Problem] = []
+    values = expand_all(values, problems)
+    if problems:
+        raise RunFileError(problems, where, lines)
     return values
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rankfold.errors import RankfoldError, nearest
+from rankfold.runfile.peft_methods import ALIASES, EXAMPLES, REFUSED
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -34,15 +35,41 @@ def config_class(name: str) -> type[PeftConfig]:
         return registry.get(name).config
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
+    from rankfold.host.peft_api import peft_name
+
     classes = {f"peft:{kind.value.lower()}": config for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+    name = ALIASES.get(name, (name, {}))[0]
+    classes = {name: cls for name, cls in classes.items() if not name.startswith(f"peft:{peft_name('')}")}
     if name not in classes:
-        raise RankfoldError(f"PEFT has no method '{name.removeprefix('peft:')}'{nearest(name, classes, 'known')}")
+        raise RankfoldError(
+            f"PEFT has no method '{name.removeprefix('peft:')}'{nearest(name, [*classes, *ALIASES], 'known')}"
+        )
     return classes[name]
+
+
+def refuse(name: str) -> None:
+    """Raises RankfoldError for a method that a run file cannot train."""
+    if name in REFUSED:
+        raise RankfoldError(f"'{name}' cannot be trained by a run file: {REFUSED[name]}")
 
 
 def config_fields(config: type) -> dict[str, dataclasses.Field]:
     """The fields of a method's config that a run file may set."""
     return {f.name: f for f in dataclasses.fields(config) if f.init and f.name not in SET_BY_THE_RUN}
+
+
+def preset(name: str) -> dict[str, Any]:
+    """The fields that the name itself sets: peft:dora is peft:lora with use_dora."""
+    return dict(ALIASES.get(name, (name, {}))[1])
+
+
+def example(name: str) -> dict[str, Any]:
+    """The fields that a short first run of the method sets beside LoRA's; None takes one of those away."""
+    if name.startswith("peft:"):
+        return EXAMPLES.get(name, {})
+    from rankfold.host import registry
+
+    return dict(registry.get(name).example or {})
 
 
 def scheduled(name: str) -> bool:

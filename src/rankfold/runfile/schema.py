@@ -135,7 +135,7 @@ class Method(BaseModel):
         Raises:
             RankfoldError: no such method. ValueError, TypeError: a value that the config class refuses.
         """
-        return methods.config_class(self.name)(**self.fields)
+        return methods.config_class(self.name)(**methods.preset(self.name) | self.fields)
 
 
 class Training(Section):

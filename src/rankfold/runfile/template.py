@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from rankfold.host.config import LowRankConfig
-from rankfold.runfile.methods import config_class, config_fields
+from rankfold.runfile.methods import config_class, config_fields, example, preset, refuse
 from rankfold.runfile.schema import Data, Model, Training
 from rankfold.tasks import table
 
@@ -28,6 +28,7 @@ def template(task: str, method: str, imports: Sequence[str] = ()) -> str:
         RankfoldError: no such task or method; the message names the nearest.
     """
     start = table.get(task).start
+    refuse(method)
     config = config_class(method)
     return "\n".join(
         [
@@ -43,7 +44,7 @@ def template(task: str, method: str, imports: Sequence[str] = ()) -> str:
             *([f"imports: {json.dumps(list(imports))}", ""] if imports else []),
             "method:",
             f"  name: {method}",
-            *_method_fields(config, start["method"]),
+            *_method_fields(config, start["method"] | preset(method) | example(method)),
             "",
             *_section("training", Training, start["training"]),
             "# Folder of this run: adapter, checkpoints, metrics, model card. Must not exist yet.",
@@ -69,7 +70,9 @@ def _method_fields(config: type, values: dict[str, Any]) -> list[str]:
     classes = [c for c in config.__mro__ if c is config or (issubclass(c, LowRankConfig) and c is not LowRankConfig)]
     own = [f for c in reversed(classes) for f in vars(c).get("__annotations__", {}) if f in known]
     lines = []
-    values = {**values, **{key: known[key].metadata["example"] for key in own if "example" in known[key].metadata}}
+    values = {key: value for key, value in values.items() if value is not None}
+    if issubclass(config, LowRankConfig):  # PEFT's examples are sentences
+        values = {**values, **{key: known[key].metadata["example"] for key in own if "example" in known[key].metadata}}
     if getattr(config, "default_targets", None) not in (None, LowRankConfig.default_targets):
         values.pop("target_modules", None)  # the method knows them better
     for key in dict.fromkeys([*values, *own]):
@@ -82,7 +85,7 @@ def _method_fields(config: type, values: dict[str, Any]) -> list[str]:
 
 def _entry(key: str, description: str, values: dict[str, Any], default: Any) -> list[str]:
     """A key with its description above it; commented out if only its default could be shown."""
-    text = " ".join(description.split())
+    text = " ".join("".join(description).split())  # PEFT has descriptions that are tuples
     comment = [f"  # {line}" for line in textwrap.wrap(text, WIDTH - 4)]
     value = f"{key}: {_yaml(values.get(key, default))}"
     return [*comment, f"  {value}" if key in values else f"  #{value}"]

@@ -8,7 +8,8 @@ from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 from rankfold.errors import short
-from rankfold.tasks.chats import Chat, not_a_chat, token_ids, turns
+from rankfold.tasks.chats import CARRIED, Chat, Options, not_a_chat, options, tidy, token_ids, turns
+from rankfold.tasks.formats import advice, as_ours, refuse_undesired
 from rankfold.tasks.rows import DataError, Encoded, Rows
 from rankfold.tasks.task import Metric, Task
 
@@ -63,17 +64,34 @@ output: runs/compare-phonemes
         "2460000",
     )
 
+    def as_ours(self, split: Dataset, names: dict[str, str]) -> Dataset:
+        if any(names.get(role, role) != role for role in self.columns):
+            return split
+        refuse_undesired(split)
+        known = any(all(role in split.column_names for role in kind) for kind in self.kinds)
+        return split if known else as_ours(split)
+
+    def carried(self, split: Dataset, names: dict[str, str], kind: tuple[str, ...]) -> tuple[str, ...]:
+        first = names.get(kind[0], kind[0])
+        if first not in split.column_names or isinstance(split[0][first], str):
+            return ()
+        return tuple(column for column in CARRIED if column in split.column_names)
+
+    def advice(self, columns: list[str]) -> str:
+        return advice(columns)
+
     def problem(self, value: Any, column: str, kind: tuple[str, ...]) -> str | None:
-        if isinstance(value, str):
+        if isinstance(value, str) and kind != CHAT:
             return None
+        if value is None and kind != TEXT:
+            return "is missing"
+        if kind == PAIR and not isinstance(value, list):
+            return f"holds {short(value)}; it must be text, or a list of {{role, content}}"
         return f"holds {short(value)}, not text" if kind == TEXT else not_a_chat(value)
 
     def tidy(self, split: Dataset, kind: tuple[str, ...]) -> Dataset:
-        if kind != CHAT:
-            return split
-        from trl.data_utils import maybe_convert_to_chatml
-
-        return split.map(maybe_convert_to_chatml)  # {from, value} as {role, content}
+        chats = [column for column in kind if isinstance(split[0][column], list)]
+        return split.map(lambda row: {column: tidy(row[column]) for column in chats}) if chats else split
 
     def encode(self, rows: Rows, split: str, processor: Any, max_length: int | None, data: Any) -> Encoded:
         """Tokens, and as labels those of them that are to be learnt. TRL cuts and packs them."""
@@ -85,10 +103,21 @@ output: runs/compare-phonemes
                 "as prompt and completion"
             )
         tokens = _tokens_of(rows.kind, processor, is_chat, data.loss_on == "completion")
+        # Of their own, so that what `datasets` takes a fingerprint of does not hold the rows
+        kind, carried = rows.kind, [column for column in rows.carried if column in table.column_names]
+
+        def given(batch: dict[str, list], i: int, number: int) -> Options:
+            try:
+                return options({column: batch[column][i] for column in carried})
+            except ValueError as e:
+                raise DataError(f"{split}, row {number + 1}: {', '.join(carried)}: {e}") from e
 
         def encode(batch: dict[str, list], numbers: list[int]) -> dict[str, list]:
             ids, labels = [], []
-            for number, (row, learnt) in zip(numbers, tokens(*(batch[column] for column in rows_kind)), strict=True):
+            columns = [batch[column] for column in kind]
+            if is_chat:
+                columns.append([given(batch, i, number) for i, number in enumerate(numbers)])
+            for number, (row, learnt) in zip(numbers, tokens(*columns), strict=True):
                 if not any(learnt):
                     raise DataError(
                         f"{split}, row {number + 1}: there is nothing to learn in it; remove it, or use data.loss_on: all"
@@ -97,7 +126,6 @@ output: runs/compare-phonemes
                 labels.append([token if yes else -100 for token, yes in zip(row, learnt, strict=True)])
             return {"input_ids": ids, "labels": labels, "length": [len(row) for row in ids]}
 
-        rows_kind = rows.kind
         made = table.map(encode, batched=True, with_indices=True, remove_columns=table.column_names)
         return Encoded(made.remove_columns("length"), made["length"][:])
 
@@ -129,17 +157,19 @@ Learnt = tuple[list[int], list[bool]]
 def _tokens_of(
     kind: tuple[str, ...], tokenizer: PreTrainedTokenizerBase, is_chat: bool, answers_only: bool
 ) -> Callable[..., Iterable[Learnt]]:
-    """What turns the columns of a batch into its rows' tokens."""
+    """What turns the columns of a batch, and of chats the options, into its rows' tokens."""
     if kind == PAIR:
-        wholes_and_prompts = _pairs_of_chats if is_chat else _pairs_of_texts
-        return lambda prompts, completions: (
+        wholes_and_prompts: Callable[..., tuple[Any, Any]] = _pairs_of_chats if is_chat else _pairs_of_texts
+        return lambda *columns: (
             _behind(whole, prompt if answers_only else ())
-            for whole, prompt in zip(*wholes_and_prompts(prompts, completions, tokenizer), strict=True)
+            for whole, prompt in zip(*wholes_and_prompts(*columns, tokenizer), strict=True)
         )
     if kind == CHAT and answers_only:
         return functools.partial(map, turns(tokenizer))
     if kind == CHAT:
-        return lambda chats: (_behind(token_ids(tokenizer, chat), ()) for chat in chats)
+        return lambda chats, given: (
+            _behind(token_ids(tokenizer, c, given=g), ()) for c, g in zip(chats, given, strict=True)
+        )
     return lambda texts: (_behind(ids, ()) for ids in _texts(texts, tokenizer))
 
 
@@ -163,10 +193,11 @@ def _pairs_of_texts(prompts: list[str], completions: list[str], tokenizer: PreTr
 
 
 def _pairs_of_chats(
-    prompts: list[Chat], completions: list[Chat], tokenizer: PreTrainedTokenizerBase
+    prompts: list[Chat], completions: list[Chat], given: list[Options], tokenizer: PreTrainedTokenizerBase
 ) -> tuple[Any, Any]:
-    wholes = [token_ids(tokenizer, *parts) for parts in zip(prompts, completions, strict=True)]
-    return wholes, [token_ids(tokenizer, prompt, ask=True) for prompt in prompts]
+    rows = list(zip(prompts, completions, given, strict=True))
+    wholes = [token_ids(tokenizer, prompt, completion, given=g) for prompt, completion, g in rows]
+    return wholes, [token_ids(tokenizer, prompt, ask=True, given=g) for prompt, _, g in rows]
 
 
 TASK = CausalLm()

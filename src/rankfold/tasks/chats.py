@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,52 @@ if TYPE_CHECKING:
 
 ROLES = ("system", "user", "assistant", "tool", "developer")
 
+ALIASES = {"human": "user", "gpt": "assistant"}
+"""What ShareGPT calls them."""
+
 Chat = list[dict[str, Any]]
+Options = dict[str, Any]
+"""What a row gives its chat template beside the messages: tools, and variables of the template's own."""
+
+CARRIED = ("tools", "chat_template_kwargs")
+
+
+def options(row: dict[str, Any]) -> Options:
+    """The options in the columns `CARRIED`, which hold JSON or what was read from it.
+
+    Raises:
+        ValueError: text that is not JSON, or tools that are not a list, or variables that are not a mapping.
+    """
+    tools, variables = (_plain(row.get(column)) for column in CARRIED)
+    if tools is not None and not isinstance(tools, list):
+        raise ValueError(f"tools must be a list, got {short(tools)}")
+    if variables is not None and not isinstance(variables, dict):
+        raise ValueError(f"chat_template_kwargs must be a mapping, got {short(variables)}")
+    return ({"tools": tools} if tools else {}) | (variables or {})
+
+
+def _plain(value: Any) -> Any:
+    """JSON read, and without the nulls that Arrow puts where other rows have a key."""
+    if isinstance(value, str):
+        return json.loads(value) if value.strip() else None
+    if isinstance(value, dict):
+        return {key: _plain_inside(part) for key, part in value.items() if part is not None}
+    return [_plain_inside(part) for part in value] if isinstance(value, list) else value
+
+
+def _plain_inside(value: Any) -> Any:
+    return value if isinstance(value, str) else _plain(value)
+
+
+def tidy(chat: Chat) -> Chat:
+    """Messages as {role, content}, those of {from, value} too."""
+    return [
+        {TO_OURS.get(key, key): ALIASES.get(part, part) if key in ("role", "from") else part for key, part in m.items()}
+        for m in chat
+    ]
+
+
+TO_OURS = {"from": "role", "value": "content"}
 
 
 def not_a_chat(value: Any) -> str | None:
@@ -25,19 +71,23 @@ def not_a_chat(value: Any) -> str | None:
         role = message.get("role", message.get("from")) if isinstance(message, dict) else None
         if role is None:
             return f"has a message without a role: {short(message)}"
-        if role not in ROLES:
+        if role not in ROLES and role not in ALIASES:
             return f"has the role '{role}'{nearest(role, ROLES, 'known')}"
     return None
 
 
-def token_ids(tokenizer: PreTrainedTokenizerBase, *parts: Chat, ask: bool = False) -> list[int]:
+def token_ids(
+    tokenizer: PreTrainedTokenizerBase, *parts: Chat, ask: bool = False, given: Options | None = None
+) -> list[int]:
     """The tokens of a chat in one or more parts; `ask` adds the beginning of the answer that is asked for."""
     chat = list(chain(*parts))
-    ids: Any = tokenizer.apply_chat_template(chat, add_generation_prompt=ask, tokenize=True, return_dict=False)
+    ids: Any = tokenizer.apply_chat_template(
+        chat, add_generation_prompt=ask, tokenize=True, return_dict=False, **given or {}
+    )
     return list(ids)
 
 
-def turns(tokenizer: PreTrainedTokenizerBase) -> Callable[[Chat], tuple[list[int], list[bool]]]:
+def turns(tokenizer: PreTrainedTokenizerBase) -> Callable[[Chat, Options], tuple[list[int], list[bool]]]:
     """What finds the tokens of a chat, and for each whether it belongs to a turn of the assistant.
 
     By the marks of the chat template or of TRL's version of it, else by what the template adds when a message is given.
@@ -47,18 +97,25 @@ def turns(tokenizer: PreTrainedTokenizerBase) -> Callable[[Chat], tuple[list[int
     try:
         template = get_training_chat_template(tokenizer)
     except ValueError:  # neither marks nor a version of TRL's
-        return lambda chat: turns_by_difference(chat, tokenizer)
+        return lambda chat, given=None: turns_by_difference(chat, tokenizer, given)
 
-    def by_marks(chat: Chat) -> tuple[list[int], list[bool]]:
+    def by_marks(chat: Chat, given: Options | None = None) -> tuple[list[int], list[bool]]:
         found: Any = tokenizer.apply_chat_template(
-            chat, chat_template=template, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+            chat,
+            chat_template=template,
+            tokenize=True,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+            **given or {},
         )
         return list(found["input_ids"]), [bool(mark) for mark in found["assistant_masks"]]
 
     return by_marks
 
 
-def turns_by_difference(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[bool]]:
+def turns_by_difference(
+    chat: Chat, tokenizer: PreTrainedTokenizerBase, given: Options | None = None
+) -> tuple[list[int], list[bool]]:
     """As `turns`, for templates without marks.
 
     A turn is what the template adds when the message is given instead of asked for. That needs a template which never
@@ -67,11 +124,12 @@ def turns_by_difference(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> tuple
     Raises:
         DataError: the template does.
     """
-    whole = token_ids(tokenizer, chat)
+    whole = token_ids(tokenizer, chat, given=given)
     learnt = [False] * len(whole)
     for i, message in enumerate(chat):
         if message["role"] == "assistant":
-            asked, answered = token_ids(tokenizer, chat[:i], ask=True), token_ids(tokenizer, chat[: i + 1])
+            asked = token_ids(tokenizer, chat[:i], ask=True, given=given)
+            answered = token_ids(tokenizer, chat[: i + 1], given=given)
             if answered[: len(asked)] != asked or whole[: len(answered)] != answered:
                 raise DataError(
                     "the tokenizer's chat template rewrites earlier turns, so the assistant's cannot be told apart; "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
@@ -126,8 +127,9 @@ def _index_labels(rows: Rows, order: list[str | int] | None) -> None:
 
     for name, split in rows.splits.items():
         for number, label in enumerate(split["label"], 1):
-            if not isinstance(label, str | int):
-                what = "is missing" if label is None else f"is {short(label)}; a class is text or a whole number"
+            if not isinstance(label, str | int) or (isinstance(label, str) and not label.strip()):
+                missing = label is None or isinstance(label, str)
+                what = "is missing" if missing else f"is {short(label)}; a class is text or a whole number"
                 raise DataError(f"{name}, row {number}: the label {what}")
     counts = {name: Counter(split["label"]) for name, split in rows.splits.items()}
     seen = sorted(counts["train"], key=lambda label: (isinstance(label, str), _natural(label)))
@@ -137,14 +139,22 @@ def _index_labels(rows: Rows, order: list[str | int] | None) -> None:
     if repeated := [label for label, count in Counter(labels).items() if count > 1]:
         raise DataError(f"data.labels names {', '.join(map(repr, repeated))} more than once")
     for name, counter in counts.items():
-        known = labels if name == "train" else {str(label) for label in seen}
         for label, count in counter.items():
-            if str(label) not in known:
-                where = "is not in data.labels" if name == "train" else "is never seen in train"
+            if str(label) not in labels:
+                where = "is not in data.labels" if order is not None else "is never seen in train"
                 raise DataError(
                     f"{name}: the label {short(label)} ({count:,} {'row' if count == 1 else 'rows'}) {where}; "
-                    f"known labels: {', '.join(map(str, known if name == 'train' else seen))}"
+                    f"known labels: {', '.join(labels)}"
                 )
+    of_train = Counter(map(str, counts["train"].elements()))
+    rows.class_counts = {label: of_train[label] for label in labels}
+    if order is None:
+        rows.notes += [f"train: {note}" for note in _alike(labels)]
+        if numbers := [label for label in labels if _is_fraction(label)]:
+            rows.notes.append(
+                f"train: {len(numbers):,} of {len(labels):,} labels are numbers with a fraction (such as {numbers[0]}), and each is "
+                "taken for a class; give data.labels if that is meant"
+            )
     if unseen := set(labels) - {str(label) for label in seen}:
         rows.notes.append(f"train: no row has the label {', '.join(sorted(unseen))} of data.labels")
     index = {label: i for i, label in enumerate(labels)}
@@ -153,6 +163,27 @@ def _index_labels(rows: Rows, order: list[str | int] | None) -> None:
         indices = [index[str(label)] for label in split["label"]]
         split = split.remove_columns("label").add_column("label", indices)
         rows.splits[name] = split.cast_column("label", ClassLabel(names=labels))
+
+
+def _alike(labels: list[str]) -> list[str]:
+    """Sentences about classes that differ in case or spaces alone."""
+    found: dict[str, list[str]] = {}
+    for label in labels:
+        found.setdefault(" ".join(label.casefold().split()), []).append(label)
+    twins = [
+        f"the labels {', '.join(map(repr, same))} differ in case or spaces alone; if they are one class, write them alike"
+        for same in found.values()
+        if same[1:]
+    ]
+    lone = [same[0] for same in found.values() if not same[1:] and same[0] != same[0].strip()]
+    return twins + [f"the label {label!r} begins or ends with a space" for label in lone]
+
+
+def _is_fraction(label: str) -> bool:
+    try:
+        return not label.strip().lstrip("+-").isdecimal() and math.isfinite(float(label))
+    except ValueError:
+        return False
 
 
 def _natural(label: str | int) -> tuple[int, int, str]:

@@ -22,14 +22,18 @@ class Rows:
     Args:
         kind: the columns that every split has.
         targets: those of them that hold what is to be learnt.
+        carried: further columns that the task passes on where a split has them.
         labels: the classes in order of their index, where the task has classes.
+        class_counts: training rows of each class.
         notes: sentences for the reader.
     """
 
     splits: dict[str, Dataset]
     kind: tuple[str, ...]
     targets: tuple[str, ...] = ()
+    carried: tuple[str, ...] = ()
     labels: list[str] = field(default_factory=list)
+    class_counts: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     def __getitem__(self, split: str) -> Dataset | None:
@@ -38,6 +42,11 @@ class Rows:
     @property
     def inputs(self) -> tuple[str, ...]:
         return tuple(column for column in self.kind if column not in self.targets)
+
+    def classes_in_words(self, most: int = 12) -> str:
+        """The classes with their training rows: "2: neg 10, pos 12"; empty where the task has none."""
+        listed = [f"{label} {count:,}" for label, count in self.class_counts.items()]
+        return f"{len(listed):,}: {', '.join(listed[:most])}{', ...' if listed[most:] else ''}" if listed else ""
 
 
 @dataclass(frozen=True)

@@ -96,6 +96,25 @@ class Task(ABC):
 
     # --- rows ---------------------------------------------------------------------------------------------------------------
 
+    def as_ours(self, split: Dataset, names: dict[str, str]) -> Dataset:
+        """Rows as they were found, with columns of a usual form brought to those of one of `kinds`.
+
+        Args:
+            names: our columns → what the run file calls them.
+
+        Raises:
+            DataError: a form that cannot be learnt.
+        """
+        return split
+
+    def carried(self, split: Dataset, names: dict[str, str], kind: tuple[str, ...]) -> tuple[str, ...]:
+        """Columns beside `kind` that `encode` takes where they are there."""
+        return ()
+
+    def advice(self, columns: list[str]) -> str:
+        """What to write in data.columns for rows with these columns."""
+        return f"{{{self.kinds[-1][0]}: {columns[0]}}}"
+
     def kind(self, columns: list[str], names: dict[str, str]) -> tuple[str, ...]:
         """Which of `kinds` the rows have.
 
@@ -116,7 +135,7 @@ class Task(ABC):
         listed = ", ".join(kinds[:-1]) + (", or " if kinds[1:] else "") + kinds[-1]
         raise DataError(
             f"train has none of the columns {listed}; it has: {', '.join(columns)}. "
-            f"Say which is which, for instance data.columns: {{{self.kinds[-1][0]}: {columns[0]}}}"
+            f"Say which is which, for instance data.columns: {self.advice(columns)}"
         )
 
     def problem(self, value: Any, column: str, kind: tuple[str, ...]) -> str | None:

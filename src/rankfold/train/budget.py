@@ -8,6 +8,7 @@ from pathlib import Path
 
 from torch import nn
 
+from rankfold.host.layer import AdaptedLayer
 from rankfold.io.weights import read_headers
 
 
@@ -61,3 +62,10 @@ def stored(adapter: Path) -> tuple[int, int]:
     """Parameters and bytes of a saved adapter."""
     file = adapter / "adapter_model.safetensors"
     return sum(math.prod(header.shape) for header in read_headers(file).values()), file.stat().st_size
+
+
+def ranks(model: nn.Module) -> tuple[int | None, int | None]:
+    """The ranks that are left and those at the start, of all modules together; None where no schedule chooses them."""
+    layers = [m for m in model.modules() if isinstance(m, AdaptedLayer)]
+    found = [a for layer in layers for a in layer.adapters(list(layer.lowrank_adapters)) if a.has_schedule]
+    return (sum(a.alive() for a in found), sum(a.r for a in found)) if found else (None, None)

@@ -173,6 +173,14 @@ class StopAt(TrainerCallback):
         return state.global_step >= math.ceil(self.share * state.max_steps)
 
 
+class NoStepTooMany(TrainerCallback):
+    """Makes no step where a run resumes at its end or behind it; Trainer would make one before it looks."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step >= state.max_steps:
+            control.should_training_stop = True
+
+
 class RankAllocation(TrainerCallback):
     """Calls AdaLoRA's `update_and_allocate`, which neither PEFT nor Trainer does."""
 

@@ -60,6 +60,7 @@ def model_card(prepared: Prepared, result: TrainResult) -> str:
     model_class = prepared.task.models[0]
     arguments = f", id2label={dict(enumerate(rows.labels))}" if rows.labels else ""
     classes = f"| classes | {', '.join(rows.labels)} |\n" if rows.labels else ""
+    ranks = f"| ranks kept | {result.ranks:,} of {result.ranks_at_start:,} |\n" if result.ranks_at_start else ""
     title, home = run.method.name, "rankfold."
     if ours:
         from rankfold.host import registry
@@ -85,7 +86,7 @@ An adapter of `{run.model.name}` for {run.task}, trained with **{title}** by
 {fields}
 | trainable parameters | {result.trainable:,} (adapter {result.adapter:,}, head {result.head:,}) of {result.total:,} |
 | stored parameters | {result.stored:,} ({size(result.stored_bytes)}) |
-| training | {result.steps:,} steps ({result.epochs:.3g} epochs){seen}{best} |
+{ranks}| training | {result.steps:,} steps ({result.epochs:.3g} epochs){seen}{best} |
 | optimiser | {t.optimizer}, learning rate {t.learning_rate:g} ({t.schedule}), {batch}, seed {t.seed} |
 
 ## Results

@@ -32,9 +32,15 @@ def load_rows(run: RunFile) -> Rows:
     """
     splits = _find(run.data)
     task, names = table.get(run.task), run.data.columns.names
-    kind = task.kind(splits["train"].column_names, names)
+    splits = {name: task.as_ours(split, names) for name, split in splits.items()}
+    train = splits["train"]
+    kind = task.kind(train.column_names, names)
     targets = tuple(column for column in kind if column in task.targets)
-    rows = Rows({name: _with_kind(split, names, kind, name) for name, split in splits.items()}, kind, targets)
+    carried = task.carried(train, names, kind)
+    used = {name: _with_kind(split, names, kind, carried, name) for name, split in splits.items()}
+    rows = Rows(used, kind, targets, carried)
+    if unused := [c for c in train.column_names if c not in {*carried, *(names.get(role, role) for role in kind)}]:
+        rows.notes.append(f"train: not used: the column{'s' if unused[1:] else ''} {', '.join(unused)}")
     for name, split in list(rows.splits.items()):
         _check_inputs(split, name, rows, task)
     _hold_out(rows, run, task)
@@ -109,8 +115,10 @@ def _source(name: str, subset: str | None) -> dict[str, Dataset]:
 # --- columns ------------------------------------------------------------------------------------------------------------
 
 
-def _with_kind(rows: Dataset, called: dict[str, str], kind: tuple[str, ...], split: str) -> Dataset:
-    """The columns of `kind` alone, under our names."""
+def _with_kind(
+    rows: Dataset, called: dict[str, str], kind: tuple[str, ...], carried: tuple[str, ...], split: str
+) -> Dataset:
+    """The columns of `kind` under our names, and those that are carried; no others."""
     from datasets import ClassLabel
 
     names = {role: called.get(role, role) for role in kind}
@@ -120,7 +128,7 @@ def _with_kind(rows: Dataset, called: dict[str, str], kind: tuple[str, ...], spl
                 f"{split} has no column '{column}' for the {role}{nearest(column, rows.column_names, 'it has')}. "
                 f"Name the right one in data.columns: {{{role}: ...}}"
             )
-    rows = rows.select_columns(list(names.values()))
+    rows = rows.select_columns([*names.values(), *(c for c in carried if c in rows.column_names)])
     for column in names.values():
         if isinstance(feature := rows.features[column], ClassLabel):
             # Names instead of indices, so that files and hub data sets are handled alike.

@@ -11,9 +11,20 @@ from safetensors import SafetensorError
 
 from rankfold.errors import RankfoldError
 from rankfold.runfile.load import load
+from rankfold.runfile.methods import config_class, config_fields
 from rankfold.runfile.problems import RunFileError
 from rankfold.runfile.schema import RunFile
 from rankfold.text import changes
+
+MAY_CHANGE = (
+    "epochs",
+    "max_steps",
+    "gradient_checkpointing",
+    "eval_batch_size",
+    "keep_checkpoints",
+    "report_to",
+)
+"""What `--resume` takes up of the training section. The rest lies in the checkpoint, or would make of one run two."""
 
 OURS = ("adapter", "checkpoints", "run.yaml", "metrics.jsonl", "result.json", "metrics.png", "metrics.svg")
 
@@ -65,12 +76,17 @@ def _check_same_run(run: RunFile, saved: Path) -> None:
             f"output: {saved} is damaged, so --resume cannot tell what was trained; use --overwrite\n{e}"
         ) from e
     now = run.model_dump()
-    fixed = ("model", "task", "data", "method")
+    # A schedule of ranks that is as long as the run cannot be made longer half-way.
+    length = ("epochs", "max_steps") if "total_step" in config_fields(config_class(run.method.name)) else ()
+    for values in (before, now):
+        values["training"] = {k: v for k, v in values["training"].items() if k in length or k not in MAY_CHANGE}
+    fixed = ("model", "task", "data", "method", "training")
     changed = [change for key in fixed for change in changes(key, before[key], now[key])]
     if changed:
+        may = [key for key in MAY_CHANGE if key not in length]
         raise FolderError(
-            f"output: the run in '{saved.parent}' is another one: {'; '.join(changed)}. "
-            f"Undo the change to resume it, or name another output"
+            f"output: the run in '{saved.parent}' is another one: {'; '.join(changed)}. Undo the change to resume it, or name "
+            f"another output (of training, {', '.join(may)} may change)"
         )
 
 

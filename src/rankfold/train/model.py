@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,11 +12,13 @@ from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from rankfold.errors import nearest
+from rankfold.errors import RankfoldError, nearest, short
+from rankfold.host.targets import absent_names
 from rankfold.io import assets as bundled
-from rankfold.io.adapters import read_config, read_tensors
+from rankfold.io.adapters import read_config, read_labels, read_tensors
 from rankfold.io.models import ModelError, skeleton
 from rankfold.tasks import table
+from rankfold.train.budget import count
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -114,18 +117,31 @@ def adapt(model: PreTrainedModel, config: PeftConfig, train_in_full: list[str], 
         if model.config.pad_token_id is None:  # a classifier of texts reads the last token that is not padding
             model.config.pad_token_id = getattr(processor, "pad_token_id", None)
         keep(config, train_in_full)
+    modules = [name for name, _ in model.named_modules() if name]
+    for field, absent in absent_names(config, modules):
+        known = {name.rpartition(".")[2] for name in modules}
+        raise ModelError(f"method.{field}: the model has no module {absent!r}{nearest(absent, known, 'it has')}")
     try:
-        return get_peft_model(model, config)  # pyright: ignore[reportReturnType]
+        adapted: PeftModel = get_peft_model(model, config)  # pyright: ignore[reportAssignmentType]
     except (ValueError, TypeError, KeyError) as e:
         linear = {name.rpartition(".")[2] for name, module in model.named_modules() if hasattr(module, "weight")}
         raise ModelError(f"method: {e}. Modules with a weight: {', '.join(sorted(linear))}") from e
+    if not count(adapted).adapter:
+        raise ModelError("method: it trains no parameter of this model; say in its fields what it is to train")
+    return adapted
 
 
-def start_from(model: PeftModel, folder: Path) -> None:
+def start_from(model: PeftModel, folder: Path, labels: list[str]) -> list[str]:
     """Puts the weights of an adapter folder, trained head included, into the model's new adapter.
 
+    Args:
+        labels: the run's classes in order of their index; empty where the task has none.
+
+    Returns:
+        Sentences for the reader.
+
     Raises:
-        ModelError: no adapter folder, another method, or other modules and shapes.
+        ModelError: no adapter folder, another method, other modules and shapes, or other classes.
     """
     where = f"training.start_from: '{folder}'"
     try:
@@ -135,6 +151,7 @@ def start_from(model: PeftModel, folder: Path) -> None:
     theirs, ours = (str(getattr(c.peft_type, "value", c.peft_type)) for c in (config, model.peft_config["default"]))
     if theirs != ours:
         raise ModelError(f"{where} is {theirs}, this run is {ours}; start from an adapter of the same method")
+    notes = _check_labels(folder, labels, where) if labels else []
     own = get_peft_model_state_dict(model, save_embedding_layers=False)
     wrong = sorted(
         {k for k, v in tensors.items() if k not in own or own[k].shape != v.shape} | (own.keys() - tensors.keys())
@@ -142,6 +159,23 @@ def start_from(model: PeftModel, folder: Path) -> None:
     if wrong:
         raise ModelError(f"{where} has other modules or shapes than this run ({len(wrong)} differ, {wrong[0]} is one)")
     set_peft_model_state_dict(model, tensors)
+    return notes
+
+
+def _check_labels(folder: Path, labels: list[str], where: str) -> list[str]:
+    try:
+        theirs = read_labels(folder)
+    except RankfoldError as e:
+        raise ModelError(f"{where}: {e}") from e
+    if not theirs:
+        return [f"{where} does not say which classes its head knows; those of this run are {', '.join(labels)}"]
+    if theirs != labels:
+        same = sorted(theirs) == sorted(labels)
+        fix = f"set data.labels: {json.dumps(theirs)}" if same else "start from an adapter of the same classes"
+        raise ModelError(
+            f"{where} knows the classes {short(theirs)} in this order, this run has {short(labels)}; {fix}"
+        )
+    return []
 
 
 def _from(auto: Any, model: Model, place: str, **options: Any) -> Any:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate import PartialState
 
+from rankfold.host.config import LowRankConfig
 from rankfold.io.models import locate
 from rankfold.runfile.arguments import trainer_arguments
 from rankfold.runfile.checks import peft_config
@@ -23,7 +24,7 @@ from rankfold.train.budget import Budget
 from rankfold.train.data import load_rows
 
 if TYPE_CHECKING:
-    from peft import PeftConfig
+    from peft import PeftConfig, PeftModel
     from transformers import PreTrainedConfig
 
 
@@ -77,10 +78,23 @@ def prepare(run: RunFile) -> Prepared:
         processor = model.load_processor(run, place)
         max_length = tokens.longest_row(run, config, processor)
         encoded = {split: task.encode(rows, split, processor, max_length, run.data) for split in rows.splits}
+    kept = run.training.extra.get("truncation_mode", "keep_start")
+    encoded = {s: tokens.without_unlearnable(rows, s, found, max_length, kept) for s, found in encoded.items()}
     if max_length is not None:
         tokens.note_cut_off(rows, {split: found.lengths for split, found in encoded.items()}, max_length)
+    note_idle_schedule(rows, config_of_adapter)
     arguments = trainer_arguments(run, validated="validation" in encoded, max_length=max_length)
     return Prepared(run, task, place, config, processor, rows, encoded, max_length, config_of_adapter, arguments)
+
+
+def note_idle_schedule(rows: Rows, config: PeftConfig) -> None:
+    """Adds a note for a method that is to end with the ranks that it starts with."""
+    end = config.at_the_end() if isinstance(config, LowRankConfig) else None
+    if end is not None and isinstance(config, LowRankConfig) and end.ranks() == config.ranks():
+        rows.notes.append(
+            f"method: {config.ranks_in_words()}: it starts with the ranks that it ends with, so nothing is ever pruned; "
+            "start with more (the papers take 1.5 times as many)"
+        )
 
 
 @dataclass(frozen=True)
@@ -88,6 +102,7 @@ class Plan:
     """The numbers of a run.
 
     Args:
+        classes: with their training rows, in words.
         tokens: seen in training, padding left out.
         estimated: the steps are an estimate (packing fills rows as well as it can).
     """
@@ -96,6 +111,7 @@ class Plan:
     architecture: str
     budget: Budget
     rows: dict[str, int]
+    classes: str
     notes: list[str]
     max_length: int | None
     steps: int
@@ -125,6 +141,7 @@ class Plan:
                 ", ".join(f"{count:,} {split}" for split, count in self.rows.items())
                 + (f" rows of at most {self.max_length:,} tokens" if self.max_length else " rows"),
             ),
+            *([("classes", self.classes)] if self.classes else []),
             (
                 "steps",
                 f"{about}{self.steps:,} of {t.batch_size}{accumulation} rows on {self.devices} "
@@ -139,11 +156,23 @@ class Plan:
         ]
 
 
+def _to_count(prepared: Prepared) -> tuple[PeftModel, str]:
+    """The adapted model, without its weights unless the method reads them, and the name of its class."""
+    for weights in (False, True):
+        skeleton, new = model.load_model(prepared.run, prepared.place, prepared.config, weights=weights)
+        try:
+            config = copy.deepcopy(prepared.peft_config)
+            return model.adapt(skeleton, config, new, prepared.processor), type(skeleton).__name__
+        except NotImplementedError:  # torch's word for values that a tensor without memory does not have
+            if weights:
+                raise
+    raise AssertionError("not reached")
+
+
 def make_plan(prepared: Prepared) -> Plan:
     """The plan of a run, from the shapes of its model alone."""
     run, rows = prepared.run, prepared.rows
-    skeleton, new = model.load_model(run, prepared.place, prepared.config, weights=False)
-    adapted = model.adapt(skeleton, copy.deepcopy(prepared.peft_config), new, prepared.processor)
+    adapted, architecture = _to_count(prepared)
     longest = prepared.max_length or math.inf
     kept = [min(length, longest) for length in prepared.encoded["train"].lengths]
     # Packing fills rows of max_length; the others are one example each.
@@ -155,9 +184,10 @@ def make_plan(prepared: Prepared) -> Plan:
     epochs = steps / steps_an_epoch
     return Plan(
         run=run,
-        architecture=type(skeleton).__name__,
+        architecture=architecture,
         budget=budget.count(adapted),
         rows={name: len(split) for name, split in rows.splits.items()},
+        classes=rows.classes_in_words(),
         notes=list(rows.notes),
         max_length=prepared.max_length,
         steps=steps,

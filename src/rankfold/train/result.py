@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rankfold.tasks import table
-from rankfold.text import size
+from rankfold.text import decimals, size
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,7 @@ class TrainResult:
         others: by split, what else was measured after training.
         total, trainable, adapter, head: parameters; `head` is what is trained in full beside the adapter.
         stored, stored_bytes: of the saved adapter.
+        ranks, ranks_at_start: of all modules together, where the method chooses them while it trains; else None.
         resumed_at: the step this session began with, or None for a run in one go.
         seconds: spent in optimiser steps of this session.
         best_step: of the checkpoint that was kept, or None for the last one.
@@ -41,6 +42,8 @@ class TrainResult:
     head: int
     stored: int
     stored_bytes: int
+    ranks: int | None
+    ranks_at_start: int | None
     processes: int
     steps: int
     epochs: float
@@ -62,7 +65,7 @@ class TrainResult:
     def scores(self) -> list[tuple[str, str, str]]:
         """Metric, before and after, in words; a run that was resumed may not know what was before."""
         return [
-            (name, f"{self.before[name]:.4f}" if name in self.before else "?", f"{value:.4f}")
+            (name, decimals(self.before[name]) if name in self.before else "?", decimals(value))
             for name, value in self.after.items()
         ]
 
@@ -75,6 +78,7 @@ class TrainResult:
         return [
             *scores,
             ("trained", f"{self.trainable:,} parameters (adapter {self.adapter:,}, head {self.head:,})"),
+            *([("ranks kept", f"{self.ranks:,} of {self.ranks_at_start:,}")] if self.ranks_at_start else []),
             ("stored", f"{self.stored:,} parameters, {size(self.stored_bytes)}"),
             (
                 "steps",

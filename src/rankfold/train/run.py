@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, set_seed
 
+from rankfold.io.adapters import LABELS
 from rankfold.io.files import whole_folder, write_whole
 from rankfold.runfile.checks import check
 from rankfold.runfile.problems import RunFileError
@@ -30,7 +31,7 @@ from rankfold.train.metrics import read_metrics, tidy
 from rankfold.train.plot import plot_metrics
 from rankfold.train.prepare import Prepared, prepare, processes
 from rankfold.train.result import TrainResult
-from rankfold.train.trainers import CarefulTrainer, make_trainer
+from rankfold.train.trainers import CarefulTrainer, DivergedError, make_trainer
 
 Measure = Callable[[CarefulTrainer, str, Any], dict[str, float]]
 """Trainer, name of the split and its rows in, metrics by name out."""
@@ -75,6 +76,8 @@ def train(
     rows = prepared.rows
     if rows["validation"] is None and run.training.early_stopping:
         raise DataError("training.early_stopping needs validation rows; hold some out with data.validation: 0.1")
+    if rows.class_counts:
+        say(f"classes (and training rows of each): {rows.classes_in_words()}")
     for note in rows.notes:
         say(note)
     checkpoint, damaged = checkpoints.last_whole(output / "checkpoints") if resume else (None, [])
@@ -87,7 +90,8 @@ def train(
     base, new_modules = model.load_model(run, prepared.place, prepared.config)
     adapted = model.adapt(base, prepared.peft_config, new_modules, prepared.processor)
     if run.training.start_from is not None:
-        model.start_from(adapted, Path(run.training.start_from))
+        for sentence in model.start_from(adapted, Path(run.training.start_from), rows.labels):
+            say(sentence)
     spent = budget.count(adapted)
     share = spent.trainable / (spent.base + spent.trainable)
     say(
@@ -120,7 +124,14 @@ def train(
         trainer.args.restore_callback_states_from_checkpoint = True
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except FloatingPointError as e:  # a schedule of ranks saw it before the loss did
+        raise DivergedError(str(e)) from e
+    if resume_at is not None and resume_at > trainer.state.max_steps:
+        note = f"the run had made {resume_at:,} steps already, more than the {trainer.state.max_steps:,} asked for now; none was made"
+        say(note)
+        rows.notes.append(note)
     after = measure(trainer, split, measured) if split else {}
     if metrics_file is not None:
         metrics_file.close()
@@ -132,6 +143,7 @@ def train(
     with saving(adapter), whole_folder(adapter, force=True) if main else nullcontext(adapter) as partial:
         trainer.save_model(str(partial))  # every process: a sharded model is gathered here
         (partial / "training_args.bin").unlink(missing_ok=True)  # a pickle that nobody needs to open
+        ranks, ranks_at_start = budget.ranks(adapted)
         stored, stored_bytes = budget.stored(partial) if main else (0, 0)
         result = TrainResult(
             output=str(output),
@@ -149,6 +161,8 @@ def train(
             head=spent.head,
             stored=stored,
             stored_bytes=stored_bytes,
+            ranks=ranks,
+            ranks_at_start=ranks_at_start,
             processes=state.num_processes,
             steps=trainer.state.global_step,
             epochs=float(trainer.state.epoch or 0),
@@ -164,6 +178,8 @@ def train(
             versions=versions(),
         )
         if main:
+            if rows.labels:
+                (partial / LABELS).write_text(json.dumps(rows.labels) + "\n", encoding="utf-8")
             (partial / "README.md").write_text(model_card(prepared, result), encoding="utf-8")
     if main:
         write_whole(output / "result.json", json.dumps(asdict(result), indent=2) + "\n")

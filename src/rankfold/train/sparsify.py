@@ -25,7 +25,9 @@ from rankfold.runfile.methods import config_class
 from rankfold.runfile.problems import Problem, RunFileError
 from rankfold.runfile.schema import RunFile
 from rankfold.tasks.rows import DataError
+from rankfold.text import decimals
 from rankfold.train import folder
+from rankfold.train.data import load_rows
 from rankfold.train.plot import INK, TRAIN, VALIDATION, save_figure
 from rankfold.train.run import train
 
@@ -110,6 +112,8 @@ def sparsify(
         raise RunFileError([Problem(("method", "name"), f"'{run.method.name}' has no threshold to raise; use {able}")])
     if list(schedule) != sorted(set(schedule)):
         raise RankfoldError(f"sparsify: the thresholds must increase: {', '.join(f'{xi:g}' for xi in schedule)}")
+    if load_rows(run)["validation"] is None:
+        raise DataError("sparsify needs validation rows for its curve; hold some out with data.validation: 0.1")
     output = Path(run.output)
     stages: list[Stage] = []
     if overwrite:
@@ -149,8 +153,6 @@ def _stage(run: RunFile, number: int, swept: dict[str, float], before: str | Non
 
 def _read(stage: RunFile, xi: float, result: dict[str, Any]) -> Stage:
     others = result["others"]
-    if not others.get("validation"):
-        raise DataError("sparsify needs validation rows for its curve; hold some out with data.validation: 0.1")
     adapter = Path(stage.output, "adapter")
     found = inspect_adapter(adapter).updates
     return Stage(
@@ -167,8 +169,8 @@ def _read(stage: RunFile, xi: float, result: dict[str, Any]) -> Stage:
 
 def _words(stage: Stage, metric: str) -> str:
     return (
-        f"  {stage.nonzero:,} numbers left ({stage.rank} of {stage.of} ranks); "
-        f"{metric} {stage.train[metric]:.4f} on training, {stage.validation[metric]:.4f} on validation rows"
+        f"  {stage.nonzero:,} parameters left ({stage.rank} of {stage.of} ranks); "
+        f"{metric} {decimals(stage.train[metric])} on training, {decimals(stage.validation[metric])} on validation rows"
     )
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from rankfold.tasks import table
-from rankfold.tasks.rows import DataError, Rows
+from rankfold.tasks.rows import DataError, Encoded, Rows
+from rankfold.text import examples
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -41,3 +42,37 @@ def note_cut_off(rows: Rows, counts: dict[str, list[int]], max_length: int) -> N
                 f"{name}: {cut:,} of {len(lengths):,} rows are longer than {max_length:,} tokens and are cut off there "
                 f"(the longest has {max(lengths):,}); raise data.max_length to keep them whole"
             )
+
+
+def without_unlearnable(rows: Rows, split: str, encoded: Encoded, max_length: int | None, kept: str) -> Encoded:
+    """A split without the rows of which nothing is left to learn when they are cut off; a note says how many.
+
+    Args:
+        kept: which end of a row is kept, "keep_start" or "keep_end".
+
+    Raises:
+        DataError: all of them.
+    """
+    if max_length is None or not isinstance(encoded.rows[0]["labels"], list):
+        return encoded
+
+    def learns(labels: list[int]) -> bool:
+        left = labels[:max_length] if kept == "keep_start" else labels[-max_length:]
+        return any(label != -100 for label in left[1:])  # nothing predicts the first token
+
+    good = [i for i, labels in enumerate(encoded.rows["labels"]) if learns(labels)]
+    count = len(encoded.lengths)
+    if len(good) == count:
+        return encoded
+    if not good:
+        raise DataError(
+            f"{split}: none of the {count:,} rows has anything to learn within {max_length:,} tokens; the prompts alone are as "
+            f"long (the longest row has {max(encoded.lengths):,}): raise data.max_length, or shorten them"
+        )
+    left_out = sorted(set(range(count)) - set(good))
+    rows.notes.append(
+        f"{split}: {len(left_out):,} of {count:,} rows are left out, because within {max_length:,} tokens they have nothing to learn "
+        f"(row {examples([str(i + 1) for i in left_out])}); raise data.max_length to keep them"
+    )
+    rows.splits[split] = rows.splits[split].select(good)
+    return Encoded(encoded.rows.select(good), [encoded.lengths[i] for i in good])

@@ -16,7 +16,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from rankfold.control import AdapterCallback
 from rankfold.errors import RankfoldError
 from rankfold.tasks.task import Task
-from rankfold.train.callbacks import Progress, RankAllocation
+from rankfold.train.callbacks import NoStepTooMany, Progress, RankAllocation
 from rankfold.train.folder import saving
 from rankfold.train.hf_api import StepwiseTrainer, loss_is_of_its_batch, make_arguments
 from rankfold.train.loss import score_labels_only
@@ -76,7 +76,7 @@ def make_trainer(prepared: Prepared, model: PeftModel, callbacks: list[TrainerCa
         train_dataset=prepared.encoded["train"].rows,
         eval_dataset=prepared.for_trainer("validation"),
         processing_class=prepared.processor,
-        callbacks=[AdapterCallback(), *callbacks],
+        callbacks=[AdapterCallback(), NoStepTooMany(), *callbacks],
         **task.options(prepared.processor),
     )
     trainer.task = task

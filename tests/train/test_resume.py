@@ -1,0 +1,77 @@
+"""`--resume`: no step that was not asked for, and no setting that would be ignored."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from rankfold.runfile.load import parse
+from rankfold.train.folder import FolderError
+from rankfold.train.run import train
+
+Values = dict[str, Any]
+
+
+def silent(sentence: str) -> None:
+    pass
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize("length", ["max_steps=7", "epochs=1.75"])  # both end within an epoch of four steps
+def test_a_finished_run_makes_no_more_steps(classification: Values, length: str):
+    options = ["training.epochs=null", f"training.{length}"]
+    first = train(parse(classification, options), say=silent)
+    before = weights(first.adapter_path)
+    for _ in range(2):
+        again = train(parse(classification, options), resume=True, say=silent)
+        assert (again.steps, again.after, again.before) == (7, first.after, first.before)
+        after = weights(again.adapter_path)
+        assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_less_than_was_made_is_said_and_no_step(classification: Values):
+    options = ["training.epochs=null", "training.keep_best=false"]
+    first = train(parse(classification, [*options, "training.max_steps=7"]), say=silent)
+    said: list[str] = []
+    again = train(parse(classification, [*options, "training.max_steps=5"]), resume=True, say=said.append)
+    assert again.steps == 7
+    assert again.after == first.after
+    assert "the run had made 7 steps already, more than the 5 asked for now; none was made" in said
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["learning_rate=1", "optimizer=sgd", "batch_size=4", "evaluate_every=4", "seed=1", "extra={adam_beta1: 0.5}"],
+)
+def test_what_a_checkpoint_decides_is_refused(classification: Values, tmp_path: Path, override: str):
+    options = ["training.epochs=null", "training.max_steps=2"]
+    train(parse(classification, options), say=silent)
+    saved = (tmp_path / "run" / "run.yaml").read_text()
+    name = override.partition("=")[0]
+    with pytest.raises(FolderError, match=rf"training\.{name}.* may change\)"):
+        train(parse(classification, [*options, f"training.{override}"]), resume=True, say=silent)
+    assert (tmp_path / "run" / "run.yaml").read_text() == saved
+
+
+def test_a_schedule_cannot_be_made_longer(classification: Values):
+    scheduled = classification | {"method": {"name": "adalora", "r": 4, "target_r": 2, "target_modules": "all-linear"}}
+    result = train(parse(scheduled), say=silent)
+    assert (result.ranks, result.ranks_at_start) == (2 * 13, 4 * 13)  # the pooler is a linear layer too
+    assert ("ranks kept", "26 of 52") in result.lines()
+    assert "ranks kept | 26 of 52 |" in (result.adapter_path / "README.md").read_text()
+    with pytest.raises(FolderError, match=r"training\.epochs was 2\.0, is 3\.0"):
+        train(parse(scheduled, ["training.epochs=3"]), resume=True, say=silent)
+    assert train(parse(scheduled, ["training.eval_batch_size=4"]), resume=True, say=silent).steps == 8
+
+
+def test_ranks_that_end_where_they_start_are_named(classification: Values):
+    scheduled = classification | {"method": {"name": "adalora", "r": 8, "target_modules": "all-linear"}}
+    result = train(parse(scheduled, ["training.epochs=null", "training.max_steps=3"]), say=silent)
+    assert any("r 8 to 8" in note and "nothing is ever pruned" in note for note in result.notes)

@@ -1,0 +1,124 @@
+"""What a run checks before it trains: rows with nothing left to learn, classes of a head that it starts from, names of modules."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import write_jsonl
+
+from rankfold.io.models import ModelError
+from rankfold.runfile.load import parse
+from rankfold.tasks.rows import DataError
+from rankfold.train.prepare import make_plan, prepare
+from rankfold.train.run import train
+
+Values = dict[str, Any]
+
+
+def silent(sentence: str) -> None:
+    pass
+
+
+@pytest.mark.parametrize("options", [[], ["data.packing=true"]])
+def test_rows_with_nothing_left_to_learn_are_counted(language_model: Values, tmp_path: Path, options: list[str]):
+    rows = [{"prompt": f"{i:02}" + "x" * (40 if i % 4 else 2), "completion": "y"} for i in range(12)]
+    path = write_jsonl(tmp_path / "long.jsonl", rows)
+    options = [f"data={path}", "data.max_length=16", "training.max_steps=1", *options]
+    plan = make_plan(prepare(parse(language_model, options)))
+    assert plan.rows == {"train": 3}
+    assert any("9 of 12 rows are left out" in note and "(row 2 and 8 more)" in note for note in plan.notes)
+    said: list[str] = []
+    result = train(parse(language_model, options), say=said.append)
+    assert any("9 of 12 rows are left out" in sentence for sentence in said)
+    assert ": 3 train rows" in (result.adapter_path / "README.md").read_text()
+
+    none = [f"data={write_jsonl(tmp_path / 'none.jsonl', rows[1:4])}", *options[1:]]
+    with pytest.raises(
+        DataError, match=r"train: none of the 3 rows has anything to learn within 16 tokens.*longest row has 44"
+    ):
+        prepare(parse(language_model, none))
+    assert prepare(parse(language_model, [*none, "data.max_length=64"])).encoded["train"].lengths == [44] * 3
+
+
+def test_validation_rows_too(language_model: Values, tmp_path: Path):
+    path = write_jsonl(tmp_path / "v.jsonl", [{"prompt": "x" * 40, "completion": "y"}] * 2)
+    with pytest.raises(DataError, match="validation: none of the 2 rows"):
+        prepare(parse(language_model, [f"data.validation={path}", "data.max_length=16"]))
+
+
+def test_the_classes_of_a_head_are_checked(classification: Values, tmp_path: Path):
+    options = ["training.epochs=null", "training.max_steps=1"]
+    first = train(parse(classification, options), say=silent)
+    assert json.loads((first.adapter_path / "labels.json").read_text()) == ["neg", "pos"]
+    checkpoint = tmp_path / "run" / "checkpoints" / "checkpoint-1"
+    options.append(f"output={tmp_path / 'second'}")
+    for folder in (first.adapter_path, checkpoint):
+        with pytest.raises(
+            ModelError,
+            match=r"knows the classes \['neg', 'pos'\] in this order, .*set data\.labels: \[\"neg\", \"pos\"\]",
+        ):
+            train(
+                parse(classification, [*options, f"training.start_from={folder}", "data.labels=[pos, neg]"]), say=silent
+            )
+    more = [*options, f"training.start_from={first.adapter_path}"]
+    assert train(parse(classification, more), say=silent).before["loss"] == pytest.approx(first.after["loss"])
+
+    (first.adapter_path / "labels.json").unlink()
+    said: list[str] = []
+    train(parse(classification, more), overwrite=True, say=said.append)
+    assert any("does not say which classes its head knows; those of this run are neg, pos" in s for s in said)
+
+
+@pytest.mark.parametrize(
+    "field", ["rank_pattern={valu: 4}", "alpha_pattern={valu: 4}", "exclude_modules=[valu]", "modules_to_save=[valu]"]
+)
+def test_so_it_is_in_the_other_fields(classification: Values, field: str):
+    with pytest.raises(
+        ModelError, match=rf"method\.{field.partition('=')[0]}: the model has no module 'valu'; did you mean"
+    ):
+        make_plan(prepare(parse(classification, [f"method.{field}"])))
+
+
+@pytest.mark.parametrize("method", ["lora", "peft:lora"])
+def test_a_name_that_no_module_has_is_an_error(classification: Values, method: str):
+    run = parse(classification | {"method": {"name": method, "r": 2, "target_modules": ["query", "valu"]}})
+    for attempt in (lambda: train(run, say=silent), lambda: make_plan(prepare(run))):
+        with pytest.raises(ModelError, match=r"target_modules: the model has no module 'valu'; did you mean 'value'"):
+            attempt()
+
+
+def test_through_peft_it_is_a_warning():
+    from peft import get_peft_model
+    from torch import nn
+
+    from rankfold import PlainLoraConfig
+
+    with pytest.warns(UserWarning, match="no module of the model is called 'zzz'"):
+        get_peft_model(nn.Sequential(nn.Linear(4, 4)), PlainLoraConfig(r=2, target_modules=["0", "zzz"]))  # pyright: ignore
+
+
+def test_a_method_that_trains_nothing_is_refused(language_model: Values):
+    run = parse(language_model | {"method": {"name": "peft:trainable_tokens"}})
+    with pytest.raises(ModelError, match="it trains no parameter"):
+        train(run, say=silent)
+
+
+def test_a_method_that_reads_weights_can_be_counted(language_model: Values):
+    """PEFT makes its tensors from the base's values, which a model on the meta device does not have."""
+    run = parse(language_model | {"method": {"name": "peft:adamss", "target_modules": ["q_proj", "v_proj"]}})
+    plan, result = make_plan(prepare(run)), train(run, say=silent)
+    assert plan.budget.adapter == result.adapter > 0
+
+
+def test_a_schedule_that_sees_a_number_go_bad_diverged(classification: Values, monkeypatch: pytest.MonkeyPatch):
+    from rankfold.train.trainers import CarefulTrainer, DivergedError
+
+    def bad(*args: Any, **kwargs: Any) -> None:
+        raise FloatingPointError("the scores are not finite")
+
+    monkeypatch.setattr(CarefulTrainer, "train", bad)
+    with pytest.raises(DivergedError, match="the scores are not finite"):
+        train(parse(classification), say=silent)
