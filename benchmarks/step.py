@@ -10,7 +10,7 @@ The limit is the frozen decoder stack with a gradient into its input: what any a
 are adapted, the cotangent is fixed, there is no head, loss or optimiser: this isolates the adapter. Variants run in random
 order in every round; a figure is the median over rounds of the ratio to the limit of that round, quartiles in brackets.
 Saved MiB: unique storages kept for the backward, parameters excluded. "by hand" is the least that an eager adapter costs
-(floor.py); in float32 there is a second frozen base, with the products of rankfold/products.py: on most machines it is the first.
+(floor.py); in float32 there is a second frozen base, with the products of rankfold/kernel/matmul.py: on most machines it is the first.
 Run it alone: a second job spoils it.
 """
 

@@ -30,7 +30,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from rankfold.cli import _quiet
+from rankfold.commands.quiet import quiet
 from rankfold.fold import fold_adapter
 from rankfold.host import registry
 from rankfold.io import assets as bundled
@@ -84,7 +84,7 @@ def main() -> None:
     parser.add_argument("--method", default="rasa", help="a method of `rankfold methods`")
     parser.add_argument("--out", type=Path, default=Path("runs"))
     args = parser.parse_args()
-    _quiet()
+    quiet()
 
     results: dict[str, TrainResult] = {}
     for method in (args.method, "peft:lora"):

@@ -25,7 +25,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from peft import PeftModel
 
-from rankfold.cli import _quiet
+from rankfold.commands.quiet import quiet
 from rankfold.io import assets as bundled
 from rankfold.io.files import whole_folder
 from rankfold.io.models import locate
@@ -130,7 +130,7 @@ def main() -> None:
     parser.add_argument("--basis", type=Path, help="then build a subspace of every linear layer, rank 8 (.safetensors)")
     parser.add_argument("--source", choices=("weights", "delta"), default="weights", help="of what (default: weights)")
     arguments = parser.parse_args()
-    _quiet()
+    quiet()
     arguments.out.mkdir(parents=True, exist_ok=True)
     for task in arguments.tasks:
         folder = arguments.out / task

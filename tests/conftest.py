@@ -30,6 +30,12 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _loud(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands that a test calls leave the libraries as they are: what `quiet` changes, it changes for the whole process."""
+    monkeypatch.setattr("rankfold.commands.quiet.quiet", lambda: None)
+
+
 @pytest.fixture
 def masks_of_peft(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every layer draws its own masks, as F.dropout does, so that they can be compared."""

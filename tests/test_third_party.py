@@ -24,7 +24,7 @@ from tiny import byte_tokenizer, write_jsonl  # noqa: E402
 
 COMMANDS = """
 import json, os, sys
-import datasets, trl, rankfold.train.run, rankfold.compare.command, rankfold.fold, rankfold.inspect, rankfold.plan.costs
+import datasets, trl, rankfold.train.run, rankfold.commands.compare, rankfold.fold, rankfold.inspect, rankfold.plan.costs
 from rankfold.cli import main
 
 for command in json.load(open("commands.json")):

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 
 class RankfoldError(ValueError):
-    """A mistake of the user's, in one sentence. The command line prints it without a traceback; any other ValueError is a bug."""
+    """A user error, in one sentence. The command line prints it without a traceback; any other ValueError is a bug."""
 
 
 def nearest(name: object, names: Iterable[str], word: str = "known keys") -> str:

@@ -87,7 +87,7 @@ def examples(names: Sequence[str]) -> str:
 def changes(path: str, old: object, new: object) -> list[str]:
     """What differs between two settings, one phrase per value; dicts are compared key by key.
 
-    >>> changes("method", {"name": "rasa", "r": 8}, {"name": "rasa", "r": 4})
+    >>> changes("method", {"r": 8, "bias": "none"}, {"r": 4, "bias": "none"})
     ['method.r was 8, is 4']
     """
     if isinstance(old, dict) and isinstance(new, dict):

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+import tomllib
 import types
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from safetensors import SafetensorError
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
+import rankfold
 from rankfold import cli
+from rankfold.errors import RankfoldError
 from rankfold.fold import STRICT
 
 
@@ -22,7 +28,6 @@ from rankfold.fold import STRICT
 def run_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A run file for a random BERT and eight rows."""
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-    monkeypatch.setattr(cli, "_quiet", lambda: None)  # it changes the libraries for the whole process
     words = ["<pad>", "</s>", "good", "bad", "film"]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="film"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -84,6 +89,77 @@ def test_bugs_show_their_traceback(monkeypatch: pytest.MonkeyPatch, run_file: Pa
         cli.main(["validate", str(run_file)])
 
 
+@pytest.mark.parametrize(
+    "bug", [ValueError("ours"), TypeError("ours"), ModuleNotFoundError("no rankfold.x", name="rankfold.x")]
+)
+def test_a_bug_of_whatever_class_shows_its_traceback(bug: Exception, monkeypatch: pytest.MonkeyPatch, run_file: Path):
+    def fail(*a):
+        raise bug
+
+    monkeypatch.setattr("rankfold.runfile.load.load", fail)
+    with pytest.raises(type(bug), match=str(bug)):
+        cli.main(["validate", str(run_file)])
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (RankfoldError("r=0 must be > 0"), "r=0 must be > 0"),
+        (torch.cuda.OutOfMemoryError("CUDA out of memory"), "CUDA out of memory"),
+        (SafetensorError("invalid header"), "invalid header"),
+        (
+            ModuleNotFoundError("no", name="pydantic"),
+            "this needs the package 'pydantic': pip install 'rankfold[train]'",
+        ),
+        (ModuleNotFoundError("no", name="gguf"), "this needs the package 'gguf': pip install 'rankfold[gguf]'"),
+        (ImportError("this tokenizer needs sentencepiece"), "this tokenizer needs sentencepiece"),
+    ],
+)
+def test_what_is_expected_is_one_sentence(error: Exception, sentence: str, monkeypatch: pytest.MonkeyPatch, capsys):
+    def fail(*a):
+        raise error
+
+    monkeypatch.setattr("rankfold.runfile.load.load", fail)
+    assert cli.main(["validate", "run.yaml"]) == 1
+    assert capsys.readouterr().err == f"error: {sentence}\n"
+
+
+def test_every_extra_is_named_for_its_packages():
+    """By the name that is imported, which differs for three of them."""
+    about = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
+    imported = {"pyyaml": "yaml", "scikit-learn": "sklearn", "llama-cpp-python": "llama_cpp"}
+    stated = {}
+    for extra in ("train", "gguf", "llama", "ray"):
+        names = (re.split(r"[\[<>=]", package)[0] for package in about[extra])
+        stated |= {imported.get(name, name): extra for name in names if name != "rankfold"}
+    assert stated == cli.EXTRAS
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train", "x.yaml", "--overwrite", "training.max_steps=5", "--dry-run", "training.seed=1"],
+        ["train", "--overwrite", "--dry-run", "x.yaml", "training.max_steps=5", "training.seed=1"],
+        ["validate", "x.yaml", "training.max_steps=5", "--debug", "training.seed=1"],
+        ["sparsify", "x.yaml", "--last", "1e-3", "training.max_steps=5", "--stages", "3", "training.seed=1"],
+        ["compare", "x.yaml", "--workers", "2", "training.max_steps=5", "--dry-run", "training.seed=1"],
+    ],
+    ids=" ".join,
+)
+def test_flags_and_overrides_in_any_order(arguments: list[str], monkeypatch: pytest.MonkeyPatch):
+    given = []
+    monkeypatch.setattr(f"rankfold.commands.{arguments[0]}.run", lambda options: given.append(options) or 0)
+    assert cli.main(arguments) == 0
+    (options,) = given
+    assert options.overrides == ["training.max_steps=5", "training.seed=1"]
+    assert "x.yaml" in (getattr(options, "run_file", None), getattr(options, "compare_file", None))
+    assert [getattr(options, f) for f in ("overwrite", "debug", "stages", "workers") if f"--{f}" in arguments] in (
+        [True], [3], [2],
+    )  # fmt: skip
+
+
 def test_an_interrupt_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, run_file: Path, capsys):
     def interrupt(*a):
         raise KeyboardInterrupt
@@ -128,6 +204,10 @@ def test_init(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
 
 
 def test_version(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as exit:
+        cli.main(["--version"])
+    assert (exit.value.code, capsys.readouterr().out) == (0, f"rankfold {rankfold.__version__}\n")
+    assert version("rankfold") == rankfold.__version__
     assert cli.main(["version"]) == 0
     assert "peft 0." in capsys.readouterr().out
 

@@ -17,9 +17,9 @@ import torch
 from safetensors.torch import load_file
 
 from rankfold.cli import main
+from rankfold.commands.compare import print_plan
 from rankfold.compare import contenders
 from rankfold.compare import trial_process as trial_module
-from rankfold.compare.command import run_compare
 from rankfold.compare.contenders import Entry, resolve
 from rankfold.compare.experiment import compare
 from rankfold.compare.file import CompareFile, parse
@@ -358,7 +358,7 @@ def test_places(values: Values, capsys: pytest.CaptureFixture[str]):
     assert entries["first"].trained == entries["last"].trained == 2 * (4 * 32 + 2 * 48)
     assert entries["attention"].trained == 2 * 3 * 3 * 32
     assert entries["attention in 1, 2"].trained == 2 * 2 * 3 * 32
-    run_compare(file, dry_run=True)
+    print_plan(resolve(file), file)
     assert "4 trials of at most 8 steps; 32 train, 8 validation, 9 test rows" in capsys.readouterr().out
     assert not Path(values["output"]).exists()
 

@@ -10,14 +10,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import pytest
 from browser import Browser, find
 from synthetic import METHODS, Method, as_loss, fail, halving, lines
 
-from rankfold.compare.command import run_compare
+from rankfold.commands.compare import print_report
 from rankfold.compare.report import write_report
 from rankfold.compare.report.charts import _apart, _limits
 from rankfold.compare.report.svg import SERIES
@@ -233,8 +232,7 @@ def test_it_prints_light_whatever_the_screen(reports: dict[str, Path], browser: 
 def test_the_command_says_in_the_terminal_what_the_page_says(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    file = SimpleNamespace(output=str(write(tmp_path, lines()).parent))
-    run_compare(file, report_only=True)  # type: ignore[arg-type]
+    print_report(write(tmp_path, lines()).parent)
     said = capsys.readouterr().out
     assert said.startswith("LoRA r=8 (PEFT) has the highest test accuracy")
     assert "against LoRA r=8 (PEFT)" in said

@@ -1,4 +1,4 @@
-"""Every row of shared/field.md §3.1: what each engine makes of which adapter, with the numbers of a wrong scale."""
+"""What each engine makes of which adapter, with the numbers of a wrong scale."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_rslora_is_ignored_by_sglang_and_gguf(adapter):
 
 
 def test_the_scale_of_save_as_lora(adapter):
-    """shared/field.md A.3: lora_alpha 1 with patterns gives 1/16 and 1/13 in llama.cpp."""
+    """lora_alpha 1 with patterns gives 1/16 and 1/13 in llama.cpp."""
     patterns = {"q_proj": 16, "v_proj": 13}
     found = diagnose(adapter(r=1, lora_alpha=1, rank_pattern=patterns, alpha_pattern=patterns))
     expect(found, sglang=REFUSED, llama=MIS, tgi=MIS)

@@ -16,9 +16,9 @@ from peft.tuners.lora import LoraLayer
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import nn
 
+from rankfold.commands import gelora as command
 from rankfold.gelora import GeloraPlan, assign_ranks, gelora_plan, gelora_ranks, intrinsic_dimensions, show
 from rankfold.gelora.blocks import find_stacks
-from rankfold.gelora.command import run_gelora
 from rankfold.gelora.states import Chain, Dimensions, masked_mean, pooled_states
 from rankfold.host.linear_layer import AdaptedLinear
 
@@ -507,22 +507,24 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_the_command(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     files = {"out": str(place / "new" / "plan.json"), "picture": str(place / "plan.svg")}
-    plan = run_gelora(str(place / "bert"), str(place / "rows.jsonl"), points=60, **files)
+    options = command.Options(model=str(place / "bert"), data=str(place / "rows.jsonl"), points=60, **files)
+    assert command.run(options) == 0
+    plan = GeloraPlan.from_json(Path(files["out"]).read_text())
     shown = capsys.readouterr().out
     assert f"{plan.parameters:,} parameters" in shown
     assert "plan.svg" in shown
-    assert GeloraPlan.from_json(Path(files["out"]).read_text()) == plan
     assert list(plan.ranks) == ["encoder.layer.0", "encoder.layer.1", "encoder.layer.2"]
     assert len(ranks_in(get_peft_model(bert(), plan.config()))) == 12  # fits with a head, too
     with pytest.raises(FileExistsError, match="--force"):
-        run_gelora(str(place / "bert"), "unread", **files)
+        command.run(replace(options, data="unread"))
 
-    run_gelora(str(place / "bert"), str(place / "rows.jsonl"), points=60, json=True, max_rank=1)
+    command.run(replace(options, json=True, max_rank=1, out=None, picture=None))
     assert {block["rank"] for block in json.loads(capsys.readouterr().out)["blocks"]} == {1}
 
 
 def test_the_command_takes_pairs(place: Path) -> None:
-    plan = run_gelora(str(place / "bert"), str(place / "rows.jsonl"), text="other", pair="text", targets=["query"])
+    where = {"model": str(place / "bert"), "data": str(place / "rows.jsonl")}
+    plan = command.measured(command.Options(**where, text="other", pair="text", targets=["query"]))
     assert plan.targets == ("attention.self.query",)
 
 
@@ -533,4 +535,4 @@ def test_the_command_takes_pairs(place: Path) -> None:
 def test_the_command_refuses_before_it_measures(place: Path, options, message: str) -> None:
     arguments = {"model": str(place / "bert"), "data": str(place / "rows.jsonl"), **options}
     with pytest.raises(ValueError, match=message):
-        run_gelora(**arguments)
+        command.run(command.Options(**arguments))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import warnings
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -130,3 +131,34 @@ def test_a_copied_layer_keeps_what_it_needs():
             twin.merge_adapter()
             twin.unmerge_adapter()
             assert_close(twin(x), model(x), rtol=0, atol=0)
+
+
+# Weights that are read or made past the module ---------------------------------------------------------------------------
+
+
+def test_merging_into_a_recomputed_weight_warns():
+    base = nn.Sequential(OrderedDict(linear=torch.nn.utils.parametrizations.weight_norm(nn.Linear(8, 8))))
+    model = get_peft_model(base, PlainLoraConfig(target_modules=["linear"], init_lora_weights=False))
+    with pytest.warns(UserWarning, match="recomputed at every forward"):
+        model.merge_adapter()
+
+
+def test_the_fast_path_of_torchs_encoder_layer_is_named():
+    base = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True))
+    with pytest.warns(UserWarning, match=r"set_fastpath_enabled\(False\)"):
+        get_peft_model(base, PlainLoraConfig(target_modules=["linear1"]))
+
+
+def test_global_hooks_see_every_layer_of_a_fused_mlp():
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    mlp = nn.Sequential(LlamaMLP(LlamaConfig(hidden_size=8, intermediate_size=12, num_attention_heads=2)))
+    model = get_peft_model(mlp, PlainLoraConfig(target_modules=["gate_proj", "up_proj", "down_proj"]))
+    seen: list[nn.Module] = []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, args, output: seen.append(module))
+    try:
+        model(torch.randn(2, 8))
+    finally:
+        handle.remove()
+    assert sum(isinstance(m, AdaptedLayer) for m in seen) == 3

@@ -14,7 +14,7 @@ from torch.testing import assert_close
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel, MambaConfig, MambaForCausalLM
 
 from rankfold import AdaSvdConfig, PlainLoraConfig, RasaConfig, SoraConfig
-from rankfold.host.tuner import short_keys
+from rankfold.host.checkpoint import short_keys
 
 IDS = torch.arange(6)[None]
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

@@ -15,10 +15,10 @@ from rich.console import Console
 from torch import nn
 
 from rankfold import PlainLoraConfig, RasaConfig, SoraConfig
+from rankfold.commands import inspect as command
 from rankfold.host import registry
 from rankfold.host.linear_layer import AdaptedLinear
 from rankfold.inspect import inspect_adapter, inspect_run
-from rankfold.inspect.command import run_inspect
 from rankfold.inspect.grid import grid, place
 from rankfold.inspect.inspection import ModuleUpdate
 from rankfold.inspect.pictures import draw_adapter, draw_history
@@ -287,36 +287,36 @@ def test_what_cannot_be_looked_at(base: Path, tmp_path: Path) -> None:
 def test_the_command(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
     adapted(base, PlainLoraConfig(r=4, target_modules=TARGETS)).save_pretrained(run / "adapter")
-    run_inspect(str(run), picture=str(tmp_path / "p.svg"))  # a run whose ranks do not change
+    command.run(command.Options(path=str(run), picture=str(tmp_path / "p.svg")))  # a run whose ranks do not change
     assert "rank kept" in capsys.readouterr().out
     assert not (tmp_path / "p-ranks.svg").exists()
 
     write_ranks(run / "checkpoints" / "ranks.jsonl")
     with pytest.raises(FileExistsError, match="--force"):
-        run_inspect(str(run), picture=str(tmp_path / "p.svg"))
+        command.run(command.Options(path=str(run), picture=str(tmp_path / "p.svg")))
     assert not (tmp_path / "p-ranks.svg").exists()
-    run_inspect(str(run), picture=str(tmp_path / "p.svg"), force=True)
+    command.run(command.Options(path=str(run), picture=str(tmp_path / "p.svg"), force=True))
     shown = capsys.readouterr().out
     assert "rank at step 50" in shown
     assert "p-ranks.svg" in shown
     assert (tmp_path / "p-ranks.svg").exists()
 
-    run_inspect(str(run), json=True)
+    command.run(command.Options(path=str(run), json=True))
     found = json.loads(capsys.readouterr().out)
     assert len(found["adapter"]["updates"]) == 9
     assert found["run"]["steps"] == [10, 20, 30, 40, 50]
-    run_inspect(str(run / "adapter"), json=True)
+    command.run(command.Options(path=str(run / "adapter"), json=True))
     assert set(json.loads(capsys.readouterr().out)) == {"adapter"}
 
     for name in ("adapter_config.json", "adapter_model.safetensors"):
-        run_inspect(str(run / "adapter" / name), json=True)
+        command.run(command.Options(path=str(run / "adapter" / name), json=True))
         assert set(json.loads(capsys.readouterr().out)) == {"adapter"}
-    run_inspect(str(run / "checkpoints" / "ranks.jsonl"), json=True)
+    command.run(command.Options(path=str(run / "checkpoints" / "ranks.jsonl"), json=True))
     assert set(json.loads(capsys.readouterr().out)) == {"run"}
     for path in (base, base / "model.safetensors", base / "config.json"):
         with pytest.raises(ValueError, match="neither an adapter"):
-            run_inspect(str(path))
+            command.run(command.Options(path=str(path)))
     with pytest.raises(FileNotFoundError, match="does not exist"):
-        run_inspect(str(tmp_path / "nothing"))
+        command.run(command.Options(path=str(tmp_path / "nothing")))
     with pytest.raises(ValueError, match="must end in"):
-        run_inspect(str(run), picture="x.bmp")
+        command.run(command.Options(path=str(run), picture="x.bmp"))

@@ -30,10 +30,10 @@ def test_a_skeleton_has_the_shapes_and_types_and_no_memory() -> None:
 
 
 def test_the_class_of_an_adapter_s_base() -> None:
-    assert named_class("CAUSAL_LM", "LlamaModel") is hf.AutoModelForCausalLM
-    assert named_class(None, "LlamaModel") is hf.LlamaModel
+    assert named_class("AutoModelForCausalLM") is hf.AutoModelForCausalLM
+    assert named_class("LlamaModel") is hf.LlamaModel
     for name in (None, "", "NoSuchModel", "pipeline"):
-        assert named_class(None, name) is hf.AutoModel
+        assert named_class(name) is hf.AutoModel
 
 
 def test_code_of_a_model_is_never_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

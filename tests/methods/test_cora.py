@@ -1,4 +1,4 @@
-"""CoRA: what its specification promises (shared/methods/rank_selection.md, section 2h), and every basis it must refuse."""
+"""CoRA: what its specification promises, and every basis it must refuse."""
 
 from __future__ import annotations
 

@@ -101,7 +101,7 @@ def test_rank_of_the_update(arch: Arch, row: Row, device: torch.device) -> None:
 
 
 def det(shape: tuple[int, int], a: float, b: float, c: float) -> torch.Tensor:
-    """The golden values' generator (shared/methods/structure.md, appendix)."""
+    """The golden values' generator."""
     i, j = (torch.arange(n, dtype=torch.float64) for n in shape)
     return torch.sin(a + b * i[:, None] + c * j + 0.1 * i[:, None] * j)
 

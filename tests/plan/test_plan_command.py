@@ -13,11 +13,6 @@ from rankfold import cli
 from rankfold.runfile.load import parse
 
 
-@pytest.fixture(autouse=True)
-def _loud(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "_quiet", lambda: None)  # it changes the libraries for the whole process
-
-
 @pytest.fixture
 def llama(tmp_path: Path) -> str:
     return str(folder(tmp_path / "llama", "llama"))

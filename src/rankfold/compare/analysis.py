@@ -1,4 +1,4 @@
-"""What a comparison found: everything that the report, the terminal and analysis.json say in numbers."""
+"""The results of a comparison: every value in the report, the terminal and analysis.json."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Failure:
 
 @dataclass(frozen=True)
 class Contender:
-    """One method (at one place of the adapters) at its best learning rate. Counts and times are means over the seeds.
+    """One method (on one set of layers) at its best learning rate. Counts and times are means over the seeds.
 
     Args:
         name: the label, with the target variant where there are several.
@@ -99,17 +99,17 @@ class Difference:
 
 @dataclass(frozen=True)
 class Analysis:
-    """Everything the report says in numbers; `to_json` is OUT/analysis.json.
+    """Every value in the report; `to_json` is OUT/analysis.json.
 
     Args:
         rows: test rows, or None where their scores do not make up the metric.
         over: what the intervals allow to come out otherwise.
-        least_seeds: that an interval of a difference takes.
+        least_seeds: needed for an interval of a difference.
         contenders: in the order of the compare file, those with a finished trial.
         unfinished: names of contenders without one.
         differences: every pair once, earlier contender first.
         reference: the contender the others are held against first: plain LoRA, else the first.
-        warnings: sentences a reader must see before the numbers.
+        warnings: sentences a reader must see before the results.
         trials: lines; `failures` are those that did not finish.
     """
 

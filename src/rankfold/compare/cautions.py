@@ -1,4 +1,4 @@
-"""What a reader must know before believing the numbers of a comparison, in sentences."""
+"""Writes the warnings that a reader must see before trusting a comparison's results."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def cautions(analysis: Analysis, lines: Sequence[TrialLine], trials: Sequence[Tr
 
 
 def _few_seeds(analysis: Analysis) -> list[str]:
-    """What cannot be shown, and how many seeds it takes."""
+    """Says what cannot be shown, and how many seeds that would take."""
     least = analysis.least_seeds
     most = max((len(c.seeds) for c in analysis.contenders), default=0)
     takes = f"no difference between contenders can be shown: that takes at least {least} seeds"

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Entry:
-    """A contender at a place.
+    """A contender on one set of layers.
 
     Args:
         method: its section of a run file.
@@ -49,7 +49,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Lineup:
-    """Who competes, and on what.
+    """The contenders, and what they train on.
 
     Args:
         budget: in trained parameters of the adapter, or None.
@@ -65,7 +65,7 @@ class Lineup:
 
 
 def resolve(file: CompareFile) -> Lineup:
-    """Places every contender and solves its ranks, on the shapes of the model alone.
+    """Chooses the layers and ranks of every contender, from the shapes of the model alone.
 
     Raises:
         DataError, ModelError: rows or model cannot be used. ValueError: no contender can be trained at this budget.

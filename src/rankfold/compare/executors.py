@@ -21,7 +21,7 @@ from rankfold.errors import RankfoldError
 
 Executor = Literal["local", "ray"]
 Submit = Callable[[Path, TrialLine], "Future[TrialLine]"]
-"""Takes a trial's folder and the line as it was defined, gives the line as it was measured."""
+"""Takes a trial's folder and the line that defines it; returns the measured line."""
 
 LOG = "log.txt"
 
@@ -152,7 +152,7 @@ def run_process(
 
 
 def _end(process: subprocess.Popen[Any]) -> None:
-    """Ends a trial with everything that it started, which all read the same standard input."""
+    """Ends a trial and all processes it started; they all read the same standard input."""
     if process.stdin:
         process.stdin.close()
     try:

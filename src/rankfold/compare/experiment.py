@@ -1,4 +1,4 @@
-"""`rankfold compare`: every trial that the compare file asks for and that is not there yet, one line each."""
+"""`rankfold compare`: runs every trial that the compare file asks for and that is still missing, and writes one line per trial."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ def compare(
     command: str = "",
     say: Callable[[str], None] = print,
 ) -> Path:
-    """Runs the trials that are missing; what is in the output folder is not repeated.
+    """Runs the missing trials. Trials in the output folder are not repeated.
 
     Args:
         workers: trials at a time; they share the cores.
-        retry_failed: try failed trials again (those that diverged did what they do).
+        retry_failed: try failed trials again (a diverged trial is a result, not a failure).
         command: how the comparison was started, for its lines.
-        say: takes each sentence for the reader.
+        say: called with each sentence for the reader.
 
     Returns:
         The comparison's folder.
@@ -118,7 +118,7 @@ class _Comparison:
                 self.say("; ".join(part for part in parts if part and (left or later or part is parts[0])))
 
     def wanted(self, done: dict[str, TrialLine]) -> tuple[list[Trial], int]:
-        """Of all contenders, one trial of each in turn, so that early results are of all of them."""
+        """Takes one trial of each contender in turn, so that early results cover all of them."""
         found = [wanted(entry, self.file, done) for entry in self.lineup.entries]
         turns = sorted((number, i) for i, (trials, _) in enumerate(found) for number in range(len(trials)))
         unique = {found[i][0][number].id: found[i][0][number] for number, i in turns}
@@ -163,7 +163,7 @@ def refusals(lineup: Lineup) -> list[str]:
 
 
 def check_folder(file: CompareFile) -> None:
-    """May this comparison go on in its folder? Trials on other rows or with other steps could not be compared.
+    """Checks that this comparison may continue in its folder. Trials on other rows or with other steps could not be compared.
 
     Raises:
         FolderError: it is something else's, or another comparison's.
@@ -185,7 +185,7 @@ def check_folder(file: CompareFile) -> None:
 
 
 def check_labels(lineup: Lineup, file: CompareFile, lines: list[TrialLine]) -> None:
-    """One label must mean one thing in the report.
+    """Checks that one label means one thing in the report.
 
     Raises:
         FolderError: a contender was something else when trials of it were run.

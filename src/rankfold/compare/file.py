@@ -69,7 +69,7 @@ class CompareFile(Section):
         default="all-linear", description="target_modules of every contender that does not name its own."
     )
     where: dict[str, Place] = Field(
-        default={}, description="Named places; every contender is tried in each, at the same budget."
+        default={}, description="Named sets of layers; every contender is tried on each, at the same budget."
     )
     budget: int | str | SameAs | None = Field(
         default=None,
@@ -90,7 +90,7 @@ class CompareFile(Section):
     )
     training: Training = Field(
         default=Training(),
-        description="As in a run file, stopping included; rates and seeds take the place of two keys.",
+        description="As in a run file, stopping included; rates and seeds replace two of its keys.",
     )
     launch: str | None = Field(
         default=None, description="What starts a trial on several devices: accelerate launch --num_processes 2."
@@ -243,7 +243,7 @@ def _check(file: CompareFile) -> list[Problem]:
 
 
 def _check_runs(file: CompareFile) -> list[Problem]:
-    """What a run file of each contender would complain about, at its place in this file; the same complaint once."""
+    """The problems that each contender's run file would have, located in this file; repeated ones once."""
     contenders: list[tuple[KeyPath, ContenderSpec]] = [(("methods", i), c) for i, c in enumerate(file.methods)]
     if isinstance(file.budget, SameAs):
         contenders.append((("budget", "of"), file.budget.of))

@@ -45,14 +45,14 @@ class Rows:
         self.freedom = max(1, count - 1)
         self._covariance = influence @ influence.T / (count * self.freedom)
 
-    def variance(self, places: Sequence[int], minus: Sequence[int] = ()) -> float:
+    def variance(self, indices: Sequence[int], minus: Sequence[int] = ()) -> float:
         """Of a mean over seeds, or of a difference of two.
 
         Args:
-            places: of the trials among `scores`, one for each seed.
+            indices: of the trials among `scores`, one per seed.
             minus: of those that are subtracted, in the same order of seeds.
         """
-        a, c = np.asarray(places), self._covariance
+        a, c = np.asarray(indices), self._covariance
         each = c[np.ix_(a, a)]
         if len(minus):
             b = np.asarray(minus)
@@ -104,7 +104,7 @@ def together(
     pairs: Sequence[Pair],
     tests: Mapping[str, Mapping[int, float]],
     rows: Rows | None = None,
-    places: Mapping[str, Mapping[int, int]] | None = None,
+    indices: Mapping[str, Mapping[int, int]] | None = None,
 ) -> dict[Pair, float]:
     """Half lengths of the intervals of differences that hold together: with probability `CONFIDENCE` not one misses.
 
@@ -116,7 +116,8 @@ def together(
     Args:
         pairs: of contenders, one family.
         tests: by contender and seed, of all contenders.
-        rows: with `places`, by contender and seed, of the trials in it; None where the row scores do not make up the metric.
+        rows: the row scores; `indices` holds each trial's index in them, by contender and seed. None where the row scores do not make
+            up the metric.
 
     Returns:
         By pair; a pair with fewer than `LEAST_SEEDS` common seeds, or of which nothing varies, has none.
@@ -135,8 +136,8 @@ def together(
             # Several estimates of variance: the inequality holds for the product of single intervals (Šidák 1967)
             reach = critical(1, freedom, CONFIDENCE ** (1 / len(tested)))
         square = max(reach**2 * max(2 * pooled, own), critical(1, count - 1) ** 2 * own) / count
-        if rows is not None and places is not None:
-            variance = rows.variance([places[a][s] for s in seeds], [places[b][s] for s in seeds])
+        if rows is not None and indices is not None:
+            variance = rows.variance([indices[a][s] for s in seeds], [indices[b][s] for s in seeds])
             square += critical(len(tested), rows.freedom) ** 2 * variance
         if square > 0:
             found[a, b] = math.sqrt(square)

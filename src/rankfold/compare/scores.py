@@ -1,4 +1,4 @@
-"""One score for each row, read off the forward passes of the trainer's own evaluation."""
+"""Collects one score per row from the forward passes of the trainer's own evaluation."""
 
 from __future__ import annotations
 

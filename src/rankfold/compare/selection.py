@@ -1,4 +1,4 @@
-"""Which learning rate a contender is judged at, chosen on validation rows alone, and how much hangs on that rate."""
+"""Chooses each contender's learning rate, on validation rows alone, and measures how much depends on it."""
 
 from __future__ import annotations
 
@@ -129,23 +129,23 @@ def choose(trials: Trials, greater_is_better: bool) -> Sensitivity | None:
     best = max(in_question, key=merit)
     at_end = [p.mean for p in in_question if p.mean is not None]
     means = [p.first for p in points if p.first is not None] or at_end
-    place, last = trials.rates.index(best.rate), len(points) - 1
+    index, last = trials.rates.index(best.rate), len(points) - 1
     return Sensitivity(
         points=points,
         best=best.rate,
         seeds=tuple(sorted(common)),
-        edge=_edge(place, last),
-        steps_to_edge=min(place, last - place),
+        edge=_edge(index, last),
+        steps_to_edge=min(index, last - index),
         spread=max(means) - min(means) if len(means) > 1 else None,
     )
 
 
-def _edge(place: int, last: int) -> Edge | None:
-    """Of the rates from 0 to `last`, where the one at `place` stands."""
+def _edge(index: int, last: int) -> Edge | None:
+    """Which edge of the rates 0 to `last` this index is, if any."""
     if last == 0:
         return "only"
     edges: dict[int, Edge] = {0: "lowest", last: "highest"}
-    return edges.get(place)
+    return edges.get(index)
 
 
 def _values(lines: dict[int, TrialLine]) -> dict[int, float]:

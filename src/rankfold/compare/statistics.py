@@ -1,4 +1,4 @@
-"""What the trials of a comparison say: the rate chosen on validation rows, test means and differences with intervals."""
+"""Analyses a comparison's trials: the rate chosen on validation rows, test means, and differences with intervals."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from rankfold.compare.selection import Sensitivity, Trials, choose, contenders
 from rankfold.compare.trial_file import TrialLine
 from rankfold.errors import RankfoldError
 
-#: Between which a metric lies, whatever the data; an interval is cut off there, which leaves out nothing that could be true.
+#: The bounds of each metric. An interval is cut off there, which does not exclude any value that could be true.
 BOUNDS = {"accuracy": (0.0, 1.0), "macro_f1": (0.0, 1.0), "token_accuracy": (0.0, 1.0), "loss": (0.0, math.inf)}
 
 
@@ -55,7 +55,7 @@ def analyse(lines: Sequence[TrialLine], *, reference: str | None = None) -> Anal
     trials = [line for *_, finished in chosen for line in finished]
     rows = _rows(trials)
     scores = _scores(trials) if rows else None
-    place = {id(t): i for i, t in enumerate(trials)}
+    index = {id(t): i for i, t in enumerate(trials)}
     all_seeds = {t.seed for t in trials}
     most = max((len(finished) for *_, finished in chosen), default=0)
 
@@ -79,7 +79,7 @@ def analyse(lines: Sequence[TrialLine], *, reference: str | None = None) -> Anal
                 test=fmean(tests),
                 deviation=stdev(tests) if len(tests) > 1 else None,
                 before=_mean(finished, lambda t: t.before),
-                interval=None if over == "nothing" else _interval(tests, finished, scores, place, metric),
+                interval=None if over == "nothing" else _interval(tests, finished, scores, index, metric),
                 over=over,
                 **{
                     key: _mean(finished, lambda t, key=key: t.parameters.get(key))
@@ -110,7 +110,7 @@ def analyse(lines: Sequence[TrialLine], *, reference: str | None = None) -> Anal
         over=_over(most, most, rows),
         contenders=tuple(found),
         unfinished=tuple(names[id(g)] for g in groups if names[id(g)] not in named),
-        differences=tuple(_differences(by_name, scores, place, metric, greater, held)),
+        differences=tuple(_differences(by_name, scores, index, metric, greater, held)),
         reference=held,
         warnings=(),
         trials=len(lines),
@@ -159,9 +159,9 @@ def _scores(trials: Sequence[TrialLine]) -> Rows:
 
 
 def _interval(
-    tests: Sequence[float], finished: Sequence[TrialLine], scores: Rows | None, place: dict[int, int], metric: str
+    tests: Sequence[float], finished: Sequence[TrialLine], scores: Rows | None, index: dict[int, int], metric: str
 ) -> tuple[float, float] | None:
-    variance = scores.variance([place[id(t)] for t in finished]) if scores else None
+    variance = scores.variance([index[id(t)] for t in finished]) if scores else None
     half = alone(tests, variance, scores.freedom if scores else 1)
     return None if half is None else _within(fmean(tests), half, BOUNDS.get(metric, (-math.inf, math.inf)))
 
@@ -173,19 +173,19 @@ def _within(middle: float, half: float, bounds: tuple[float, float]) -> tuple[fl
 def _differences(
     trials: dict[str, dict[int, TrialLine]],
     scores: Rows | None,
-    place: dict[int, int],
+    index: dict[int, int],
     metric: str,
     greater: bool,
     reference: str | None,
 ) -> list[Difference]:
-    """Every pair; the pairs with the reference hold together, and so do all others: fewer at a time are shorter."""
+    """Every pair. The intervals against the reference form one family and all others another: smaller families give shorter ones."""
     tests = {name: {s: _number(t.test) for s, t in some.items()} for name, some in trials.items()}
-    places = {name: {s: place[id(t)] for s, t in some.items()} for name, some in trials.items()}
+    indices = {name: {s: index[id(t)] for s, t in some.items()} for name, some in trials.items()}
     low, high = BOUNDS.get(metric, (-math.inf, math.inf))
     pairs = list(combinations(trials, 2))
     halves: dict[tuple[str, str], float] = {}
     for family in (True, False):
-        halves |= together([p for p in pairs if (reference in p) is family], tests, scores, places)
+        halves |= together([p for p in pairs if (reference in p) is family], tests, scores, indices)
     found: list[Difference] = []
     for a, b in pairs:
         seeds = tuple(sorted(tests[a].keys() & tests[b].keys()))

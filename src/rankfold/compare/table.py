@@ -12,7 +12,7 @@ from rankfold.compare.analysis import Analysis
 
 
 def show(analysis: Analysis) -> Group:
-    """The answer, one row per contender with the best test metric first, what to beware of, and what did not finish."""
+    """The answer, one row per contender with the best test metric first, the warnings, and the trials that did not finish."""
     n = say.digits(analysis)
     table = text.table()
     table.add_column("contender", overflow="fold")

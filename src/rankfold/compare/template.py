@@ -18,7 +18,7 @@ budget: %s
 # Which modules, for contenders that do not name their own.
 targets: all-linear
 
-# Every contender in several places, each at the same budget.
+# Every contender on several sets of layers, each at the same budget.
 # where:
 #   first: {layers: first third}            # or middle third, last third, [0, 1, 5]
 #   last: {layers: last third}

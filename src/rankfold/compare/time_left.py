@@ -1,4 +1,4 @@
-"""How long it will still take, from what was measured, and no more exactly than that allows."""
+"""Estimates the time left from what was measured, with no more digits than that justifies."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rankfold.text import duration
 
 @dataclass
 class Estimate:
-    """Seconds of a whole trial as measured, by contender and place."""
+    """Measured seconds of a whole trial, by contender and set of layers."""
 
     measured: dict[tuple[str, str], list[float]] = field(default_factory=dict)
 

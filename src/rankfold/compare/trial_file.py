@@ -34,7 +34,7 @@ class TrialLine:
         metric: what `validation`, `test` and `before` are values of.
         validation: chooses the learning rate; of an unfinished rung, at its end.
         test: measured once, after training; `before` is the same before training.
-        items: one number for each test row, in the order of the rows.
+        items: one score per test row, in the order of the rows.
         weights: of the items, so that their weighted mean is `test`; None for equal ones.
         curve: {"loss": [[step, value], ...], "validation": [[step, value], ...]}.
         parameters: trained, head, stored, folded, folded_rank.

@@ -1,5 +1,5 @@
-"""Which trials a comparison consists of. It follows from the compare file and the lines that are there, and from nothing else,
-so that a comparison that was killed, or whose file has grown, goes on where it is."""
+"""Lists the trials of a comparison. The list follows only from the compare file and the existing lines, so a comparison continues
+after a kill, or after its file has grown."""
 
 from __future__ import annotations
 

@@ -64,7 +64,7 @@ def _sentence(error: Exception) -> str:
 
 
 def machine() -> dict[str, Any]:
-    """What the numbers were measured on."""
+    """The machine and versions that the trial was measured on."""
     import torch
 
     from rankfold.train.card import versions

@@ -1,4 +1,4 @@
-"""The numbers and the answer of a comparison in words, the same for terminal and report."""
+"""Puts the values and the answer of a comparison into words, the same for terminal and report."""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ def _capital(text: str) -> str:
 
 
 def method(analysis: Analysis) -> str:
-    """How the numbers were made, in a short paragraph."""
+    """Says in a short paragraph how the results were computed."""
     least = analysis.least_seeds
     rows = f"test rows than these {analysis.rows or 0:,}"
     text = (

@@ -1,4 +1,4 @@
-"""Controllers onto an optimiser, through torch's own hooks, so that they run in any loop.
+"""Attaches controllers to an optimiser through torch's own hooks, so that they run in any loop.
 
 handle = attach(model, optimizer, total_steps=1000)     # that is all: bare loop, Trainer, TRL, accelerate
 """
@@ -78,7 +78,7 @@ def attach(model: nn.Module, optimizer: torch.optim.Optimizer, *, total_steps: i
         return attached
 
     def adopt() -> None:
-        """Takes over what `optimizer.load_state_dict` brought, whether it was called before or after attach."""
+        """Adopts the state that `optimizer.load_state_dict` loaded, before or after attach."""
         saved: dict[str, Any] = optimizer.param_groups[0].setdefault(KEY, {})
         for name, controller in controllers.items():
             if name not in saved:
@@ -130,7 +130,7 @@ def attach(model: nn.Module, optimizer: torch.optim.Optimizer, *, total_steps: i
 
 
 def _refuse_fresh_start(name: str, controller: Controller) -> None:
-    """A schedule that has run, and an optimiser without its state: starting again at 0 would give ranks back."""
+    """Refuses an optimiser without the state of a schedule that has run: starting again at 0 would give ranks back."""
     ran = (controller.config.schedule or {}).get("step", 0)
     if ran and not controller.step and _has_run(controller):
         raise RankfoldError(
@@ -147,7 +147,7 @@ def _has_run(controller: Controller) -> bool:
 
 
 def _refuse_partial(name: str, adapters: list, stepped: set[int]) -> None:
-    """An optimiser that holds only part of an adapter, as matrices in Muon and gates in AdamW."""
+    """Refuses an optimiser that holds only part of an adapter, such as the matrices in Muon with the gates in AdamW."""
     for adapter in adapters:
         held = {n: id(p) in stepped for n, p in adapter.named_parameters() if p.requires_grad}
         if not all(held.values()):

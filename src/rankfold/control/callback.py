@@ -16,7 +16,7 @@ from rankfold.io.files import append_line, read_json_lines, write_whole
 class AdapterCallback(TrainerCallback):
     """Attaches every scheduled adapter's controller when training begins: `Trainer(..., callbacks=[AdapterCallback()])`.
 
-    The state rides in the optimiser's checkpoint, so resuming needs nothing more. At each logging step the alive ranks
+    The state is saved in the optimiser's checkpoint, so resuming needs nothing else. At each logging step the alive ranks
     are appended to `<output_dir>/ranks.jsonl`, for `rankfold inspect`.
     """
 

@@ -38,7 +38,7 @@ class Controller(Generic[A, C]):
 
     def __init__(self, config: C, adapters: Sequence[A], total_steps: int | None) -> None:
         self.config, self.adapters, self.total_steps = config, list(adapters), total_steps
-        #: Everything that must survive a kill: numbers, and tensors in float32 or wider. It travels in the optimiser's
+        #: Everything that must survive a kill: plain values, and tensors in float32 or wider. It travels in the optimiser's
         #: own state dict (see attach.py), so any loop that resumes its optimiser resumes the schedule.
         self.state: dict[str, Any] = {"step": 0, "sites": [a.site.name for a in self.adapters]}
 

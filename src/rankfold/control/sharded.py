@@ -1,4 +1,4 @@
-"""Whole tensors for a schedule, where FSDP2 leaves every process a shard of each parameter.
+"""Gives schedules whole tensors where FSDP2 leaves every process only a shard of each parameter.
 
 Every process computes the same scores from whole tensors, so all of them cut the same components. Both functions are
 collectives for a sharded tensor: every process calls them, in the same order.

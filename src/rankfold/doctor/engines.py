@@ -1,4 +1,4 @@
-"""What each engine does with an adapter: one row an engine, each a list of small rules (shared/field.md §3.1).
+"""What each engine does with an adapter: one row per engine, each a list of small rules.
 
 Each row says how it is known, at which version and when; no engine is started by this module.
 """

@@ -7,7 +7,7 @@ print(fold_adapter("runs/movie/adapter", "runs/movie/folded").summary())
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -33,7 +33,7 @@ from rankfold.io.files import sha256, whole_folder
 from rankfold.io.weights import read_headers
 from rankfold.kernel.factors import Factors
 
-__all__ = ["PROFILES", "FoldReport", "fold_adapter", "fold_model"]
+__all__ = ["PROFILES", "FoldReport", "fold_adapter", "fold_model", "fold_source", "read_source"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PROFILES: dict[str, Profile] = {
@@ -93,8 +93,7 @@ def fold_adapter(
     _check_out(out, adapter, base or config.base_model_name_or_path)
     with whole_folder(out, force) as folder:
         limit, texts = CompressionLimit(rank, error), None if calibration is None else read_texts(calibration)
-        source = _source(adapter, config, base)
-        source.notes.extend(_widened(adapter) + check_keys(adapter, config))
+        source = read_source(adapter, base)
         if texts is not None:
             name = base or source.config.base_model_name_or_path
             limit = _weighed(limit, trained_model(adapter, source.config, base), source, texts, name)
@@ -134,6 +133,47 @@ def fold_model(
         if texts is not None:
             limit = _weighed(limit, model, source, texts, source.config.base_model_name_or_path)
         report = _write(source, folder, out, origin, None, _Options(profile, dtype, pad, limit, strict, progress))
+        _write_report(report, folder)
+    return report
+
+
+def read_source(adapter: str | Path, base: str | None = None) -> Source:
+    """What `fold_adapter` reads an adapter folder as; arguments and errors as there."""
+    folder = find_adapter(Path(adapter))
+    config = read_config(folder)
+    source = _source(folder, config, base)
+    source.notes.extend(_widened(folder) + check_keys(folder, config))
+    return source
+
+
+def fold_source(
+    source: Source,
+    out: str | Path,
+    *,
+    origin: str,
+    inputs: Sequence[str | Path] = (),
+    base: str | None = None,
+    profile: str = "uniform",
+    dtype: str | None = None,
+    pad: str = "serve",
+    rank: int | None = None,
+    error: float | None = None,
+    strict: float | None = None,
+    force: bool = False,
+    progress: bool = False,
+) -> FoldReport:
+    """Folds whatever offers updates by module; the other arguments, result and errors as `fold_adapter`.
+
+    Args:
+        origin: where it comes from, for the report.
+        inputs: the folders that it was made from, which `force` must not delete.
+    """
+    out = Path(out)
+    for one in inputs:
+        _check_out(out, Path(one), base or source.config.base_model_name_or_path)
+    with whole_folder(out, force) as folder:
+        options = _Options(profile, dtype, pad, CompressionLimit(rank, error), strict, progress)
+        report = _write(source, folder, out, origin, base, options)
         _write_report(report, folder)
     return report
 
@@ -264,6 +304,7 @@ def _write(source: Source, folder: Path, out: Path, origin: str, base: str | Non
         notes=[*source.notes, *written.notes, *(["every update is zero: this fold changes nothing"] if empty else [])],
         sha256={f.relative_to(folder).as_posix(): sha256(f) for f in files},
         noun=chosen.noun,
+        left_out=source.left_out,
     )
 
 
@@ -321,5 +362,5 @@ def _write_report(report: FoldReport, folder: Path) -> None:
     card += (
         f"# {report.noun[0].upper()}{report.noun[1:]}, folded from {report.method}\n\n```\n{report.summary()}\n```\n\n"
     )
-    card += f"Made by `rankfold fold`; the errors per layer are in `{REPORT}`.\n"
+    card += f"Made by rankfold; the errors per layer are in `{REPORT}`.\n"
     (folder / CARD).write_text(card, encoding="utf-8")

@@ -61,6 +61,7 @@ class FoldReport:
     sha256: dict[str, str]
     versions: dict[str, str] = field(default_factory=lambda: {p: version(p) for p in ("rankfold", "peft", "torch")})
     noun: str = "a plain LoRA"
+    left_out: dict[str, float] = field(default_factory=dict)
 
     @property
     def worst(self) -> LayerProof:

@@ -57,7 +57,7 @@ def _encode(model: nn.Module, tokenizer: Any, sample: Sample, max_length: int) -
     cut = {"truncation": True, "max_length": max_length}
     if both:
         if not isinstance(sample, (tuple, list)) or not all(isinstance(part, str) for part in sample):
-            raise RankfoldError("texts: an encoder-decoder needs pairs of source and target, one a sample")
+            raise RankfoldError("texts: an encoder-decoder needs a pair of source and target per sample")
         source, target = sample
         row = dict(tokenizer(source, **cut))
         answer = tokenizer(text_target=target, **cut)["input_ids"]

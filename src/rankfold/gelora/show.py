@@ -1,4 +1,4 @@
-"""A GeLoRA plan for the eye: a table for the terminal and a picture."""
+"""Shows a GeLoRA plan: a table for the terminal, and a picture."""
 
 from __future__ import annotations
 

@@ -16,18 +16,16 @@ from __future__ import annotations
 
 import math
 import re
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
-from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from rankfold.errors import RankfoldError
 from rankfold.host.config import LowRankConfig
+from rankfold.host.watch import watch
 from rankfold.kernel.factors import Factors
 from rankfold.kernel.linears import Term, low_rank_update
 
@@ -53,54 +51,6 @@ class Group:
         return len(self.sites)
 
 
-#: Every adapter that has a schedule. A hook on all optimisers sees one that is stepped without its controller: a parameter's
-#: version counter would not (fused kernels leave it alone, loading moves it).
-_WATCHED: WeakSet[Adapter] = WeakSet()
-#: Every adapter that no optimiser has stepped yet.
-_NEW: WeakSet[Adapter] = WeakSet()
-
-
-def _after_any_step(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
-    waiting = [a for a in _WATCHED if not a.scheduled and not a._stepped_unscheduled]
-    if not waiting and not _NEW:
-        return
-    held = {id(p): p.grad is not None for g in optimizer.param_groups for p in g["params"] if p.requires_grad}
-    _notice_unscheduled(waiting, held)
-    _notice_dead(held)
-
-
-def _notice_unscheduled(waiting: list[Adapter], held: dict[int, bool]) -> None:
-    found = [a for a in waiting if any(held.get(id(p)) for p in a.parameters())]
-    for adapter in found:
-        adapter._stepped_unscheduled = True
-    if found:
-        warnings.warn(
-            f"{type(found[0]).__name__} at {found[0].site.name} is being trained without its controller, so its ranks will "
-            "never change: call rankfold.attach(model, optimizer, total_steps=...) before the loop, or give "
-            "Trainer callbacks=[rankfold.AdapterCallback()]",
-            stacklevel=3,
-        )
-
-
-def _notice_dead(held: dict[int, bool]) -> None:
-    """Names adapters whose module's weight is read past its forward (nn.MultiheadAttention's out_proj; peft#2200, #761)."""
-    own = {a: [held[id(p)] for p in a._parameters.values() if p is not None and id(p) in held] for a in list(_NEW)}
-    stepped = {a: any(grads) for a, grads in own.items() if grads}
-    for adapter in stepped if any(stepped.values()) else ():
-        _NEW.discard(adapter)
-    dead = sorted(a.site.name for a, alive in stepped.items() if not alive)
-    if dead and len(dead) < len(stepped):
-        warnings.warn(
-            f"{', '.join(dead[:5])}{f' and {len(dead) - 5} more' if len(dead) > 5 else ''}: the adapter got no gradient in the first "
-            "step, so it learns nothing; the model may read that module's weight without calling the module. Leave it out "
-            "with exclude_modules",
-            stacklevel=3,
-        )
-
-
-register_optimizer_step_post_hook(_after_any_step)
-
-
 class Adapter(nn.Module):
     """Base of every method's adapter. Trainable tensors are parameters, frozen ones buffers; both are saved.
 
@@ -112,6 +62,9 @@ class Adapter(nn.Module):
 
     #: Whether the update is a fixed matrix. A method with an input-dependent update overrides `forward` and sets False.
     fixed: ClassVar[bool] = True
+    #: Whether two of them side by side are one of the sum of their ranks, because `down` and `up` are all there is. A subclass does
+    #: not inherit it.
+    stackable: ClassVar[bool] = False
     #: Whether the method has a schedule (its config knows), and whether a controller runs it here.
     has_schedule: bool = False
     scheduled: bool = False
@@ -132,18 +85,13 @@ class Adapter(nn.Module):
         # In a tuple, out of the module registry: the model owns shared state once (tuner.py), each adapter only reads it
         self._shared = (shared,)
         self.has_schedule = config.scheduled
-        self._register()
-
-    def _register(self) -> None:
-        _NEW.add(self)
-        if self.has_schedule:
-            _WATCHED.add(self)
+        watch(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A copy, or what was unpickled, has no controller: that hangs on the optimiser of the original."""
         super().__setstate__(state)
         self.scheduled = False
-        self._register()
+        watch(self)
 
     @property
     def shared(self) -> Any:
@@ -239,7 +187,7 @@ class Adapter(nn.Module):
 
 
 def not_fixed(what: str) -> str:
-    """Why an adapter that is not `fixed` has no delta, merge, fold or spectrum, in one sentence."""
+    """One sentence that says why an adapter that is not `fixed` does not have a delta, merge, fold or spectrum."""
     return f"{what}: its update depends on the input, so no matrix and no LoRA equals it; serve it with PEFT, unmerged"
 
 
@@ -262,7 +210,7 @@ class SharedState(nn.ModuleDict):
 
 
 def _keep_vectors_wide(fn: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
-    """Gates, thresholds and magnitudes never go below float32: steps of 1e-4 vanish in half precision."""
+    """Keeps gates, thresholds and magnitudes in float32 or wider: steps of 1e-4 vanish in half precision."""
     out = fn(t)
     if t.ndim <= 1 and t.is_floating_point() and out.is_floating_point() and out.dtype.itemsize < 4:
         return t.to(out.device, torch.float32)

@@ -88,7 +88,7 @@ class LowRankConfig(PeftConfig, metaclass=LoraFields):
     grows_with: ClassVar[str] = "r"
     #: The field whose growing value makes the update sparser, where there is one: `rankfold sparsify` raises it.
     sparser_with: ClassVar[str | None] = None
-    #: What the reader of a plan should know of its counts.
+    #: A note on the counts, shown below a plan.
     note: ClassVar[str | None] = None
 
     def __post_init__(self) -> None:
@@ -141,7 +141,7 @@ class LowRankConfig(PeftConfig, metaclass=LoraFields):
 
     @classmethod
     def planned(cls, **fields: Any) -> LowRankConfig:
-        """The config with these fields, for counting alone: what it needs beside them may not exist yet.
+        """A config with these fields that serves only for counting: what else it needs may not exist yet.
 
         Raises:
             RankfoldError: as the constructor.
@@ -150,7 +150,7 @@ class LowRankConfig(PeftConfig, metaclass=LoraFields):
 
     @classmethod
     def fields_at(cls, r: int) -> dict[str, int]:
-        """The fields that stand for "rank r" where methods are compared; where ranks fall, they end there."""
+        """The fields that mean "rank r" when methods are compared; falling ranks end at r."""
         return {"r": r}
 
     def changed(self, **fields: Any) -> Self:

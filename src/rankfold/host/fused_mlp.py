@@ -15,6 +15,7 @@ import textwrap
 from functools import cache
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
@@ -41,18 +42,19 @@ def fuse_mlps(model: nn.Module, layer_cls: type) -> None:
 
 
 def unfuse_mlps(model: nn.Module) -> None:
-    """Gives every module its own class back."""
+    """Restores every module's own class."""
     for module in model.modules():
         if isinstance(module, FusedMlp):
             module.__class__ = _original(module)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 class FusedMlp(nn.Module):
-    """What the exchanged class does in place of its `forward`."""
+    """The exchanged class's `forward`."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         activation = _activation(self)
-        members = None if activation is None or in_separate_order() or kwargs or len(args) != 1 else _members(self)
+        plain = activation is not None and not (in_separate_order() or kwargs or len(args) != 1 or _watched())
+        members = _members(self) if plain else None
         if members is None or activation is None:
             return super().forward(*args, **kwargs)
         gate, up, down = members
@@ -109,6 +111,12 @@ def _members(module: Any) -> list[Member] | None:
         return None
     first, last = members_together(layers[:2]), layers[2].member()
     return None if first is None or last is None else [*first, last]
+
+
+def _watched() -> bool:
+    """Whether somebody hooks every module (profilers, debuggers), and would not see layers that are computed together."""
+    hooks = torch.nn.modules.module
+    return bool(hooks._global_forward_hooks or hooks._global_forward_pre_hooks or hooks._global_backward_hooks)
 
 
 def _hooked(module: nn.Module) -> bool:

@@ -75,7 +75,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         self.base_weight.join(self)
 
     def add_adapter(self, name: str, adapter: Adapter, inference_mode: bool = False) -> None:
-        """Hosts one more adapter, in the base's mode, device and dtype; it becomes trainable if it is active."""
+        """Adds an adapter in the base's mode, device and dtype; it becomes trainable if it is active."""
         adapter.tensor_names = tuple(adapter.state_dict())
         self.lowrank_adapters[name] = adapter.train(self.training)
         self._move_adapter_to_device_of_base_layer(name)
@@ -117,7 +117,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         return y
 
     def _forward_mixed_batch(self, x: Tensor, *args: Any, adapter_names: list[str], **kwargs: Any) -> Tensor:
-        """Row i of the batch through adapter `adapter_names[i]`; "__base__" is no adapter."""
+        """Row i of the batch through adapter `adapter_names[i]`; "__base__" means no adapter."""
         if len(adapter_names) != len(x):
             raise RankfoldError(f"adapter_names has {len(adapter_names)} names for a batch of {len(x)} rows")
         if self.merged:
@@ -163,6 +163,13 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         if backend is not None and not backend.supports_merge:
             raise TypeError(
                 f"a base quantised with {backend.backend_name} cannot be merged into; fold the adapter instead"
+            )
+        if backend is None and "weight" not in self.get_base_layer()._parameters:
+            warnings.warn(
+                f"the base weight under {type(self.get_base_layer()).__name__} is recomputed at every forward (parametrize, prune, "
+                "weight_norm, spectral_norm), so what is merged into it is lost; make it permanent first, as "
+                "torch.nn.utils.parametrize.remove_parametrizations does",
+                stacklevel=2,
             )
         merged = self.merged_weight(names)
         if safe_merge and not torch.isfinite(merged).all():

@@ -1,9 +1,8 @@
-"""Everything of PEFT that is not a documented interface, in one place: private names, and a new member of its `PeftType` enum.
+"""Keeps everything undocumented about PEFT in one file: private names, and new members of its `PeftType` enum.
 
 No other file of the package imports a private name of PEFT (tests/test_imports.py). Where a name is missing, importing rankfold
 says so in one sentence. PEFT's public `register_peft_method` refuses names that the enum lacks, and third parties have no entry
-point, so a member is added. Outside the range `TESTED`, importing rankfold raises ImportError, because layers and checkpoints
-might be silently wrong there.
+point, so a member is added. The versions it is tested with stand in `rankfold.peft_version`, which importing rankfold checks.
 """
 
 from __future__ import annotations
@@ -12,13 +11,10 @@ from importlib.metadata import version
 from types import SimpleNamespace
 from typing import Any
 
-from packaging.version import Version
 from peft.utils import PeftType
 
 from rankfold.errors import RankfoldError
-
-#: First version that works, first version not tried.
-TESTED = (Version("0.21.0"), Version("0.22.0"))
+from rankfold.peft_version import TESTED
 
 try:
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
@@ -43,11 +39,9 @@ __all__ = [
     "PEFT_TYPE_TO_CONFIG_MAPPING",
     "PEFT_TYPE_TO_PREFIX_MAPPING",
     "PEFT_TYPE_TO_TUNER_MAPPING",
-    "TESTED",
     "add_peft_type",
     "check_adapters_to_merge",
     "check_as_lora",
-    "check_peft",
     "get_pattern_key",
     "in_out_features",
     "include_all_linear_layers",
@@ -67,17 +61,6 @@ def check_as_lora(config: Any, model: Any, target_name: str) -> None:
             f"{type(config).__name__}: target_modules: {target_name} of a {model.config.model_type} model cannot be adapted, because "
             "its fused kernels read the weight past the module; leave it out of target_modules"
         ) from error
-
-
-def check_peft() -> None:
-    """Raises ImportError outside the tested range of PEFT."""
-    installed = Version(version("peft"))
-    low, high = TESTED
-    if not low <= Version(installed.base_version) < high:
-        raise ImportError(
-            f"rankfold needs peft >={low},<{high}, the range it is tested with; installed is {installed}. "
-            f"Run: pip install 'peft>={low},<{high}'"
-        )
 
 
 def peft_name(method: str) -> str:

@@ -19,7 +19,7 @@ GROUP = "rankfold.methods"
 
 
 def load_plugin(name: str | Path) -> ModuleType:
-    """Imports a module whose import registers a method; once, however often it is asked for.
+    """Imports a module whose import registers a method. Further calls do nothing.
 
     Args:
         name: of a module ("my_package.my_method"), or the path of a Python file ("./my_method.py").
@@ -42,12 +42,12 @@ def is_path(name: str) -> bool:
 
 
 def placed(name: str, folder: Path) -> str:
-    """The name as it means the same from everywhere: a file's path is taken from `folder` and made absolute."""
+    """The name made independent of the working directory: a file's path is resolved against `folder`."""
     return str(folder.joinpath(Path(name).expanduser()).resolve()) if is_path(name) else name
 
 
 def announced() -> Iterator[object]:
-    """What the installed packages' entry points name, imported. One that fails gives a warning that names it."""
+    """Imports what the installed packages' entry points name. One that fails gives a warning that names it."""
     for entry in entry_points(group=GROUP):
         try:
             yield entry.load()

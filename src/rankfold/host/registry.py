@@ -39,11 +39,12 @@ class Method:
         paper: arXiv id.
         summary: one line.
         config, adapter: its classes. A config class belongs to one method; several may have one adapter class.
-        controller: what acts around the optimiser's step, or None for a method with no schedule.
+        controller: acts around the optimiser's step; None for a method without a schedule.
         folds_at: the rank of the folded LoRA, as a formula for people.
         variants: fields by the label of a row, for a method that a plan lists more than once.
         starter: whether a new compare file names it beside LoRA.
-        example: fields for a short first run of about the size of LoRA at r = 8; None takes one away that others get.
+        example: fields for a short first run of about the size of LoRA at r = 8; a value of None removes a field that other
+            methods get.
     """
 
     name: str

@@ -4,7 +4,7 @@
     siblings.output(q, 0, x)                 # makes q's, k's and v's; the last two wait for their call with this x
 
 Which layers those are is a closed list of names (`TOGETHER`), not something observed: what a step computes must not depend on what
-an earlier one saw, or recomputing it in activation checkpointing would give other numbers. Outputs wait only while the parent's
+an earlier one saw, or recomputing it in activation checkpointing would give other results. Outputs wait only while the parent's
 own forward runs: a caller that asks the layers one by one gets each computed for itself, whatever it changes in between.
 A layer that is called with another input than its siblings computes its own output; only time is lost.
 """
@@ -121,7 +121,7 @@ class Siblings:
 
 
 def members_together(layers: Sequence[Sibling]) -> list[Member] | None:
-    """Layers that read one input, for one computation; None where they differ in adapters or dropout, each must have its own
+    """Layers that share an input, for one computation; None where they differ in adapters or dropout, each must have its own
     mask, or one of them computes its own output."""
     members: list[Member] = []
     alike = None

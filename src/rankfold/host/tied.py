@@ -1,4 +1,4 @@
-"""The base weight under merged adapters, as it was before, whoever shares it.
+"""Keeps the base weight as it was before merging, once for all layers that share it.
 
 Several layers may hold one parameter (Zamba2 ties the projections of its hybrid layers). What a merge adds lands in all of them, so
 the copy that brings the weight back belongs to the weight, not to a layer.

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+import torch.distributed as dist
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import (
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
@@ -18,7 +20,19 @@ from peft.utils import (
 from torch import Tensor, nn
 
 from rankfold.errors import RankfoldError
+from rankfold.host import weighted
 from rankfold.host.adapter import Adapter, Group, SharedState, Site
+from rankfold.host.checkpoint import (
+    LAYERS,
+    PREFIX,
+    SHARED,
+    check_checkpoint,
+    check_scheduled,
+    check_whole,
+    owned,
+    plain_name,
+    short_keys,
+)
 from rankfold.host.config import LowRankConfig
 from rankfold.host.fused_mlp import fuse_mlps, unfuse_mlps
 from rankfold.host.kinds import KINDS, kind_of
@@ -28,14 +42,10 @@ from rankfold.host.peft_api import check_as_lora, include_all_linear_layers, onl
 from rankfold.host.siblings import link_siblings, part_siblings
 from rankfold.host.tied import link_tied, warn_tied
 
-PREFIX = "lowrank_"
-SHARED = "lowrank_shared"  # ModuleDict on the adapted model: adapter name → group key → state
-LAYERS = "lowrank_adapters"  # ModuleDict on each AdaptedLayer: adapter name → Adapter
-
 
 @dataclass(frozen=True)
 class Plan:
-    """What one config asks for on one model, before anything is touched.
+    """The plan for one config on one model, made before anything is touched.
 
     Args:
         groups: by site name; absent where nothing is shared.
@@ -119,6 +129,7 @@ class LowRankTuner(BaseTuner):
         self.injected.add(adapter_name)
         for tied in link_tied([(n, m) for n, m in model.named_modules() if isinstance(m, AdaptedLayer)]):
             warn_tied(tied)
+        _warn_fast_path(model)
         link_siblings(model, AdaptedLinear)
         if config.fuse_mlp:
             fuse_mlps(model, AdaptedLinear)
@@ -181,6 +192,29 @@ class LowRankTuner(BaseTuner):
             part_siblings(self.model)
             unfuse_mlps(self.model)
 
+    def add_weighted_adapter(
+        self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "cat", **others: Any
+    ) -> None:
+        """Adds a frozen adapter whose update is Σ wᵢ ΔWᵢ of others, exactly; PEFT's interface, without its approximations.
+
+        Args:
+            combination_type: "cat", of the sum of their ranks; or "linear", of their rank, where all have one `down`.
+            others: of PEFT's other combinations, such as svd_rank and density.
+
+        Raises:
+            RankfoldError: methods, heads and combinations that have no exact sum; names and weights that do not fit.
+        """
+        weighted.check(self.adapter_cls, self.peft_config, adapters, weights, adapter_name, combination_type, others)
+        found = weighted.sums(self.model, adapters, weights, combination_type)
+        self.peft_config[adapter_name] = weighted.config_of(self.peft_config[adapters[0]], found, self.model)  # pyright: ignore
+        try:
+            self.inject_adapter(self.model, adapter_name)
+        except Exception:
+            del self.peft_config[adapter_name]
+            raise
+        weighted.fill(self.model, adapter_name, found)
+        self.injected.discard(adapter_name)
+
     # Merging --------------------------------------------------------------------------------------------------------
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
@@ -201,7 +235,7 @@ class LowRankTuner(BaseTuner):
         return model
 
     def _check_finite(self, adapter_names: list[str] | None) -> None:
-        """Looks at every layer before any is merged, so that a safe merge is all or nothing (PEFT stops half way)."""
+        """Checks every layer before merging any, so that a safe merge is all or nothing (PEFT stops half way)."""
         for name, layer in self.model.named_modules():
             if isinstance(layer, AdaptedLayer):
                 wanted = layer.active_adapters if adapter_names is None else adapter_names
@@ -216,7 +250,7 @@ class LowRankTuner(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """`adapter_names` of a call, one per row, reaches every layer (PEFT's interface for mixed batches)."""
+        """Passes a call's `adapter_names`, one per row, to every layer (PEFT's interface for mixed batches)."""
         names = kwargs.get("adapter_names")
         if names is None:
             yield
@@ -249,14 +283,16 @@ class LowRankTuner(BaseTuner):
 
     @classmethod
     def _get_adapter_state_dict(cls, model, config: Any, adapter_name, state_dict, unwanted_adapter_names):
-        _check_scheduled(model, config, adapter_name)
-        own = _owned(model, adapter_name)
+        check_scheduled(model, config, adapter_name)
+        own = owned(model, adapter_name)
         kept = {k: v for k, v in state_dict.items() if plain_name(k) in own}
         # PEFT has filtered out every key that contains another adapter's *name*; one called like a module takes ours along
-        if len(kept) < len(own):
+        if unwanted_adapter_names:
             kept |= {k: v for k, v in model.state_dict().items() if plain_name(k) in own and k not in kept}
         kept = {plain_name(k): v for k, v in kept.items()}
-        _check_whole(config, own, kept)
+        if not kept and dist.is_available() and dist.is_initialized() and dist.get_rank():
+            return kept  # a state that was gathered on the first process alone
+        check_whole(config, own, kept)
         return kept
 
     @classmethod
@@ -265,7 +301,7 @@ class LowRankTuner(BaseTuner):
 
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config: Any, adapter_name, state_dict):
-        own = _owned(model, adapter_name)
+        own = owned(model, adapter_name)
         expected = {
             cls._remove_adapter_name_from_key(plain_name(k), adapter_name): (k, v)
             for k, v in model.state_dict().items()
@@ -279,7 +315,7 @@ class LowRankTuner(BaseTuner):
             }
         others = {"base_model.model." + k.removeprefix("base_model.model.") for k in model.state_dict()}
         try:
-            _check_checkpoint(config, {k: v for k, (_, v) in expected.items()}, others, state_dict)
+            check_checkpoint(config, {k: v for k, (_, v) in expected.items()}, others, state_dict)
         except RankfoldError:
             tuner = getattr(model, "base_model", None)
             if isinstance(tuner, LowRankTuner) and adapter_name in tuner.injected and len(tuner.peft_config) > 1:
@@ -294,35 +330,9 @@ class LowRankTuner(BaseTuner):
         return {expected[k][0] if k in expected else k: v for k, v in state_dict.items()}
 
 
-WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-
-
-def plain_name(name: str) -> str:
-    """A module's name or a key without what torch.compile, FSDP and activation checkpointing put into it."""
-    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
-
-
 def unwrapped(model: nn.Module) -> nn.Module:
     """The module that `torch.compile(model)` wraps: the owner of shared state."""
     return getattr(model, "_orig_mod", model)
-
-
-def short_keys(keys: list[str]) -> dict[str, str]:
-    """Names of groups for state dicts and files: without the path that all have in common, which a model of another class, a
-    prefix or a renaming changes, and with letters that every file system takes.
-
-    >>> short_keys(["model.layers.*.self_attn.q_proj:8x8", "model.layers.*.self_attn.v_proj:8x4"])
-    {'model.layers.*.self_attn.q_proj:8x8': 'q_proj-8x8', 'model.layers.*.self_attn.v_proj:8x4': 'v_proj-8x4'}
-    """
-    parts = [key.split(".") for key in keys]
-    common = 0
-    while parts and all(len(p) > common + 1 and p[common] == parts[0][common] for p in parts):
-        common += 1
-    names = [re.sub(r"[^\w-]+", "-", ".".join(p[common:])).strip("-") for p in parts]
-    return {
-        key: name if names.count(name) == 1 else f"{name}-{i}"
-        for i, (key, name) in enumerate(zip(keys, names, strict=True))
-    }
 
 
 def site_of(name: str, module: Any) -> Site:
@@ -346,81 +356,15 @@ def site_of(name: str, module: Any) -> Site:
     return Site(name, *kind.features(base), kind.name)
 
 
-def _owned(model: nn.Module, adapter_name: str) -> set[str]:
-    """The state-dict keys that belong to one adapter, wrappers' names left out; read off the modules, not off their names."""
-    own: set[str] = set()
+def _warn_fast_path(model: nn.Module) -> None:
+    """torch's encoder layer reads the weights of its children in eval mode, past their forward and what is adapted there."""
     for name, module in model.named_modules():
-        dot = f"{plain_name(name)}." if plain_name(name) else ""
-        if isinstance(module, AdaptedLayer):
-            for adapter in module.adapters([adapter_name]):
-                own |= {f"{dot}{LAYERS}.{adapter_name}.{key}" for key in adapter.tensor_names}
-        shared = module._modules.get(SHARED)
-        if isinstance(shared, nn.ModuleDict) and adapter_name in shared:
-            for group, state in shared[adapter_name].items():  # pyright: ignore[reportCallIssue]
-                own |= {f"{dot}{SHARED}.{adapter_name}.{group}.{key}" for key in state.tensor_names}
-    return own
-
-
-def _check_whole(config: LowRankConfig, own: set[str], found: dict[str, Tensor]) -> None:
-    """Raises RankfoldError where an adapter would be saved without some of its tensors, or with shards of them."""
-    missing = own - found.keys()
-    empty = sorted(k for k, v in found.items() if v.ndim == 1 and v.numel() == 0)
-    if missing:
-        raise RankfoldError(
-            f"This {config.method} adapter would be saved without {len(missing)} of its {len(own)} tensors (such as "
-            f"{min(missing)}): the state dict that was handed over lacks them. Gather the whole model first (FSDP: "
-            "full_state_dict; DeepSpeed ZeRO-3: zero.GatheredParameters), then save"
-        )
-    if empty:
-        raise RankfoldError(
-            f"This {config.method} adapter would be saved with {len(empty)} empty tensors (such as {empty[0]}): their values "
-            "lie on other processes or are offloaded. Gather the parameters first, then save"
-        )
-
-
-def _check_scheduled(model: nn.Module, config: LowRankConfig, adapter_name: str) -> None:
-    """Raises RuntimeError for a scheduled adapter that was trained without its controller."""
-    if config.allow_unscheduled:
-        return
-    for module in model.modules():
-        if isinstance(module, AdaptedLayer):
-            for adapter in module.adapters([adapter_name]):
-                if adapter.trained_unscheduled():
-                    raise RuntimeError(
-                        f"This {config.method} adapter was trained without its controller: its ranks never changed, and "
-                        "what would be saved is not the method. Call rankfold.attach(model, optimizer, total_steps=...) "
-                        "before the loop or give Trainer callbacks=[rankfold.AdapterCallback()]; to save it all the "
-                        "same, set allow_unscheduled=True in its config."
-                    )
-
-
-def _check_checkpoint(
-    config: LowRankConfig, expected: dict[str, Tensor], others: set[str], found: dict[str, Tensor]
-) -> None:
-    """Raises ValueError for a checkpoint that lacks tensors, has foreign ones, other shapes, or NaN or infinity.
-
-    Args:
-        expected: the adapter's tensors as it is now, by their key in a file.
-        others: keys of the model's other tensors, which may be in a file too (a head, resized embeddings).
-        found: the file's.
-    """
-    what = f"this {config.method} adapter"
-    ours = {k: v for k, v in found.items() if k in expected or k not in others}
-    missing, foreign = expected.keys() - ours.keys(), ours.keys() - expected.keys()
-    if missing or foreign:
-        lacks = f"lacks {len(missing)} of {len(expected)} tensors (such as {min(missing)})" if missing else ""
-        has = f"has {len(foreign)} that do not belong (such as {min(foreign)})" if foreign else ""
-        raise RankfoldError(
-            f"The checkpoint of {what} {' and '.join(filter(None, [lacks, has]))}: it is incomplete, or was trained on "
-            "another base model or with another config. Check base_model_name_or_path and target_modules."
-        )
-    for key, tensor in ours.items():
-        if tensor.shape != expected[key].shape:
-            raise RankfoldError(
-                f"The checkpoint of {what} has {key} of shape {tuple(tensor.shape)}, but this model and config need "
-                f"{tuple(expected[key].shape)}: another base model, rank or set of target_modules."
+        if isinstance(module, nn.TransformerEncoderLayer) and any(
+            isinstance(m, AdaptedLayer) for m in module.modules()
+        ):
+            warnings.warn(
+                f"{name or type(module).__name__} is a torch.nn.TransformerEncoderLayer, whose fast path ignores adapters in eval mode; "
+                "call torch.backends.mha.set_fastpath_enabled(False)",
+                stacklevel=2,
             )
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise RankfoldError(
-                f"The checkpoint of {what} has NaN or infinity in {key}: it was saved from a diverged run."
-            )
+            return

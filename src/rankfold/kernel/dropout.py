@@ -23,15 +23,15 @@ SPARSE = 1 / 8
 
 
 def drop_mask(x: Tensor, p: float) -> tuple[Tensor | None, float]:
-    """What dropout does to x, and the probability of keeping.
+    """Draws a dropout mask for x; returns it with the probability of keeping an element.
 
     Args:
         x: of any shape; p: probability of dropping an element, independently of the others.
 
     Returns:
-        The indices that are dropped, counted through x (int64, sorted), or what is kept (bool, of x's shape), or None where
-        all is kept; and the probability. Where it is one byte of random bits per element (CUDA, or p above 1/8), p is
-        rounded to k/256.
+        The mask: the dropped elements' indices into the flattened x (int64, sorted), or the kept elements (bool, of x's shape),
+        or None if all are kept. And the probability; where the mask is drawn as one random byte per element (CUDA, or p above
+        1/8), p is rounded to k/256.
     """
     if p <= 0.0:
         return None, 1.0
@@ -124,7 +124,7 @@ def add_dropped_columns_(out: Tensor, left: Tensor, columns: Tensor, mask: Tenso
 
 @contextmanager
 def _put_back(out: Tensor, dropped_indices: Tensor | None) -> Iterator[None]:
-    """What is dropped gets its old value back: exact, and no pass over N × in."""
+    """Gives dropped elements their old values back: exact, and without a pass over N × in."""
     flat = out.view(-1)
     before = None if dropped_indices is None else flat.index_select(0, dropped_indices)
     yield

@@ -8,8 +8,8 @@
     >>> f.select(torch.tensor([True, False])).rank   # a pruned gate is a select
     1
 
-Pure: no module, no PEFT; every function works in whatever dtype its tensors have, float64 included (those that need a
-QR widen half precision to float32, which torch's has to).
+Pure: no module, no PEFT. Every function works in the dtype of its tensors, float64 included. Those that need a QR widen
+half precision to float32, because torch's QR does not support it.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ class Factors:
         down: r × in. What LoRA calls A.
         up: out × r. What LoRA calls B.
         gate: r, or None for all ones.
-        scale: a number that multiplies the whole update.
-        down_index, up_index: int64, r: where `down`'s rows, or `up`'s columns, are those of the identity, and frozen, their
-            places; the contraction then gathers and scatters columns instead of multiplying. A hint: nothing else reads it.
+        scale: multiplies the whole update.
+        down_index, up_index: int64, r: if `down`'s rows, or `up`'s columns, are frozen and those of the identity, which ones.
+            The kernel then gathers and scatters columns instead of multiplying. A hint: nothing else reads it.
 
     Raises:
         ValueError: shapes that do not fit together.
@@ -54,11 +54,11 @@ class Factors:
         for name, index, factor in (("down_index", self.down_index, self.down), ("up_index", self.up_index, self.up)):
             if index is not None and factor.requires_grad:
                 raise ValueError(
-                    f"Factors: {name} is given, but {name[:-6]} is trained; only a frozen factor stays what its places say"
+                    f"Factors: {name} is given, but {name[:-6]} is trained; only a frozen factor stays what its index says"
                 )
             if index is not None and (tuple(index.shape) != (rank,) or index.dtype != torch.int64):
                 raise ValueError(
-                    f"Factors: {name} {tuple(index.shape)} {index.dtype} is not ({rank},) int64, a place a component"
+                    f"Factors: {name} {tuple(index.shape)} {index.dtype} is not ({rank},) int64, one index per component"
                 )
 
     @property

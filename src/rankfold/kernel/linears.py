@@ -1,6 +1,6 @@
 """y = x Wᵀ + b + Σ ((drop(x) downᵀ) ⊙ gate · scale) upᵀ, forward and backward: the only hand-written autograd here.
 
-What it does that a chain of modules does not (numbers in docs/performance.md):
+What it does that a chain of modules does not (measurements in docs/performance.md):
 
 * x is saved once, as the tensor its producer and its sibling layers already hold (where autocast must cast it, as the one
   copy that all siblings share), and not at all where every `down` is frozen;
@@ -72,7 +72,7 @@ def in_separate_order() -> bool:
 
 
 class Member(NamedTuple):
-    """One of the linear layers that read one input.
+    """One of several linear layers that share an input.
 
     Args:
         weight: out × in; None for a base that computes its own output.
@@ -186,7 +186,7 @@ class FactorSlots(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """What is known of members that read one input, besides tensors.
+    """Everything about one fused call except its tensors.
 
     The flat list holds their weights, their biases, a mask per term, and five tensors per `Factors`.
 
@@ -293,7 +293,7 @@ def restore_shape(y: Tensor, like: Sequence[int]) -> Tensor:
 
 
 def no_autocast(tensors: Sequence[Tensor | None]) -> AbstractContextManager:
-    """For what runs in dtypes that are settled already."""
+    """Turns autocast off for code whose dtypes are already decided."""
     t = next((t for t in tensors if t is not None), None)
     return nullcontext() if t is None or not _autocasts(t) else torch.autocast(t.device.type, enabled=False)
 

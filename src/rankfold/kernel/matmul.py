@@ -1,4 +1,4 @@
-"""Matrix products, of float32 in oneDNN where MKL does not use the whole processor.
+"""Matrix products; in float32 they use oneDNN where MKL does not use the whole processor.
 
     y = linear(x, weight, bias)      # x weightᵀ + bias
     c = product(a, b)                # a b
@@ -51,7 +51,7 @@ def add_product_(out: Tensor, a: Tensor, b: Tensor, alpha: float) -> None:
 
 
 def _in_onednn(a: Tensor, b: Tensor, inner: int) -> bool:
-    """Whether oneDNN makes a's product with b, over `inner` columns of a; what does not fit is left to torch and its messages."""
+    """Whether oneDNN computes a's product with b, over `inner` columns of a. Shapes that do not fit are left to torch and its errors."""
     return (
         _is_plain(a)
         and _is_plain(b)

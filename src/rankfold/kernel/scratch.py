@@ -20,7 +20,7 @@ from rankfold.kernel.matmul import is_subclass
 
 
 class Scratch:
-    """Buffers by use and dtype. A node takes what it needs and leaves nothing there that is wanted later."""
+    """Buffers by use and dtype. A node must not expect its buffers to survive it."""
 
     def __init__(self) -> None:
         self.buffers: dict[tuple[str, torch.dtype], Tensor] = {}
@@ -30,8 +30,8 @@ _of_thread: WeakValueDictionary[int, Scratch] = WeakValueDictionary()
 
 
 def scratch_for(x: Tensor) -> Scratch | None:
-    """The one that other nodes of this thread hold, or a new one; None where tensors are made as ever: on accelerators, whose
-    allocators keep memory, for subclasses, in inference mode, and where a compiler traces."""
+    """The `Scratch` that other nodes of this thread hold, or a new one. None where nothing is gained or allowed: on accelerators,
+    whose allocators keep memory, for tensor subclasses, in inference mode, and while a compiler traces."""
     if torch.compiler.is_compiling() or x.device.type != "cpu" or is_subclass(x) or torch.is_inference_mode_enabled():
         return None
     thread = threading.get_ident()
@@ -45,7 +45,7 @@ def buffer(scratch: Scratch | None, use: str, shape: Sequence[int], like: Tensor
     """A contiguous tensor with the dtype and device of `like`, its contents undefined.
 
     Args:
-        use: what it holds; two tensors that are wanted at the same time have two uses.
+        use: what it holds; two buffers needed at the same time must have different uses.
     """
     if scratch is None:
         return torch.empty(shape, dtype=like.dtype, device=like.device)

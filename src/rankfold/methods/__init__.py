@@ -1,10 +1,21 @@
-"""One file per method. Importing this package registers them all."""
+"""One file per method. Importing this package imports them all, and so registers them; their configs are its names."""
 
-from rankfold.methods.adalora import AdaSvdConfig
-from rankfold.methods.cora import CoraConfig
-from rankfold.methods.dynamic_dora import DynamicDoraConfig
-from rankfold.methods.lora import PlainLoraConfig
-from rankfold.methods.rasa import RasaConfig
-from rankfold.methods.sora import SoraConfig
+from importlib import import_module
+from pkgutil import iter_modules
+from typing import TYPE_CHECKING
 
-__all__ = ["AdaSvdConfig", "CoraConfig", "DynamicDoraConfig", "PlainLoraConfig", "RasaConfig", "SoraConfig"]
+from rankfold.host.registry import Method, discover
+
+if TYPE_CHECKING:  # for type checkers alone, which cannot follow the loop below
+    from rankfold.methods.adalora import AdaSvdConfig as AdaSvdConfig
+    from rankfold.methods.cora import CoraConfig as CoraConfig
+    from rankfold.methods.dynamic_dora import DynamicDoraConfig as DynamicDoraConfig
+    from rankfold.methods.lora import PlainLoraConfig as PlainLoraConfig
+    from rankfold.methods.rasa import RasaConfig as RasaConfig
+    from rankfold.methods.sora import SoraConfig as SoraConfig
+
+_modules = [import_module(f"{__name__}.{found.name}") for found in iter_modules(__path__)]
+_rows = [value for module in _modules for value in vars(module).values() if isinstance(value, Method)]
+globals().update({row.config.__name__: row.config for row in _rows})
+__all__ = sorted({row.config.__name__ for row in _rows})  # pyright: ignore[reportUnsupportedDunderAll]
+discover()  # last: what an entry point names may import every method from here

@@ -4,7 +4,7 @@ budget over the whole model.
 Paper: arXiv 2303.10512 (ICLR 2023). From the paper: importance |w·∂L/∂w|, smoothed, times its smoothed uncertainty; a triplet
 scores its singular value plus the means of its two vectors; the cubic budget, in the code's form (the paper's Eq. 14 has a
 misprint); P, Q ~ N(0, 0.02²), Λ = 0. From the code: the regulariser as a mean of un-squared Frobenius norms (published γ belong
-to it) and the scale α/(r + 1e-5) of the start rank, for ever. Ours: exactly b triplets survive, ties broken by position (the
+to it) and the scale α/(r + 1e-5), always with the initial rank. Ours: exactly b triplets survive, ties broken by position (the
 code's `S ≤ θ` masks more); the last step cuts to the budget whatever tfinal and deltaT say (between cuts, triplets come back);
 the regulariser's gradient is added just before the step, after the loop's clipping; resumable.
 PEFT's own AdaLoRA is `peft.AdaLoraConfig`; it prunes only if the loop calls `update_and_allocate`.

@@ -9,7 +9,7 @@ OUR INTERPRETATION is everything else: left singular vectors of the matrices sid
 v (scope, source and scale are options of `build_subspace`); orthonormal columns; A = 0, so that ΔW = 0 at the start and
 A has a gradient at once; the scale α/r of LoRA; the modules of the basis as default targets.
 
-Approach 1 confines ΔW to the span of B for ever. Approach 2 pulls B towards zero, off the subspace, under weight decay:
+Approach 1 confines ΔW to the span of B permanently. Approach 2 pulls B towards zero, off the subspace, under weight decay:
 train it with weight_decay = 0 (the run file's default) or leave B out of the decayed parameters.
 """
 
@@ -110,7 +110,7 @@ class CoraConfig(LowRankConfig):
 
 
 class _AnyBasis(Subspace):
-    """One for every module, as wide as asked for, without values."""
+    """A basis for every module, of any rank, without values."""
 
     def key_for(self, site: Site) -> str:
         return site.name

@@ -63,7 +63,7 @@ class Subspace:
     hash: str
 
     def key_for(self, site: Site) -> str:
-        """The key of the site's basis. A prefix before the name is no matter (`bert.encoder…` and `encoder…`).
+        """The key of the site's basis. A prefix before the name does not matter (`bert.encoder…` and `encoder…`).
 
         Raises:
             ValueError: there is none, or it is of another size.
@@ -137,7 +137,7 @@ def build_subspace(
         rank: columns to keep. Adapters may use fewer.
         scale: "none", or "sqrt_sigma" for columns of length (σ/σ₁)^½.
         force: replace an existing `out`; adapters trained with it will refuse the new one.
-        say: takes one line after each basis.
+        say: called with one line after each basis.
 
     Raises:
         FileExistsError: `out` exists and `force` is not given.
@@ -195,7 +195,7 @@ def build_subspace(
 
 
 def write_subspace(out: Path, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
-    """Writes a subspace file beside its place and renames it, so that a half-written one is never seen."""
+    """Writes a subspace file under a temporary name and renames it, so that a half-written one is never seen."""
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
         partial = Path(folder, out.name)

@@ -35,7 +35,7 @@ class Gated(Adapter):
 
     def first_values(self) -> None:
         """The paper's first values of down, up and gate; ΔW = 0."""
-        raise NotImplementedError(f"{type(self).__name__} does not say how it starts")
+        raise NotImplementedError(f"{type(self).__name__} must implement first_values()")
 
     def blocks(self) -> Sequence[Factors]:
         return (Factors(self.down, self.up, self.gate, self.scaling),)

@@ -1,4 +1,4 @@
-"""Plain LoRA inside our core: the yardstick that every other method and PEFT's own LoRA are measured against.
+"""Plain LoRA inside our core: the baseline that every other method and PEFT's own LoRA are compared with.
 
 Paper: LoRA, arXiv 2106.09685, ΔW = (α/r)·B·A; A Kaiming-uniform (a = √5), B = 0, as PEFT does.
 """
@@ -30,6 +30,8 @@ class PlainLoraConfig(LowRankConfig):
 
 
 class Lora(Adapter):
+    stackable = True
+
     def __init__(self, config: LowRankConfig, site: Site, shared: nn.Module | None = None) -> None:
         super().__init__(config, site, shared)
         self.down = nn.Parameter(torch.empty(self.r, site.in_features))  # A
@@ -54,7 +56,7 @@ LORA = register(
         name="lora",
         title="LoRA",
         paper="2106.09685",
-        summary="One low-rank pair per layer; the yardstick.",
+        summary="One low-rank pair per layer; the baseline.",
         config=PlainLoraConfig,
         adapter=Lora,
     )

@@ -1,7 +1,7 @@
 """SoRA: a gate between down- and up-projection, trained with a proximal L1 step, so that ranks switch off exactly.
 
 Paper: Sparse Low-rank Adaptation, arXiv 2311.11696 (EMNLP 2023); its body could not be read. From the authors' code: the
-gate's first values N(0, 1), A Kaiming, B = 0, scale α/r_max for ever, a second AdamW for the gates (no weight decay, ε 1e-6,
+gate's first values N(0, 1), A Kaiming, B = 0, scale always α/r_max, a second AdamW for the gates (no weight decay, ε 1e-6,
 stepped after the first), a constant threshold ξ that the learning rate does not multiply.
 
 `preset="paper"` (default): soft threshold, no L1 in the loss. `preset="reference"`: the released code, whose operator has a

@@ -1,4 +1,4 @@
-"""What is known of a base model from its shapes and its config: parameters, bytes, operations, and what no method adapts."""
+"""Facts of a base model, from its shapes and config: parameters, bytes, operations, and what cannot be adapted."""
 
 from __future__ import annotations
 
@@ -90,10 +90,10 @@ def _saved(model: nn.Module, q: dict[str, Any]) -> int | None:
 
 def _bitsandbytes(into: int, out: int, q: dict[str, Any]) -> int:
     if not q.get("load_in_4bit"):
-        return into * out + 4 * out  # int8, and a float32 scale a row
+        return into * out + 4 * out  # int8, and a float32 scale per row
     blocks = -(
         -into * out // 64
-    )  # half a byte a weight, and for each block of 64 a float32, or a byte with blocks of its own
+    )  # half a byte per weight, and per block of 64 a float32, or a byte with blocks of its own
     scales = blocks + 4 * -(-blocks // 256) + 4 if q.get("bnb_4bit_use_double_quant") else 4 * blocks
     return -(-into * out // 2) + scales + 4 * 16  # the 16 values of its code
 

@@ -1,4 +1,4 @@
-"""What one method costs on one model: counted on the adapter itself, put on a copy of the model that has no values."""
+"""Counts what one method costs on one model, on a real adapter over a copy of the model without values."""
 
 from __future__ import annotations
 

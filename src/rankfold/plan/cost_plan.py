@@ -1,4 +1,4 @@
-"""What a plan of costs says: one row per method, what they stand on, and both as JSON."""
+"""The data of a cost plan: one row per method, the facts they rest on, and both as JSON."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def _still_needed(name: str) -> dict[str, tuple[Any, str]]:
 
 @dataclass(frozen=True)
 class CostPlan:
-    """All rows, and what they stand on."""
+    """All rows, and the facts they rest on."""
 
     model: str
     task: str | None

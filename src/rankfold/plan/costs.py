@@ -43,8 +43,8 @@ def run_costs(
     Args:
         model: a folder with a config.json, GGUF file, bundled name or hub id.
         task: its name; by default what the config names.
-    methods: as `candidates.parse` reads them; by default all of ours and the best known of PEFT's.
-        targets: ends of module names; by default every linear layer but the output head.
+        methods: as `candidates.parse` reads them; by default all of ours and the best known of PEFT's.
+        targets: ends of module names; by default every linear layer except the output head.
         r: rank of every method, where its own fields give none.
         budget: trained parameters of the adapter, such as "1.2M": ranks are solved for it.
         budget_of: the same, as what this method trains: "lora:r=8".

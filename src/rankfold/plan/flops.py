@@ -5,8 +5,8 @@
     adapter               all matrix products of an adapted layer on `TOKENS` tokens, by torch's counter, less the base's
 
 For a pair of factors of rank q that comes to 2q(in + out) forward and 6q(in + out) with backward. Methods that build a dense
-update (LoHa, LoKr) or the norm of one (DoRA) at every step pay for it once a step, which is divided by its tokens. Attention
-scores, norms and products element by element are left out on both sides.
+update (LoHa, LoKr) or the norm of one (DoRA) pay for it once per step, and that is divided by the step's tokens. Attention
+scores, norms and element-wise products are left out on both sides.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def base_flops(model: nn.Module) -> int:
 
 
 def _share_of_experts(model: nn.Module, module: nn.Module) -> float:
-    """How many of a layer's experts a token goes to, of all."""
+    """The share of a layer's experts that a token goes to."""
     config: Any = getattr(model, "config", None)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     names = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k")
@@ -83,5 +83,5 @@ def adapter_flops(model: nn.Module) -> tuple[float, float] | None:
 
 
 def _addmm(added: Any, a: torch.Size, b: torch.Size, *_: Any, **__: Any) -> int:
-    """torch counts `addmm`, but not in place."""
+    """torch counts `addmm`, but not `addmm_`."""
     return 2 * a[0] * a[1] * b[1]

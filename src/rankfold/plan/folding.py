@@ -1,4 +1,4 @@
-"""What an adapter's fold will be, before there is an adapter: fold's own sources, read on the meta device."""
+"""Predicts an adapter's fold before the adapter exists, with fold's own sources on the meta device."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Fold:
 
 
 def forecast(model: PeftModel) -> Fold | str:
-    """The fold of an adapter on a meta model, or in a sentence why there is none."""
+    """The fold of an adapter on a meta model, or a sentence that says why it cannot be folded."""
     config = model.peft_config["default"]
     try:
         with torch.device("meta"):

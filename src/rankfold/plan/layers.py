@@ -1,12 +1,14 @@
-"""The adapted layers of a model, with those alike taken together: what holds for one holds for all of its kind."""
+"""Groups identical adapted layers of a model, so that one of each kind is measured."""
 
 from __future__ import annotations
 
 from collections.abc import Hashable
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+
+from rankfold.host.peft_api import in_out_features
 
 
 def adapted_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -27,5 +29,5 @@ def alike(layers: dict[str, nn.Module]) -> list[list[str]]:
 
 def in_and_out(linear: nn.Module) -> tuple[int, int]:
     """The sizes of a linear layer, quantised and Conv1D included."""
-    into, out = _get_in_out_features(linear)
+    into, out = in_out_features(linear)
     return int(into), int(out)  # pyright: ignore[reportArgumentType]

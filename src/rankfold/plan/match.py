@@ -115,7 +115,7 @@ def largest(count: Callable[[int], int], most: int, budget: int, guess: int) -> 
 
 
 def _meets(points: dict[int, int], budget: int) -> int:
-    """Where the line through the two points that were counted last meets the budget; beyond all where it does not rise."""
+    """Where the line through the last two counted points meets the budget; infinite if the line does not rise."""
     (n0, c0), (n1, c1) = list(points.items())[-2:]
     slope = (c1 - c0) / (n1 - n0)
     return int(n1 + (budget - c1) // slope) if slope > 0 else sys.maxsize

@@ -1,4 +1,4 @@
-"""What a plan must know of PEFT's own methods, whose configs cannot be asked: the one table of their names."""
+"""What a plan must know about PEFT's own methods, because their configs cannot tell it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ ALIASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 #: The best known, which a plan compares ours with.
 RIVALS = ("peft:lora", "peft:rslora", "peft:dora", "peft:adalora", "peft:vera", "peft:loha", "peft:lokr")
-#: What a config cannot do without and a plan does not depend on, and what it means for a run file's reader.
+#: Fields that a config requires although a plan does not depend on them, and their meaning for a run file's reader.
 NEEDED: dict[str, dict[str, tuple[Any, str]]] = {
     "peft:adalora": {"total_step": (1000, "the optimiser steps of your run")},
 }

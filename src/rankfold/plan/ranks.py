@@ -1,4 +1,4 @@
-"""The rank settings of a method: which number makes it larger, and what goes with it.
+"""The rank settings of a method: which field makes it larger, and what follows from it.
 
 Ours say it themselves (`LowRankConfig`); for PEFT's own it stands in peft_methods.py.
 """
@@ -19,7 +19,7 @@ from rankfold.plan.peft_methods import GROWS_WITH, RANKS
 
 @dataclass(frozen=True)
 class Setting:
-    """The one number that decides how large a method is.
+    """The one field that decides how large a method is.
 
     Args:
         field: its name in the config.

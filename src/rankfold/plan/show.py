@@ -11,7 +11,7 @@ from rankfold.plan.folding import Fold
 
 
 def table(plan: CostPlan) -> Group:
-    """One row per method, those that cannot be had below the others, and what must be known."""
+    """One row per method, those that cannot run last, and notes below."""
     t = text.table()
     t.add_column("method", no_wrap=True)
     t.add_column("ranks", no_wrap=True)

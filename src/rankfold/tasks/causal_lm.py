@@ -144,7 +144,7 @@ def _tokens_of(
 
 
 def _behind(whole: list[int], prompt: Sequence[int]) -> Learnt:
-    """Learns what comes behind the prompt: from where the two part, as a tokenizer may end the prompt otherwise when
+    """Learns what follows the prompt, from the first token that differs: a tokenizer may end the prompt differently when
     nothing follows."""
     begins = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(whole, prompt, strict=False)))
     return whole, [at >= begins for at in range(len(whole))]

@@ -17,7 +17,7 @@ class DataError(RankfoldError):
 
 @dataclass
 class Rows:
-    """The rows of a run, by split, and what is known of them.
+    """The rows of a run, by split, and facts about them.
 
     Args:
         kind: the columns that every split has.

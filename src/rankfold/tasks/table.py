@@ -13,7 +13,7 @@ TASKS: dict[str, Task] = {}
 
 
 def register(task: Task) -> Task:
-    """Adds a row. The same class again, as from a notebook cell that is run twice, takes the place of the first.
+    """Adds a row. A class of the same module and name, as from a notebook cell that is run twice, replaces the first.
 
     Raises:
         RankfoldError: another task of that name.

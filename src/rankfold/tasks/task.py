@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Metric:
-    """What a task can be judged by.
+    """A metric that a task can be judged by.
 
     Args:
         greater_is_better: which of two values is better.
@@ -38,7 +38,7 @@ class Task(ABC):
     """One task. The attributes are data; the methods that have a default do what tasks on texts share."""
 
     name: ClassVar[str]
-    """As run files and `--task` call it."""
+    """The name in run files and in `--task`."""
     summary: ClassVar[str]
     """What goes in and what comes out, as in "text in, class out"."""
 
@@ -70,7 +70,7 @@ class Task(ABC):
     loss_of_labels: ClassVar[bool] = False
     """The trainer reads nothing but the labels' scores off TRL's fused head, so the others need not be computed."""
     loss_of_batch: ClassVar[bool] = False
-    """The model's loss is the mean over its own batch, whatever it is told of the other batches of a step."""
+    """The model's loss is the mean over its own batch and ignores the other batches of a step."""
     weighted: ClassVar[bool] = False
     """A row counts by its number of tokens in the metric."""
     own_arguments: ClassVar[tuple[str, ...]] = ()
@@ -80,7 +80,7 @@ class Task(ABC):
     pipeline: ClassVar[str]
     """The hub's tag."""
     counts_rows: ClassVar[bool] = True
-    """Speed is told in rows too, not in tokens alone."""
+    """Speed is also reported in rows, not only in tokens."""
     start: ClassVar[dict[str, dict[str, Any]]]
     """What the file that `rankfold init` writes sets, by section; it works offline with the bundled model and data."""
     comparison: ClassVar[tuple[str, str, str]]

@@ -31,15 +31,15 @@ def results(analysis: Analysis) -> Picture:
     """One row per contender, the best first: its mean, its interval, and each seed."""
     ranked = analysis.ranked
     n = say.digits(analysis)
-    places = _places(analysis)
+    indices = _indices(analysis)
     figure, axes = _rows(len(ranked), [(c.name, say.number(c.test, n)) for c in ranked])
     for row, c in enumerate(ranked):
-        shade = colour(places[c.name])
+        shade = colour(indices[c.name])
         if c.interval:
             axes.plot(c.interval, (row, row), color=shade, linewidth=3, solid_capstyle="butt", zorder=2)
         below = [row + 0.2] * len(c.tests)
         axes.plot(c.tests, below, "|", color=INK, markersize=7, markeredgewidth=1.2, zorder=4)
-        axes.plot([c.test], [row], marker(places[c.name]), color=shade, markersize=size(places[c.name]), zorder=3)
+        axes.plot([c.test], [row], marker(indices[c.name]), color=shade, markersize=size(indices[c.name]), zorder=3)
     reference = next((c for c in ranked if c.name == analysis.reference), None)
     if reference and len(ranked) > 1:
         axes.axvline(reference.test, color=MUTED, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
@@ -58,7 +58,7 @@ def parameters(analysis: Analysis, cost: str) -> Picture | None:
     known = [c for c in analysis.contenders if getattr(c, cost) is not None]
     if len(known) < 2:
         return None
-    places, n = _places(analysis), say.digits(analysis)
+    indices, n = _indices(analysis), say.digits(analysis)
     figure = new_figure(340)
     axes = _axes(figure, say.words(analysis.metric))
     wide = [float(getattr(c, cost)) for c in known]
@@ -80,12 +80,12 @@ def parameters(analysis: Analysis, cost: str) -> Picture | None:
     if len(line) > 1:
         axes.plot(*zip(*line, strict=True), color=MUTED, linewidth=1.3, linestyle=(0, (5, 3)), zorder=1)
     for x, c in zip(across, known, strict=True):
-        shade = colour(places[c.name])
+        shade = colour(indices[c.name])
         if c.interval:
             axes.plot((x, x), c.interval, color=shade, linewidth=2, zorder=2)
         if on[c.name]:
             axes.plot([x], [c.test], "o", markersize=20, markerfacecolor="none", markeredgecolor=MUTED, zorder=2)
-        axes.plot([x], [c.test], marker(places[c.name]), color=shade, markersize=size(places[c.name]), zorder=3)
+        axes.plot([x], [c.test], marker(indices[c.name]), color=shade, markersize=size(indices[c.name]), zorder=3)
     axes.set_xlim(low, high)
     axes.set_ylim(*_limits([c.test for c in known], [c.interval for c in known]))
     _count_ticks(axes, logarithmic, low, high)
@@ -103,7 +103,7 @@ def curves(analysis: Analysis, trials: dict[str, list[TrialLine]], kind: str) ->
     """Training loss or validation metric over the steps at the chosen rate, mean over seeds."""
     from matplotlib.ticker import MaxNLocator
 
-    places = _places(analysis)
+    indices = _indices(analysis)
     figure = new_figure(320)
     what = "training loss" if kind == "loss" else f"validation {say.words(analysis.metric)}"
     axes = _axes(figure, what)
@@ -114,11 +114,11 @@ def curves(analysis: Analysis, trials: dict[str, list[TrialLine]], kind: str) ->
             drawn[c.name] = points
             every = max(1, len(points) // 5)
             style = {
-                "marker": marker(places[c.name]),
-                "markersize": size(places[c.name], 7),
-                "markevery": (places[c.name] % every, every),
+                "marker": marker(indices[c.name]),
+                "markersize": size(indices[c.name], 7),
+                "markevery": (indices[c.name] % every, every),
             }
-            axes.plot(*zip(*points, strict=True), color=colour(places[c.name]), linewidth=1.6, **style)
+            axes.plot(*zip(*points, strict=True), color=colour(indices[c.name]), linewidth=1.6, **style)
     if not drawn:
         return None
     axes.set_xlabel("optimiser step", fontsize=FONT, color=INK)
@@ -132,28 +132,28 @@ def rates(analysis: Analysis) -> Picture:
     """The validation metric over the learning rate."""
     from matplotlib.ticker import FixedLocator, NullLocator
 
-    places = _places(analysis)
+    indices = _indices(analysis)
     figure = new_figure(340)
     axes = _axes(figure, f"validation {say.words(analysis.metric)}")
     tried = sorted({p.rate for c in analysis.contenders for p in c.sensitivity.points})
     told, nothing, halved = [], False, False
     for c in analysis.contenders:
-        shade, place, s = colour(places[c.name]), places[c.name], c.sensitivity
+        shade, index, s = colour(indices[c.name]), indices[c.name], c.sensitivity
         first = [(p.rate, p.first) for p in s.points if p.first is not None]
         ended = [(p.rate, p.mean) for p in s.points if p.mean is not None and p.rung is None]
         if first:
             halved = True
-            axes.plot(*zip(*first, strict=True), marker=marker(place), color=shade, linewidth=1.2, zorder=2,
-                      markersize=size(place, 5), markerfacecolor="none", linestyle=(0, (4, 2)))  # fmt: skip
+            axes.plot(*zip(*first, strict=True), marker=marker(index), color=shade, linewidth=1.2, zorder=2,
+                      markersize=size(index, 5), markerfacecolor="none", linestyle=(0, (4, 2)))  # fmt: skip
         else:
             axes.plot(*zip(*ended, strict=True), color=shade, linewidth=1.6, zorder=2)
         for rate, mean in ended:
-            axes.plot([rate], [mean], marker(place), markerfacecolor=shade if rate == s.best else "none", zorder=3,
-                      markeredgecolor=shade, markersize=size(place, 9), markeredgewidth=1.8)  # fmt: skip
+            axes.plot([rate], [mean], marker(index), markerfacecolor=shade if rate == s.best else "none", zorder=3,
+                      markeredgecolor=shade, markersize=size(index, 9), markeredgewidth=1.8)  # fmt: skip
         for p in s.points:
             if p.mean is None:
                 nothing = True
-                share = (place + 0.5) / len(analysis.contenders)  # beside each other, not on one spot
+                share = (index + 0.5) / len(analysis.contenders)  # beside each other, not on one spot
                 across = p.rate * 10 ** (0.12 * (share - 0.5))
                 axes.plot([across], [0.02], "x", color=shade, markersize=9, markeredgewidth=2.2, clip_on=False,
                           transform=axes.get_xaxis_transform())  # fmt: skip
@@ -186,17 +186,17 @@ def bars(
     known = [(c, value) for c in analysis.contenders if (value := read(c)) is not None]
     if not known:
         return None
-    places = _places(analysis)
+    indices = _indices(analysis)
     figure, axes = _rows(len(known), [(c.name, show(value)) for c, value in known], ticks=False)
     for row, (c, value) in enumerate(known):
-        axes.barh([row], [value], height=0.26, color=colour(places[c.name]), zorder=2)
+        axes.barh([row], [value], height=0.26, color=colour(indices[c.name]), zorder=2)
     axes.set_xlim(0, max(value for _, value in known) * 1.02 or 1)
     told = "; ".join(f"{c.name}: {show(value)}" for c, value in known)
     return Picture(inline(figure, name, title, told), title)
 
 
-def ranks(contender: Contender, trials: Sequence[TrialLine], place: int) -> Picture:
-    """The ranks that training left, a row a layer and a column a kind of module, mean over seeds."""
+def ranks(contender: Contender, trials: Sequence[TrialLine], index: int) -> Picture:
+    """The ranks that training left: one row per layer, one column per kind of module, mean over seeds."""
     from matplotlib.patches import Rectangle
 
     found = {module: fmean(t.ranks[module] for t in trials if module in t.ranks) for module in trials[0].ranks}
@@ -215,7 +215,7 @@ def ranks(contender: Contender, trials: Sequence[TrialLine], place: int) -> Pict
     for module, value in found.items():
         row, column = layout.cells[module]
         share = 0.04 + 0.5 * value / most
-        axes.add_patch(Rectangle((column, row), 0.96, 0.92, facecolor=colour(place), alpha=share, linewidth=0))
+        axes.add_patch(Rectangle((column, row), 0.96, 0.92, facecolor=colour(index), alpha=share, linewidth=0))
         text = f"{value:.{n}f}"
         axes.text(column + 0.48, row + 0.48, text, ha="center", va="center", fontsize=FONT, color=INK)
     axes.set(xlim=(0, columns), ylim=(rows, 0))
@@ -229,13 +229,13 @@ def ranks(contender: Contender, trials: Sequence[TrialLine], place: int) -> Pict
     seeds = f"mean of {len(trials)} seeds" if len(trials) > 1 else "one seed"
     caption = f"{contender.name}: rank by layer (rows) and kind of module, {seeds}; {least:.{n}f} to {most:.{n}f}, {total:,.0f} in all."
     told = "; ".join(f"{module} {value:.3g}" for module, value in found.items())
-    return Picture(inline(figure, f"ranks-{place}", f"ranks that {contender.name} chose", told), caption, round(width))
+    return Picture(inline(figure, f"ranks-{index}", f"ranks that {contender.name} chose", told), caption, round(width))
 
 
 # --- parts --------------------------------------------------------------------------------------------------------------
 
 
-def _places(analysis: Analysis) -> dict[str, int]:
+def _indices(analysis: Analysis) -> dict[str, int]:
     """Which colour and marker a contender has in every picture."""
     return {c.name: i for i, c in enumerate(analysis.contenders)}
 
@@ -253,7 +253,7 @@ def _axes(figure: Any, title: str) -> Any:
 
 
 def _rows(count: int, labels: Sequence[tuple[str, str]], ticks: bool = True) -> tuple[Any, Any]:
-    """Axes with a row a contender: above its mark, the name on the left and the number on the right."""
+    """Axes with one row per contender: above its mark, the name on the left and the value on the right."""
     from matplotlib.ticker import MaxNLocator
 
     height = 48 * count + (30 if ticks else 4)

@@ -1,4 +1,4 @@
-"""What stands on the page, put into the template."""
+"""Fills the report's template."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def render(analysis: Analysis, lines: Sequence[TrialLine], specification: str | 
 
 
 def _finished(c: Contender, lines: Sequence[TrialLine]) -> list[TrialLine]:
-    """The trials that a contender's numbers come from."""
+    """The trials that a contender's results come from."""
     own = [t for t in lines if (t.label, t.where, t.rate) == (c.label, c.where, c.rate)]
     last = {t.seed: t for t in own if t.status == "done" and t.rung is None}
     return [last[seed] for seed in c.seeds]
@@ -87,8 +87,8 @@ def _pictures(analysis: Analysis, trials: dict[str, list[TrialLine]]) -> dict[st
             charts.bars(analysis, "memory", "Peak memory of a trial.", lambda c: c.peak_bytes, say.size),
         ],
         "ranks": [
-            charts.ranks(c, trials[c.name], place)
-            for place, c in enumerate(analysis.contenders)
+            charts.ranks(c, trials[c.name], index)
+            for index, c in enumerate(analysis.contenders)
             if chooses_ranks(trials[c.name])
         ],
     }

@@ -31,17 +31,17 @@ def new_figure(height: float, width: float = WIDTH) -> Figure:
     return Figure(figsize=(width / 72, height / 72), layout="constrained", facecolor="none")
 
 
-def colour(place: int) -> str:
-    return SERIES[place % len(SERIES)]
+def colour(index: int) -> str:
+    return SERIES[index % len(SERIES)]
 
 
-def marker(place: int) -> str:
-    return MARKERS[place % len(MARKERS)]
+def marker(index: int) -> str:
+    return MARKERS[index % len(MARKERS)]
 
 
-def size(place: int, usual: float = 10) -> float:
-    """Of a marker, so that all shapes look as large as a circle of `usual`."""
-    return usual * {"D": 0.8, "s": 0.9, "*": 1.35, "p": 1.1, "P": 1.1, "v": 1.05, "^": 1.05}.get(marker(place), 1.0)
+def size(index: int, usual: float = 10) -> float:
+    """The marker size at which a shape looks as large as a circle of `usual`."""
+    return usual * {"D": 0.8, "s": 0.9, "*": 1.35, "p": 1.1, "P": 1.1, "v": 1.05, "^": 1.05}.get(marker(index), 1.0)
 
 
 def inline(figure: Figure, name: str, title: str, description: str) -> str:
@@ -49,7 +49,7 @@ def inline(figure: Figure, name: str, title: str, description: str) -> str:
 
     Args:
         name: unlike that of any other picture of the page; begins every id.
-        title, description: what a reader hears who does not see it.
+        title, description: what a screen reader reads out.
     """
     from matplotlib import rc_context
 
@@ -76,17 +76,17 @@ def inline(figure: Figure, name: str, title: str, description: str) -> str:
     return head + text[text.index(">") + 1 :].strip()
 
 
-def badge(place: int) -> str:
+def badge(index: int) -> str:
     """A contender's marker for a legend or a table, the same shape and colour as in the pictures."""
     from matplotlib.markers import MarkerStyle
 
-    style = MarkerStyle(marker(place))
+    style = MarkerStyle(marker(index))
     outline = style.get_path().transformed(style.get_transform()).to_polygons()[0]
-    scale = 1.3 * size(place)
+    scale = 1.3 * size(index)
     points = " ".join(
         f"{10 + scale * float(x):.1f},{10 - scale * float(y):.1f}" for x, y in zip(*np.transpose(outline), strict=True)
     )
     return (
         f'<svg class="badge" viewBox="0 0 20 20" aria-hidden="true">'
-        f'<polygon points="{points}" style="fill: var(--series-{place % len(SERIES)})"/></svg>'
+        f'<polygon points="{points}" style="fill: var(--series-{index % len(SERIES)})"/></svg>'
     )

@@ -1,7 +1,6 @@
 """Profile `compact`: every module keeps its own rank, in `rank_pattern`.
 
-Its readers scale a module by lora_alpha / (its rank): PEFT, vLLM from 0.33 on and llama.cpp's converter (shared/field.md
-§3.3). B is stored times rank/α, so that this comes out as 1. An `alpha_pattern` would be misread by some; none is written.
+Its readers scale a module by lora_alpha / (its rank): PEFT, vLLM from 0.33 on and llama.cpp's converter. B is stored times rank/α, so that this comes out as 1. An `alpha_pattern` would be misread by some; none is written.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Profile `uniform`: one rank, lora_alpha = r, everything baked in. It meets every engine's rules (shared/field.md §3.3)."""
+"""Profile `uniform`: one rank, lora_alpha = r, everything baked in. It meets every engine's rules."""
 
 from __future__ import annotations
 

@@ -1,0 +1,59 @@
+"""Reads the rows of our methods from their source, so that the command line lists them without importing torch.
+
+A row is the literal fields of `register(Method(...))` in a file of `methods/`; tests/commands/test_start.py holds it against the
+registry itself.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+_FOLDER = Path(__file__).parent / "methods"
+
+
+@dataclass(frozen=True)
+class Listed:
+    """What a list of methods shows of one: as `host.registry.Method`, with the name of the config's class."""
+
+    name: str
+    title: str
+    paper: str
+    summary: str
+    foldable: bool
+    config: str
+    module: str
+
+
+def listed() -> list[Listed]:
+    """The methods of the package by name; those of third parties are in the registry only."""
+    trees = {path.stem: ast.parse(path.read_text(encoding="utf-8")) for path in sorted(_FOLDER.glob("*.py"))}
+    classes = {node.name: node for tree in trees.values() for node in tree.body if isinstance(node, ast.ClassDef)}
+    rows = [_row(call, stem, classes) for stem, tree in trees.items() for call in _calls(tree)]
+    return sorted(rows, key=lambda row: row.name)
+
+
+def _calls(tree: ast.Module) -> Iterator[ast.Call]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "Method":
+            yield node
+
+
+def _row(call: ast.Call, stem: str, classes: dict[str, ast.ClassDef]) -> Listed:
+    given = {keyword.arg: keyword.value for keyword in call.keywords}
+    name, title, paper, summary = (ast.literal_eval(given[f]) for f in ("name", "title", "paper", "summary"))
+    config, adapter = (ast.unparse(given[field]) for field in ("config", "adapter"))
+    return Listed(name, title, paper, summary, _fixed(adapter, classes), config, f"rankfold.methods.{stem}")
+
+
+def _fixed(name: str, classes: dict[str, ast.ClassDef]) -> bool:
+    """What `fixed` is in an adapter's class or the nearest base in `methods/`; Adapter's own is True."""
+    if name not in classes:
+        return True
+    for node in classes[name].body:
+        target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
+        if isinstance(target, ast.Name) and target.id == "fixed":
+            return ast.literal_eval(node.value)  # pyright: ignore[reportAttributeAccessIssue]
+    return all(_fixed(ast.unparse(base), classes) for base in classes[name].bases)

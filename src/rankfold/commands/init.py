@@ -1,0 +1,38 @@
+"""`rankfold init`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from rankfold.commands.command import CommonOptions, option, positional
+from rankfold.tasks.table import TASKS
+
+
+@dataclass(kw_only=True)
+class Options(CommonOptions):
+    """write a commented run file that works"""
+
+    run_file: str = positional(default="run.yaml", nargs="?", metavar="run.yaml")
+    task: str = option(default="classification", choices=tuple(TASKS))
+    method: str = option("see `rankfold methods`, or peft:NAME (default: rasa)", default="rasa")
+    compare: bool = option("a compare file instead; its methods are a start", default=False)
+    force: bool = option("replace the file if it exists", default=False)
+
+
+def run(options: Options) -> int:
+    from rankfold.compare.template import template as compare_template
+    from rankfold.runfile.imports import seen_from
+    from rankfold.runfile.template import template
+
+    path = Path(options.run_file)
+    if path.exists() and not options.force:
+        raise FileExistsError(f"'{path}' exists; give another name or --force")
+    text = (
+        compare_template(options.task)
+        if options.compare
+        else template(options.task, options.method, seen_from(options.imports, path))
+    )
+    path.write_text(text, encoding="utf-8")
+    print(f"wrote {path}; next: rankfold {'compare' if options.compare else 'train'} {path} --dry-run")
+    return 0

@@ -1,0 +1,96 @@
+"""`rankfold inspect`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rankfold.commands.command import CommonOptions, option, positional
+from rankfold.errors import RankfoldError
+
+if TYPE_CHECKING:
+    from rankfold.inspect.inspection import Inspection, RankHistory
+
+
+@dataclass(kw_only=True)
+class Options(CommonOptions):
+    """show rank, norm and spectrum of an adapter, or ranks over a run's steps"""
+
+    path: str = positional("an adapter folder, a run's folder, or a ranks.jsonl")
+    picture: str | None = option("SVG, PNG or PDF heat map", default=None)
+    json: bool = option(default=False)
+    base: str | None = option("base model, if not the one that the adapter names", default=None)
+    adapter_name: str = option("which adapter's ranks of a run", default="default")
+    force: bool = option("replace pictures that exist", default=False)
+
+
+def run(options: Options) -> int:
+    """Prints what is in an adapter folder, in a run's folder (its ranks over the steps, and its adapter if there is one),
+    or in a ranks.jsonl; and draws it. For a run with both, the picture of the ranks goes to NAME-ranks beside the other.
+    As JSON it is {"adapter": ..., "run": ...}.
+
+    Raises:
+        RankfoldError: what cannot be looked at, and why.
+        FileExistsError: without `force`.
+    """
+    from rankfold.inspect.pictures import check_picture, draw_adapter, draw_history
+
+    if not Path(options.path).exists():
+        raise FileNotFoundError(
+            f"'{options.path}' does not exist; give an adapter folder, a run's folder or a ranks.jsonl"
+        )
+    adapter, history = _look(options)
+    files = _pictures(options.picture, adapter, history)
+    for file in files:
+        check_picture(file)
+        if file.exists() and not options.force:
+            raise FileExistsError(f"'{file}' exists; give another name or --force")
+        file.parent.mkdir(parents=True, exist_ok=True)
+    if history and files:
+        draw_history(history, files[-1])
+    if adapter and files:
+        draw_adapter(adapter, files[0])
+    if options.json:
+        found = {"adapter": adapter, "run": history}
+        print(json.dumps({key: json.loads(one.to_json()) for key, one in found.items() if one}, indent=2))
+        return 0
+    from rich.console import Console
+
+    from rankfold.inspect.terminal import show_adapter, show_history
+
+    console = Console()
+    if history:
+        console.print(show_history(history, console.width))
+    if adapter:
+        console.print(show_adapter(adapter, console.width))
+    for file in files:
+        print(f"wrote {file}")
+    return 0
+
+
+def _look(options: Options) -> tuple[Inspection | None, RankHistory | None]:
+    from rankfold.inspect.adapter import inspect_adapter
+    from rankfold.inspect.history import find_ranks, inspect_run
+    from rankfold.io.adapters import CONFIG, find_adapter
+
+    path = Path(options.path)
+    folder = find_adapter(path)
+    folder = folder if (folder / CONFIG).is_file() else None
+    ranks = find_ranks(folder if folder and path.is_file() else path)
+    if folder is None and ranks is None:
+        raise RankfoldError(
+            f"'{path}' is neither an adapter (no {CONFIG} in it, beside it or in adapter/) nor a run that logged ranks "
+            "(no ranks.jsonl in it or in checkpoints/)"
+        )
+    adapter = inspect_adapter(folder, base=options.base) if folder else None
+    return adapter, inspect_run(ranks, adapter_name=options.adapter_name) if ranks else None
+
+
+def _pictures(picture: str | None, adapter: Inspection | None, history: RankHistory | None) -> list[Path]:
+    """The heat map's, then the history's."""
+    if picture is None:
+        return []
+    path = Path(picture)
+    return [path, path.with_stem(f"{path.stem}-ranks")] if adapter and history else [path]
