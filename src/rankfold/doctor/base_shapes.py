@@ -64,7 +64,7 @@ def read_base(folder: Path, adapter: dict[str, Any]) -> BaseShapes:
     try:
         model = _skeleton(folder, config, adapter)
         shapes = {name: shape for name, m in model.named_modules() if (shape := _shape(m)) is not None}
-        return BaseShapes(folder, config, shapes, name_of=to_model(model))
+        return BaseShapes(folder, config, shapes, name_of=to_model(model, prefix=False))
     except Exception as error:  # transformers raises anything on a config that it does not know
         if "quantization_config" in config:  # packed weights have other shapes
             return BaseShapes(folder, config, why_not=f"transformers cannot build it: {one_line(error)}")

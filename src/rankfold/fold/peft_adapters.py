@@ -159,7 +159,7 @@ def from_folder(folder: Path, config: PeftConfig, base: str | None = None) -> So
     for field, default in (("modules_to_save", None), ("init_lora_weights", True), ("ensure_weight_tying", False)):
         if hasattr(bare, field):
             setattr(bare, field, default)
-    name_of = to_model(skeleton)
+    name_of = to_model(skeleton, prefix=False)
     renamed = {module: name_of(f"{module}.weight") for module in modules}
     if plain and any(fused for _, fused in renamed.values()):
         why = "it adapts experts one by one; the fold keeps the names of its tensors, as engines read them"
@@ -206,7 +206,7 @@ def _tensors(folder: Path) -> tuple[dict[str, Tensor], list[str]]:
 
 def _has_all(model: nn.Module, modules: list[str]) -> bool:
     """Whether a base has every module that an adapter names, by its own names or by those of its files."""
-    state, name_of = model.state_dict(), to_model(model)
+    state, name_of = model.state_dict(), to_model(model, prefix=False)
     return all(name_of(f"{module}.weight")[0] in state for module in modules)
 
 

@@ -14,11 +14,12 @@ from transformers.core_model_loading import WeightRenaming, rename_source_key
 ToModel = Callable[[str], tuple[str, bool]]
 
 
-def to_model(model: nn.Module) -> ToModel:
+def to_model(model: nn.Module, prefix: bool = True) -> ToModel:
     """How the names in the files of a model become its own; a model that is not of transformers keeps them.
 
     Args:
         model: with or without adapters in it.
+        prefix: whether names may have or lack the model's `base_model_prefix`, as in files; an adapter's may not.
     """
     state: dict[str, Any] = {k.replace(".base_layer.", "."): True for k in model.state_dict()}
     if not isinstance(model, PreTrainedModel):
@@ -30,7 +31,13 @@ def to_model(model: nn.Module) -> ToModel:
     def name_of(name: str) -> tuple[str, bool]:
         if name in state:
             return name, False
-        found, part_of = rename_source_key(name, renamings, converters, model.base_model_prefix, state)  # pyright: ignore
+        found, part_of = rename_source_key(
+            name,
+            renamings,
+            converters,
+            model.base_model_prefix if prefix else None,
+            state,  # pyright: ignore[reportArgumentType]
+        )  # pyright: ignore
         return found, part_of is not None
 
     return name_of
