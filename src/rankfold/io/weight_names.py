@@ -31,13 +31,8 @@ def to_model(model: nn.Module, prefix: bool = True) -> ToModel:
     def name_of(name: str) -> tuple[str, bool]:
         if name in state:
             return name, False
-        found, part_of = rename_source_key(
-            name,
-            renamings,
-            converters,
-            model.base_model_prefix if prefix else None,
-            state,  # pyright: ignore[reportArgumentType]
-        )  # pyright: ignore
+        prefixed = model.base_model_prefix if prefix else None
+        found, part_of = rename_source_key(name, renamings, converters, prefixed, state)  # pyright: ignore[reportArgumentType]
         return found, part_of is not None
 
     return name_of

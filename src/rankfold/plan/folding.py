@@ -46,8 +46,6 @@ def forecast(model: PeftModel) -> Fold | str:
                 if isinstance(config, LowRankConfig)
                 else peft_adapters.from_model(model)
             )
-            if source.output_head:
-                return f"{source.output_head} is the output head, whose LoRA engines do not load"
             layers = adapted_layers(model.get_base_model())
             rank = 0
             for names in alike(layers):
