@@ -130,7 +130,7 @@ def test_a_user_s_method_goes_through_every_command(tmp_path: Path) -> None:
         "compare": ["compare", "../compare.yaml", "methods=[shrinking]"],
         "fold": ["fold", "run/adapter", "-o", "folded", *of_mine],
         "inspect": ["inspect", "run/adapter", *of_mine],
-        "doctor": ["doctor", "folded", *of_mine],
+        "doctor": ["doctor", "folded", "--engine", "vllm,peft", *of_mine],
         "fold, nothing imported": ["fold", "run/adapter", "-o", "refused"],
         "inspect, nothing imported": ["inspect", "run/adapter"],
         "train, nothing imported": ["train", "../run.yaml", "imports=[]"],

@@ -66,7 +66,8 @@ def test_train_resume_and_refuse(run_file: Path, capsys: pytest.CaptureFixture[s
 
     assert cli.main(["train", str(run_file)]) == 1
     assert capsys.readouterr().err.startswith("error: output: the folder")
-    assert cli.main(["train", str(run_file), "--resume"]) == 0
+    assert cli.main(["train", str(run_file), "--resume"]) == 1  # another learning rate
+    assert cli.main(["train", str(run_file), "training.learning_rate=1e-3", "--resume"]) == 0
     assert cli.main(["train", str(run_file), "--overwrite"]) == 0
 
 

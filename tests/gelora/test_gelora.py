@@ -418,7 +418,7 @@ def test_pairs_chats_and_encoder_decoders() -> None:
     assert gelora_plan(llama(), tokenizer(special=False), pairs).dimensions.points == 60
     plan = gelora_plan(t5(), tokenizer(), pairs)
     assert len(plan.dimensions.chains) == 2
-    with pytest.raises(ValueError, match="needs pairs"):
+    with pytest.raises(ValueError, match="needs a pair"):
         gelora_plan(t5(), tokenizer(), texts())
     chatty = tokenizer(special=False)
     chatty.chat_template = "{% for m in messages %}{{ m.content }} {% endfor %}"

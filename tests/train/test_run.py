@@ -419,7 +419,11 @@ def test_output_folders(classification: Values, tmp_path: Path):
     [
         ("model=/no/such/folder", ModelError, "'/no/such/folder' is no folder with a saved model and no GGUF file"),
         ("model=all-minilm-l6", ModelError, "did you mean 'all-minilm-l6-v2'?"),
-        ("method={name: rasa, target_modules: [qurey]}", ModelError, "Modules with a weight: .*query"),
+        (
+            "method={name: rasa, target_modules: [qurey]}",
+            ModelError,
+            "the model has no module 'qurey'; did you mean 'query'",
+        ),
         ("data.columns.label=stars", DataError, "train has no column 'stars' for the label"),
         ("data.max_length=100", DataError, "data.max_length: 100 tokens do not fit the model, which takes 64"),
     ],

@@ -67,6 +67,7 @@ def test_the_classes_of_a_head_are_checked(classification: Values, tmp_path: Pat
     assert train(parse(classification, more), say=silent).before["loss"] == pytest.approx(first.after["loss"])
 
     (first.adapter_path / "labels.json").unlink()
+    (first.adapter_path / "README.md").unlink()  # which says them too
     said: list[str] = []
     train(parse(classification, more), overwrite=True, say=said.append)
     assert any("does not say which classes its head knows; those of this run are neg, pos" in s for s in said)

@@ -27,7 +27,7 @@ class Options(CommonOptions):
     targets: list[str] | None = option(
         "ends of module names (default: every linear layer)", default=None, type=names, metavar="A,B"
     )
-    task: str | None = option("default: what the config names", default=None, choices=tuple(TASKS))
+    task: str | None = option("default: what the config names", default=None, choices=TASKS)
     r: int | None = option("rank of every method (default: 8)", default=None, metavar="N")
     budget: str | None = option(
         "solve for the ranks that train at most N parameters, such as 1.2M", default=None, metavar="N", either="budget"

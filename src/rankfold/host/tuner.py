@@ -78,12 +78,6 @@ class LowRankTuner(BaseTuner):
         """
         config.check()  # a field may have been assigned since
         config = self._prepare_adapter_config(config, self.get_model_config(model))  # pyright: ignore[reportAssignmentType]
-        if state_dict is None:
-            for field, absent in absent_names(config, [plain_name(name) for name, _ in model.named_modules()]):
-                if field != "modules_to_save":  # PEFT adds the names that heads usually have
-                    warnings.warn(
-                        f"{field}: no module of the model is called {absent!r}; it has no effect", stacklevel=2
-                    )
         config = include_all_linear_layers(config, model)  # pyright: ignore[reportAssignmentType]
         named = None if state_dict is None else {plain_name(k.rsplit("." + PREFIX, 1)[0]) for k in state_dict}
         sites: dict[str, Site] = {}
@@ -107,6 +101,8 @@ class LowRankTuner(BaseTuner):
         for group in groups.values():
             adapter_cls.check_group(config, group)
         by_site = {site.name: group for group in groups.values() for site in group.sites}
+        if sites and state_dict is None:  # with none at all PEFT raises
+            _warn_absent(config, model)
         return Plan(sites, by_site, short_keys(list(groups)))
 
     @staticmethod
@@ -361,6 +357,13 @@ def site_of(name: str, module: Any) -> Site:
             "transformers' Conv1D, quantised linears) can be adapted; leave it out of target_modules"
         )
     return Site(name, *kind.features(base), kind.name)
+
+
+def _warn_absent(config: LowRankConfig, model: nn.Module) -> None:
+    """Names that match nothing while others do. Patterns are PEFT's to warn of, and heads are named by it on suspicion."""
+    for field, absent in absent_names(config, [plain_name(name) for name, _ in model.named_modules()]):
+        if field in ("target_modules", "exclude_modules"):
+            warnings.warn(f"{field}: no module of the model is called {absent!r}; it has no effect", stacklevel=2)
 
 
 def _warn_fast_path(model: nn.Module) -> None:
