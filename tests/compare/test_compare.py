@@ -338,7 +338,8 @@ def test_who_cannot_run_is_recorded(values: Values, here: list[str]):
     assert lines[0].reason == "where: layers: 7 is not a layer; the model has layers 0 to 2"
     assert len(here) == 1
     with pytest.raises(
-        ValueError, match="no contender can be trained: rasa: method.target_modules: the model has no module 'nothing'"
+        ValueError,
+        match=r"no contender can be trained: rasa: method\.target_modules: the model has no module 'nothing'",
     ):
         run(values | {"methods": [{"name": "rasa", "target_modules": ["nothing"]}], "output": values["output"] + "2"})
 
