@@ -6,7 +6,8 @@ What it does that a chain of modules does not (measurements in docs/performance.
   copy that all siblings share), and not at all where every `down` is frozen;
 * siblings – q, k and v – are one node: one down-projection, one mask, one pass over the input's gradient (siblings.py);
 * gate and scale go onto the small factor; no pass over an N×out tensor is spent on them;
-* the r-wide product h is kept (N·r elements), so the backward needs no second look at x·downᵀ;
+* the r-wide product h is kept (N·r elements), so the backward needs no second look at x·downᵀ; not that of a term whose `up` and
+  gate are frozen;
 * for many tokens in float32, W + ΔW is made once per pass instead, and multiplied by (`FusedPass.merges`);
 * both sums run in place in the GEMM that makes them (`addmm_`), into the base's output and into its input gradient;
 * a frozen factor that only selects columns is a gather and a scatter (`Factors.down_index`);
@@ -267,7 +268,7 @@ class _LowRankLinears(torch.autograd.Function):
             outputs, hidden = fused.forward(x.reshape(-1, x.shape[-1]), ctx.scratch)
         ctx.layout, ctx.shape = layout, x.shape
         ctx.set_materialize_grads(False)  # one of the members may be left unused
-        ctx.save_for_backward(x if fused.reads_input else None, *hidden, *fused.kept)
+        ctx.save_for_backward(x if fused.reads_input else None, *fused.kept_hidden(hidden), *fused.kept)
         return tuple([restore_shape(y, x.shape) for y in outputs])
 
     @staticmethod
@@ -333,6 +334,15 @@ class FusedPass:
         """Whether the backward reads x: not where every `down` is frozen."""
         downs = [self.tensors[slot.down] for term in self.slots for own in term for slot in own]
         return any(t is not None and t.requires_grad for t in (*downs, *self.weights))
+
+    def kept_hidden(self, hidden: Sequence[Tensor]) -> list[Tensor | None]:
+        """h of every term as the backward needs it: not where every `up` and gate of the term is frozen."""
+        slots = [[slot for own in term for slot in own] for term in self.slots]
+        read = [[self.tensors[i] for slot in term for i in (slot.up, slot.gate)] for term in slots]
+        return [
+            h if any(t is not None and t.requires_grad for t in term) else None
+            for h, term in zip(hidden, read, strict=True)
+        ]
 
     def merges(self, member: int, tokens: int) -> bool:
         """Whether multiplying by W + ΔW is faster than by W and the factors, and as exact: in float32 and up, without dropout,
@@ -436,7 +446,7 @@ class FusedPass:
     def backward(
         self,
         flat: Tensor | None,
-        hidden: Sequence[Tensor],
+        hidden: Sequence[Tensor | None],
         grads: Sequence[Tensor | None],
         need_x: bool,
         needed: Sequence[bool],
@@ -447,14 +457,15 @@ class FusedPass:
 
         Args:
             flat: N × in, the input again; None where not `reads_input`.
-            hidden: h of each term.
+            hidden: h of each term, as `kept_hidden`.
             grads: g of each member, … × out, or None.
             needed: which of the tensors want their gradient.
         """
-        like = next((t for t in (*hidden, flat, *grads) if t is not None), None)
         found: list[Tensor | None] = [None] * len(needed)
-        if like is None or all(g is None for g in grads):
+        rows = [g.reshape(-1, g.shape[-1]) for g in grads if g is not None]
+        if not rows:
             return None, found
+        like = next(t for t in (*hidden, flat, *rows) if t is not None)
         live = {i: g.reshape(-1, g.shape[-1]).to(like.dtype) for i, g in enumerate(grads) if g is not None}
         for i, g in live.items():
             if needed[i] and flat is not None:
@@ -492,7 +503,7 @@ class FusedPass:
     def _grad_hidden(
         self,
         flat: Tensor | None,
-        hidden: Sequence[Tensor],
+        hidden: Sequence[Tensor | None],
         live: dict[int, Tensor],
         leads_to_x: bool,
         needed: Sequence[bool],
@@ -504,7 +515,7 @@ class FusedPass:
             leads_to_x or (flat is not None and any(needed[slot.down] for i in live for slot in self.slots[t][i]))
             for t in terms
         ]
-        parts = [_split(h, self.ranks[t]) for t, h in enumerate(hidden)]
+        parts = [() if h is None else _split(h, self.ranks[t]) for t, h in enumerate(hidden)]
         ghs: list[list[Tensor]] = [[] for _ in terms]
         scales: list[list[float]] = [[] for _ in terms]
         for i, g in live.items():
