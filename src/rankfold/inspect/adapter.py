@@ -79,8 +79,8 @@ def _of_model(model: nn.Module, adapter_name: str) -> dict[str, Found]:
 
 
 def _ours(layer: AdaptedLayer, adapter_name: str) -> tuple[Factors, int]:
-    (adapter,) = layer.adapters([adapter_name])
-    return adapter.factors(), sum(block.rank for block in adapter.blocks())
+    factors = layer.adapters([adapter_name])[0].factors()
+    return factors, factors.rank
 
 
 def _of_peft_folder(folder: Path, tensors: dict[str, Tensor], config: LoraConfig, base: str | None) -> dict[str, Found]:
