@@ -474,11 +474,11 @@ def test_a_used_config_begins_without_links(tmp_path: Any) -> None:
 
 def test_a_link_that_learned_nothing_is_kept() -> None:
     """In a warm-up from 0 the first link may be zero; a resumed run must not take it for room that was never used."""
-    model = adapted(ColaConfig(r=2, link_steps=1))
+    model = adapted(ColaConfig(r=2, link_steps=1, links_limit=100))
     optimizer = adamw(model, lr=0.0)
     attach(model, optimizer, total_steps=3)
     train(model, optimizer, [0])
-    again = adapted(ColaConfig(r=2, link_steps=1), seed=9)
+    again = adapted(ColaConfig(r=2, link_steps=1, links_limit=100), seed=9)
     set_peft_model_state_dict(again, get_peft_model_state_dict(model))
     fresh = adamw(again)
     fresh.load_state_dict(optimizer.state_dict())
