@@ -43,6 +43,7 @@ class Facts:
         bad: configs that must be refused, each with what the error must name.
         starts_at_base: whether the first update is zero.
         needs: what the config needs on an architecture beside the variant's fields.
+        takes_dropout: whether it allows dropout at all.
     """
 
     method: str
@@ -53,6 +54,7 @@ class Facts:
     bad: tuple[tuple[dict[str, Any], str], ...] = ()
     starts_at_base: bool = True
     needs: Callable[[Arch], dict[str, Any]] = lambda arch: {}
+    takes_dropout: bool = True
 
 
 @dataclass(frozen=True, eq=False)
@@ -300,6 +302,7 @@ DELTA_LORA = Facts(
     rank=lambda config, r, layers: r + LINK,
     delta=_delta_lora_delta,
     variants={"default": {"r": 4, "start_step": 0, "allow_unscheduled": True}},
+    takes_dropout=False,
     bad=(
         ({"lora_dropout": 0.1}, "lora_dropout=0.1"),
         ({"delta_weight": -1.0}, "delta_weight=-1.0"),
@@ -313,6 +316,7 @@ FIRST = [next(row for row in ROWS if row.facts is facts) for facts in TABLE]
 
 rows = pytest.mark.parametrize("row", ROWS, ids=str)
 first_rows = pytest.mark.parametrize("row", FIRST, ids=str)
+dropping_rows = pytest.mark.parametrize("row", [row for row in FIRST if row.facts.takes_dropout], ids=str)
 archs = pytest.mark.parametrize("arch", ARCHS.values(), ids=lambda arch: arch.name)
 
 

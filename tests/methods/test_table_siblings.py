@@ -14,6 +14,7 @@ from table import (
     adapt,
     adapter_parameters,
     assert_same,
+    dropping_rows,
     first_rows,
     fit,
     layers,
@@ -110,7 +111,7 @@ def test_saved_and_loaded(row: Row, device: torch.device) -> None:
     assert torch.equal(LLAMA.out(other), LLAMA.out(model))
 
 
-@first_rows
+@dropping_rows
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointing_draws_the_shared_masks_again(row: Row, reentrant: bool, device: torch.device) -> None:
     model = wide(LLAMA, row, device, lora_dropout=0.3).train()
@@ -121,7 +122,7 @@ def test_checkpointing_draws_the_shared_masks_again(row: Row, reentrant: bool, d
     assert_close(gradients(LLAMA, model), plain)
 
 
-@first_rows
+@dropping_rows
 def test_training_repeats_to_the_bit(row: Row, device: torch.device) -> None:
     """Shared masks come from torch's generator, so a run that resumes it draws the same ones."""
     ends = []
