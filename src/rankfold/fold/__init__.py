@@ -21,6 +21,7 @@ from rankfold.fold import native, peft_adapters
 from rankfold.fold.calibration import read_texts, second_moments, tokenise
 from rankfold.fold.compression import CompressionLimit, compress
 from rankfold.fold.config_keys import check_keys
+from rankfold.fold.in_memory import FoldedStateDict, fold_state_dict
 from rankfold.fold.probe import probe as run_probe
 from rankfold.fold.probe import trained_model
 from rankfold.fold.profiles import compact, gguf, merged, mlx, uniform
@@ -33,7 +34,16 @@ from rankfold.io.files import sha256, whole_folder
 from rankfold.io.weights import read_headers
 from rankfold.kernel.factors import Factors
 
-__all__ = ["PROFILES", "FoldReport", "fold_adapter", "fold_model", "fold_source", "read_source"]
+__all__ = [
+    "PROFILES",
+    "FoldReport",
+    "FoldedStateDict",
+    "fold_adapter",
+    "fold_model",
+    "fold_source",
+    "fold_state_dict",
+    "read_source",
+]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PROFILES: dict[str, Profile] = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,6 +33,7 @@ class Source:
         method: what it is, for people: our name of it, or PEFT's as in "peft:dora".
         config: its config, of which a fold keeps base, revision, task type and modules_to_save.
         update: the trained update of a module by name, with gate and scale; in any order.
+        blocks: the same as it lies on a live model, in its dtype and on its device; None where nothing is live.
         adapted: names of the modules that have the adapter, as the base model knows them.
         sites: every linear module of a type that has the adapter, adapted or not, in the model's order.
         siblings: more sites, without an adapter, that SGLang wants beside those.
@@ -60,6 +61,7 @@ class Source:
     siblings: list[Site] = field(default_factory=list)
     folder: Path | None = None
     labels: list[str] = field(default_factory=list)
+    blocks: Callable[[str], Sequence[Factors]] | None = None
     notes: list[str] = field(default_factory=list)
     left_out: dict[str, float] = field(default_factory=dict)
 
