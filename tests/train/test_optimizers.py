@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,13 +18,14 @@ from safetensors.torch import load_file
 
 from rankfold.optim.registry import OPTIMIZERS
 from rankfold.runfile.arguments import trainer_arguments
-from rankfold.runfile.load import parse
+from rankfold.runfile.load import load, parse
 from rankfold.runfile.problems import RunFileError
 from rankfold.train.folder import FolderError
 from rankfold.train.prepare import make_plan, prepare
 from rankfold.train.run import train
 
 Values = dict[str, Any]
+DOCS = Path(__file__).parents[2] / "docs"
 
 
 def silent(sentence: str) -> None:
@@ -118,7 +120,7 @@ def test_wrong_settings(language_model: Values, training: Values, says: str):
 
 @pytest.mark.parametrize("method", ["adalora", "dynamic_dora"])
 def test_methods_with_a_penalty_are_refused_by_name(language_model: Values, method: str):
-    given = language_model | {"method": {"name": method, "r": 4, "target_r": 2, "target_modules": ["q_proj"]}}
+    given: Values = {**language_model, "method": {"name": method, "r": 4, "target_r": 2, "target_modules": ["q_proj"]}}
     for name in OPTIMIZERS:
         if name == "lora_plus":
             run_of(given, name)
@@ -128,7 +130,7 @@ def test_methods_with_a_penalty_are_refused_by_name(language_model: Values, meth
 
 
 def test_a_method_without_pairs(language_model: Values):
-    given = language_model | {"method": {"name": "peft:vera", "r": 4, "target_modules": ["q_proj"]}}
+    given: Values = {**language_model, "method": {"name": "peft:vera", "r": 4, "target_modules": ["q_proj"]}}
     for attempt in (lambda run: make_plan(prepare(run)), lambda run: train(run, say=silent)):
         with pytest.raises(ValueError, match="has no trainable pair of LoRA factors"):
             attempt(run_of(given, "lora_rite"))
@@ -146,45 +148,31 @@ def test_resume_refuses_another_optimizer(language_model: Values, name: str):
 
 
 def test_third_parties(language_model: Values, tmp_path: Path):
-    """A file that registers an optimiser, named in `imports`."""
-    (tmp_path / "sign_step_of_theirs.py").write_text(
-        '''
-"""Signs of the gradients."""
-
-from rankfold.optim.pair_optimizer import PairOptimizer
-from rankfold.optim.registry import OptimizerRow, register
-
-
-class SignStep(PairOptimizer):
-    """Sign descent."""
-
-    @classmethod
-    def remembers(cls, out, in_, r, options):
-        return {}
-
-    def rule(self, batches, group):
-        for batch in batches:
-            batch.down.sub_(batch.grad_down.sign(), alpha=group["lr"])
-            batch.up.sub_(batch.grad_up.sign(), alpha=group["lr"])
-
-
-register(OptimizerRow("sign_step", "Sign", "0000.00000", "Sign descent.", SignStep))
-'''
-    )
+    """The example of docs/optimisers.md, in a file that `imports` names."""
+    code = re.findall(r"```python\n(.*?)```", (DOCS / "optimisers.md").read_text(encoding="utf-8"), re.S)[-1]
+    (tmp_path / "sign_step_of_theirs.py").write_text(code, encoding="utf-8")
     given = language_model | {"imports": [str(tmp_path / "sign_step_of_theirs.py")]}
     try:
         result = train(run_of(given, "sign_step"), say=silent)
     finally:
         OPTIMIZERS.pop("sign_step", None)
         sys.modules.pop("sign_step_of_theirs", None)
-    assert "Sign (`sign_step`)" in (result.adapter_path / "README.md").read_text(encoding="utf-8")
+    card = (result.adapter_path / "README.md").read_text(encoding="utf-8")
+    assert "Sign (`sign_step`)" in card
+    assert "Optimiser:" not in card  # it has no paper
+
+
+def test_the_example_is_valid():
+    run = load(DOCS.parent / "examples" / "optimiser.yaml")
+    assert run.training.optimizer in OPTIMIZERS
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["lora_rite", "lora_pro"])
 def test_killed_and_resumed_to_the_bit(language_model: Values, tmp_path: Path, name: str):
     """`rankfold train` in a process of its own, killed after a checkpoint, and `--resume`; beside a run that nobody touched."""
-    values = language_model | {"method": {"name": "sora", "r": 4, "target_modules": "all-linear", "lora_dropout": 0.1}}
+    method = {"name": "sora", "r": 4, "target_modules": "all-linear", "lora_dropout": 0.1}
+    values: Values = {**language_model, "method": method}
     values["training"] = values["training"] | {
         "optimizer": name, "max_steps": 12, "gradient_accumulation": 2, "gradient_checkpointing": True, "warmup": 2, "keep_best": False,
     }  # fmt: skip

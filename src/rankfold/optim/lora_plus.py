@@ -73,7 +73,7 @@ class LoraPlus(PairAware, torch.optim.AdamW):
         """The parameter groups: downs at lr, ups at λ·lr, embeddings' pairs, plain matrices, plain vectors (not decayed)."""
         check_lr("LoraPlus", lr)
         given = LoraPlusOptions.of(options)
-        parts = LoraPlus.split(model)
+        parts = LoraPlus.take(model)
         slow = given.embedding_lr is not None
         pairs = [p for p in parts.pairs if not (p.embedding and slow)]
         embeddings = [p for p in parts.pairs if p.embedding and slow]

@@ -40,6 +40,16 @@ class PairAware(torch.optim.Optimizer):
             return split(model, frozen_down=not cls.trains_down, joint=cls.joint)
         return split_pairs(cls.__name__, model)
 
+    @classmethod
+    def take(cls, model: nn.Module | Sequence[Pair]) -> Split:
+        """As `split`, and freezes what it does not train, so that whoever counts or wraps the model afterwards sees it."""
+        parts = cls.split(model)
+        if not cls.trains_down:
+            for pair in parts.pairs:
+                pair.down.requires_grad_(False)
+                pair.down.grad = None
+        return parts
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores a state exactly, types included; raises RankfoldError for that of another model, rank or optimiser."""
         check_state(self, state_dict, self.expected())

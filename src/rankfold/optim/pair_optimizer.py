@@ -14,7 +14,7 @@ from rankfold.errors import RankfoldError
 from rankfold.optim.adam import plain_adamw
 from rankfold.optim.options import check_lr
 from rankfold.optim.pair_aware import PairAware
-from rankfold.optim.pairs import Pair, freeze_downs
+from rankfold.optim.pairs import Pair
 from rankfold.optim.stacks import Batch, Shapes, Stack, by_shape
 
 #: `param_group["kind"]`.
@@ -39,10 +39,8 @@ class PairOptimizer(PairAware):
     def __init__(self, model: nn.Module | Sequence[Pair], lr: float = 1e-3, **options: Any) -> None:
         check_lr(type(self).__name__, lr)
         self.options = self.Options.of(options)
-        parts = self.split(model)
+        parts = self.take(model)
         own, plain = parts.pairs, parts.plain
-        if not self.trains_down:
-            freeze_downs(own)
         self.pairs = own
         self._stacks = self._stacked()
         groups: list[dict[str, Any]] = [

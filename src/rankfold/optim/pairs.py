@@ -120,13 +120,6 @@ def split_pairs(owner: str, given: Sequence[Pair]) -> Split:
     return Split(found, [])
 
 
-def freeze_downs(found: Sequence[Pair]) -> None:
-    """Takes the pairs' downs out of training, as LoRA-FA does."""
-    for pair in found:
-        pair.down.requires_grad_(False)
-        pair.down.grad = None
-
-
 def describe(model: nn.Module, *, frozen_down: bool = False) -> str:
     """What a pair optimiser would train of `model`: its pairs by shape, and every plain parameter by name."""
     parts = split(model, frozen_down=frozen_down)

@@ -23,7 +23,7 @@ class OptimizerRow:
     Args:
         name: what run files, `rankfold optimizers` and `create` call it.
         title: what the paper calls it.
-        paper: arXiv id.
+        paper: arXiv id, or "" where there is none.
         summary: one line.
         cls: the torch optimiser.
     """
@@ -80,10 +80,16 @@ def register(row: OptimizerRow) -> OptimizerRow:
     return row
 
 
+def rows() -> list[OptimizerRow]:
+    """All rows by name, those of installed packages included."""
+    methods.discover()  # the modules that entry points name may register optimisers too
+    return sorted(OPTIMIZERS.values(), key=lambda row: row.name)
+
+
 def known(name: str) -> bool:
     """Whether there is an optimiser of that name, those of installed packages included."""
     if name not in OPTIMIZERS:
-        methods.discover()  # the modules that entry points name may register optimisers too
+        rows()
     return name in OPTIMIZERS
 
 

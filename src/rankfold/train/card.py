@@ -132,6 +132,6 @@ def _citation(data: str, method: str, optimizer: str) -> str:
 
         row = registry.get(method)
         lines.append(f"Method: {row.title}, [arXiv {row.paper}](https://arxiv.org/abs/{row.paper}).")
-    if (found := row_of(optimizer)) is not None:
+    if (found := row_of(optimizer)) is not None and found.paper:
         lines.append(f"Optimiser: {found.title}, [arXiv {found.paper}](https://arxiv.org/abs/{found.paper}).")
     return "\n" + "\n\n".join(lines) + "\n" if lines else ""

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from rankfold.optim.create import optimizer_cls_and_kwargs
-from rankfold.optim.pairs import Split, freeze_downs
+from rankfold.optim.pairs import Split
 from rankfold.optim.registry import OptimizerRow
 from rankfold.runfile.optimizers import options_of, row_of
 from rankfold.runfile.schema import RunFile, Training
@@ -41,9 +41,7 @@ class RunOptimizer:
         row = row_of(run.training.optimizer)
         if row is None:
             return None
-        parts = row.cls.split(model)
-        if not row.cls.trains_down:
-            freeze_downs(parts.pairs)
+        parts = row.cls.take(model)
         return cls(row, run.training, parts, row.state_bytes_of(model, **options_of(run.training)))
 
     def for_trainer(self, model: nn.Module) -> tuple[Any, dict[str, Any]]:
