@@ -192,6 +192,20 @@ def test_methods(capsys: pytest.CaptureFixture[str]):
     assert json.loads(capsys.readouterr().out) == []
 
 
+def test_optimizers(capsys: pytest.CaptureFixture[str]):
+    assert cli.main(["optimizers"]) == 0
+    listed = capsys.readouterr().out
+    assert "lora_rite" in listed
+    assert "2410.20625" in listed
+    assert cli.main(["optimizers", "lora_pro"]) == 0
+    assert "x_mode" in capsys.readouterr().out
+    assert cli.main(["optimizers", "lora_plus", "--json"]) == 0
+    row = json.loads(capsys.readouterr().out)
+    assert {o["name"]: o["default"] for o in row["options"]}["ratio"] == 16.0
+    assert cli.main(["optimizers", "lora_por"]) == 1
+    assert "no optimizer is called 'lora_por'; did you mean 'lora_pro'?" in capsys.readouterr().err
+
+
 def test_init(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     path = tmp_path / "new.yaml"
     assert cli.main(["init", str(path), "--task", "causal-lm", "--method", "lora"]) == 0

@@ -22,6 +22,7 @@ from rankfold.text import size
 from rankfold.train import budget, model, tokens
 from rankfold.train.budget import Budget
 from rankfold.train.data import load_rows
+from rankfold.train.optimizer import RunOptimizer, describe
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -102,6 +103,8 @@ class Plan:
     """The numbers of a run.
 
     Args:
+        optimizer: where it is one of rankfold's.
+        clip: the norm to which gradients are clipped, or 0.
         classes: with their training rows, in words.
         tokens: seen in training, padding left out.
         estimated: the steps are an estimate (packing fills rows as well as it can).
@@ -110,6 +113,8 @@ class Plan:
     run: RunFile
     architecture: str
     budget: Budget
+    optimizer: RunOptimizer | None
+    clip: float
     rows: dict[str, int]
     classes: str
     notes: list[str]
@@ -126,7 +131,7 @@ class Plan:
         about = "about " if self.estimated else ""
         fields = ", ".join(f"{key} {value}" for key, value in self.run.method.fields.items())
         share = 100 * b.trainable / (b.base + b.trainable)
-        memory = b.memory()
+        memory = b.memory(self.optimizer.state_bytes if self.optimizer else None)
         accumulation = f" x {t.gradient_accumulation} accumulated" if t.gradient_accumulation > 1 else ""
         return [
             ("model", f"{self.run.model.name} ({self.architecture}, {b.base:,} frozen parameters)"),
@@ -147,6 +152,7 @@ class Plan:
                 f"{about}{self.steps:,} of {t.batch_size}{accumulation} rows on {self.devices} "
                 f"{'device' if self.devices == 1 else 'devices'} ({self.epochs:.3g} epochs, {about}{self.tokens:,} tokens)",
             ),
+            ("optimiser", describe(t, self.clip, self.optimizer)),
             (
                 "memory",
                 f"{size(sum(memory.values()))} on each device ("
@@ -173,6 +179,7 @@ def make_plan(prepared: Prepared) -> Plan:
     """The plan of a run, from the shapes of its model alone."""
     run, rows = prepared.run, prepared.rows
     adapted, architecture = _to_count(prepared)
+    optimizer = RunOptimizer.of(run, adapted)  # before counting: it may freeze factors
     longest = prepared.max_length or math.inf
     kept = [min(length, longest) for length in prepared.encoded["train"].lengths]
     # Packing fills rows of max_length; the others are one example each.
@@ -186,6 +193,8 @@ def make_plan(prepared: Prepared) -> Plan:
         run=run,
         architecture=architecture,
         budget=budget.count(adapted),
+        optimizer=optimizer,
+        clip=prepared.arguments["max_grad_norm"],
         rows={name: len(split) for name, split in rows.splits.items()},
         classes=rows.classes_in_words(),
         notes=list(rows.notes),

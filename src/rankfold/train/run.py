@@ -28,6 +28,7 @@ from rankfold.train.callbacks import Clock, MetricsFile, StopEarly
 from rankfold.train.card import model_card, versions
 from rankfold.train.folder import saving
 from rankfold.train.metrics import read_metrics, tidy
+from rankfold.train.optimizer import RunOptimizer, describe
 from rankfold.train.plot import plot_metrics
 from rankfold.train.prepare import Prepared, prepare, processes
 from rankfold.train.result import TrainResult
@@ -92,13 +93,16 @@ def train(
     if run.training.start_from is not None:
         for sentence in model.start_from(adapted, Path(run.training.start_from), rows.labels):
             say(sentence)
+    optimizer = RunOptimizer.of(run, adapted)
     spent = budget.count(adapted)
     share = spent.trainable / (spent.base + spent.trainable)
     say(
         f"{run.method.name} on {run.model.name}: {spent.trainable:,} of {spent.base + spent.trainable:,} parameters ({share:.2%})"
     )
+    if optimizer is not None:
+        say(f"optimiser: {describe(run.training, prepared.arguments['max_grad_norm'], optimizer)}")
     clock = Clock()
-    trainer = make_trainer(prepared, adapted, [clock, *callbacks])
+    trainer = make_trainer(prepared, adapted, [clock, *callbacks], optimizer)
 
     # Nothing was written up to here.
     metrics_file: MetricsFile | None = None
