@@ -77,7 +77,7 @@ def make_trainer(prepared: Prepared, model: PeftModel, callbacks: list[TrainerCa
         eval_dataset=prepared.for_trainer("validation"),
         processing_class=prepared.processor,
         callbacks=[AdapterCallback(), NoStepTooMany(), *callbacks],
-        **task.options(prepared.processor),
+        **task.options(prepared.processor, prepared.rows.labels),
     )
     trainer.task = task
     if task.loss_of_batch:
