@@ -178,7 +178,7 @@ def base_class(config: PeftConfig, base: str | None = None) -> Any:
 def _classes(config: PeftConfig, base: PretrainedConfig | None) -> list[Any]:
     """The classes that an adapter may have been trained on, the likeliest first; those that have no model of the base's config
     are left out. Transformers' own `add_adapter` saves neither a task nor a class."""
-    task = table.of_peft_type(config.task_type)
+    task = table.of_adapter(config.task_type)
     names = [task.models[0]] if task else []
     names += [
         n
@@ -210,10 +210,9 @@ def base_model(
         OSError, ValueError: the weights cannot be had.
     """
     base_config(name)  # says in a sentence what load_base would in a paragraph
-    task = table.of_peft_type(config.task_type)
-    return load_base(
-        base_class(config, name), name, dtype, _labels(tensors, config) if task and task.new_head else None
-    )
+    made = base_class(config, name)
+    task = table.of_adapter(config.task_type, made.__name__)
+    return load_base(made, name, dtype, _labels(tensors, config) if task and task.new_head else None)
 
 
 def _labels(tensors: Mapping[str, Tensor], config: PeftConfig) -> int | None:
