@@ -61,6 +61,19 @@ def test_names_of_wrappers_are_known_without_a_base(change: Any, adapter: Any, l
     assert sound(diagnose(tmp_path / "fixed", base=llama))
 
 
+def test_fix_writes_the_tensors_of_a_pickle_as_safetensors(adapter: Any, tmp_path: Path) -> None:
+    folder = adapter()
+    trained = load_file(folder / "adapter_model.safetensors")
+    torch.save(trained, folder / "adapter_model.bin")
+    (folder / "adapter_model.safetensors").unlink()
+    assert "--fix OUT" in diagnose(folder).problems[0].fix
+    (sentence,) = fix(folder, tmp_path / "fixed")
+    assert "held tensors alone, written as adapter_model.safetensors" in sentence
+    assert not (tmp_path / "fixed" / "adapter_model.bin").exists()
+    found = load_file(tmp_path / "fixed" / "adapter_model.safetensors")
+    assert all(torch.equal(found[key], tensor) for key, tensor in trained.items())
+
+
 def test_fix_writes_what_engines_and_peft_read(adapter: Any, llama: Path, tmp_path: Path, capsys: Any) -> None:
     folder = adapter()
     trained = load_file(folder / "adapter_model.safetensors")

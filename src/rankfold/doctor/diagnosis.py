@@ -10,12 +10,13 @@ from rankfold.doctor.adapter_file import AdapterFile, open_adapter
 from rankfold.doctor.base_shapes import BaseShapes, read_base
 from rankfold.doctor.case import Case, make_case
 from rankfold.doctor.checks import check
-from rankfold.doctor.engines import ENGINES, FORMATS, Verdict, judge
+from rankfold.doctor.engines import ENGINES, Verdict, judge
 from rankfold.doctor.findings import Finding, Status
 from rankfold.doctor.settings import read_settings
 from rankfold.doctor.tensor_values import check_numbers
 from rankfold.errors import RankfoldError
 from rankfold.io.files import to_json
+from rankfold.io.formats.place import FORMATS
 
 #: What the verdicts are, and are not; printed with them.
 BASIS = (
