@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 from edits import edit_config, edit_tensors, sound
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
-from rankfold import cli
+from rankfold import RasaConfig, cli
 from rankfold.doctor import Status, diagnose
 from rankfold.doctor.fix import fix
 from rankfold.fold import fold_adapter
@@ -152,3 +152,10 @@ def test_a_base_that_has_theta_in_new_keys_alone(adapter: Any, llama: Path, tmp_
 def test_norms_and_heads_in_sglang(adapter: Any) -> None:
     assert verdicts(adapter(modules_to_save=["norm"]))["sglang"] is Status.REFUSED
     assert verdicts(adapter(modules_to_save=["lm_head"]))["sglang"] is Status.IN_PART
+
+
+def test_the_rank_of_a_method_that_shares_is_its_config_s(llama: Path, tmp_path: Path) -> None:
+    """RaSA with r = 4 has 3 private components in each module, and a pool."""
+    config = RasaConfig(r=4, shared_rank=1, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    get_peft_model(LlamaForCausalLM.from_pretrained(llama), config).save_pretrained(tmp_path)
+    assert "r=4 (rank 3 in each module's own factors; what modules share is not counted)" in diagnose(tmp_path).summary

@@ -137,6 +137,8 @@ def _summary(case: Case) -> str:
     dtypes = ", ".join(sorted({h.dtype for h in case.file.tensors.values()}))
     ranks = sorted({p.rank for p in case.pairs})
     rank = "" if not ranks else f", rank {ranks[0]}" if len(ranks) == 1 else f", ranks {ranks[0]} to {ranks[-1]}"
+    if case.ours and ranks and ranks != [case.settings.r]:
+        rank = f", r={case.settings.r} ({rank.removeprefix(', ')} in each module's own factors; what modules share is not counted)"
     type_ = f", {case.settings.peft_type}" if case.file.kind == "peft" else ""
     modules = f"{len(case.pairs)} modules" if case.pairs else f"{len(case.file.tensors)} tensors"
     return f"{kind}{type_}, {modules}{rank}, {dtypes}"
