@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from copy import copy
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from peft import (
@@ -33,7 +32,8 @@ from rankfold.host.adapter import not_fixed
 from rankfold.host.config import LowRankConfig
 from rankfold.host.layer import AdaptedLayer
 from rankfold.host.tuner import LAYERS, SHARED, site_of
-from rankfold.io.adapters import labels_of, read_labels, read_tensors
+from rankfold.io.adapters import labels_of, read_labels
+from rankfold.io.formats import Adapter
 from rankfold.kernel.factors import Factors
 
 
@@ -86,30 +86,31 @@ def from_model(model: nn.Module, adapter_name: str = "default", heads: dict[str,
     )
 
 
-def from_folder(folder: Path, config: PeftConfig, base: str | None = None) -> Source:
+def from_files(adapter: Adapter, base: str | None = None) -> Source:
     """Reads an adapter folder; arguments and errors as `weightless`."""
-    model = weightless(folder, config, base)
+    model = weightless(adapter, base)
     # PEFT saves the base's own weight with an adapted output head; it is no trained one
-    heads = {k: v for k, v in read_tensors(folder).items() if not _is_ours(k) and ".base_layer." not in k}
+    heads = {k: v for k, v in adapter.tensors.items() if not _is_ours(k) and ".base_layer." not in k}
     # of the skeleton, the config knows the dtype of the weights it was saved with; its tensors do not
     dtype = getattr(model.get_base_model().config, "dtype", None) or torch.float32
     source = from_model(model, heads=heads)
-    return replace(source, config=config, dtype=dtype, folder=folder, labels=read_labels(folder))
+    return replace(
+        source, config=adapter.config, dtype=dtype, folder=adapter.folder, labels=read_labels(adapter.folder)
+    )
 
 
-def weightless(folder: Path, config: PeftConfig, base: str | None = None) -> PeftModel:
+def weightless(adapter: Adapter, base: str | None = None) -> PeftModel:
     """An adapter folder on its base, whose weights are on the meta device: only its config.json is needed.
 
     Args:
-        folder: what `save_pretrained` wrote.
-        config: its config.
+        adapter: what `save_pretrained` wrote.
         base: folder or hub id of the base model, if not the one in the config.
 
     Raises:
         ValueError: tensors that are truncated, foreign or not finite; a base that cannot be read; as `from_model`.
     """
-    config = check_foldable(config)
-    ours = {k: v for k, v in read_tensors(folder).items() if _is_ours(k)}
+    folder, config = adapter.folder, check_foldable(adapter.config)
+    ours = {k: v for k, v in adapter.tensors.items() if _is_ours(k)}
     bare: LowRankConfig = copy(config)
     # The head is copied as it is; leaving it out here makes the number of labels irrelevant
     bare.exclude_modules = _never_adapted(config)
