@@ -42,6 +42,7 @@ from rankfold.host.peft_api import check_as_lora, include_all_linear_layers, onl
 from rankfold.host.siblings import link_siblings, part_siblings
 from rankfold.host.targets import absent_names
 from rankfold.host.tied import link_tied, warn_tied
+from rankfold.host.unreached import say, unreached
 
 
 @dataclass(frozen=True)
@@ -123,6 +124,7 @@ class LowRankTuner(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, state_dict=None, **kwargs: Any) -> None:
         config: Any = self.peft_config[adapter_name]
+        asked = config.target_modules
         self._plan = self.plan(config, model, state_dict)
         self.injected = getattr(self, "injected", set())  # adapters that were not loaded into or made active yet
         stale = getattr(unwrapped(model), SHARED, {})  # PEFT allows injecting a second time under one name
@@ -133,6 +135,7 @@ class LowRankTuner(BaseTuner):
         for tied in link_tied([(n, m) for n, m in model.named_modules() if isinstance(m, AdaptedLayer)]):
             warn_tied(tied)
         _warn_fast_path(model)
+        say(unreached(model), asked)
         link_siblings(model, AdaptedLinear)
         if config.fuse_mlp:
             fuse_mlps(model, AdaptedLinear)

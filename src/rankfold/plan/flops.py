@@ -60,7 +60,9 @@ def adapter_flops(model: nn.Module) -> tuple[float, float] | None:
         layer: Any = layers[names[0]]
         if hasattr(layer, "link_to"):
             layer.link_to(None, 0)  # alone: its siblings are counted for themselves
-        into, out = in_and_out(layer.get_base_layer())
+        if not hasattr(layer.get_base_layer(), "weight"):  # fused experts: what they do depends on the routing
+            return None
+        into, out = in_and_out(layer)
         if layer.get_base_layer().weight.is_floating_point():
             layer.to(torch.bfloat16)  # in float32 our contraction may take another order for so many tokens
         dtype = layer.get_base_layer().weight.dtype
