@@ -12,7 +12,7 @@ from torch import nn
 from torch.testing import assert_close
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from rankfold import RasaConfig, SoraConfig
+from rankfold import PlainLoraConfig, RasaConfig, SoraConfig
 from rankfold.errors import RankfoldError
 from rankfold.fold import fold_model, fold_state_dict
 
@@ -125,6 +125,13 @@ def test_its_dtype_is_the_bases_or_as_asked(base):
     model = get_peft_model(half, deepcopy(RASA))
     assert {t.dtype for t in fold_state_dict(model).values()} == {torch.bfloat16}
     assert {t.dtype for t in fold_state_dict(model, dtype=torch.float32).values()} == {torch.float32}
+
+
+def test_an_embedding_and_the_output_head(base):
+    model = adapted(base, PlainLoraConfig(r=4, target_modules=["embed_tokens", "lm_head"], init_lora_weights=False))
+    lora = fold_state_dict(model)
+    assert "base_model.model.model.embed_tokens.lora_embedding_A" in lora
+    assert_close(logits(stock(base, lora)), logits(model), rtol=1e-4, atol=1e-5)
 
 
 def test_errors(base):

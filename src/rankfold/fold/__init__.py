@@ -21,6 +21,7 @@ from rankfold.fold import native, peft_adapters
 from rankfold.fold.calibration import read_texts, second_moments, tokenise
 from rankfold.fold.compression import CompressionLimit, compress
 from rankfold.fold.in_memory import FoldedStateDict, fold_state_dict
+from rankfold.fold.lora_tensors import check_kinds
 from rankfold.fold.probe import probe as run_probe
 from rankfold.fold.probe import trained_model
 from rankfold.fold.profiles import compact, gguf, merged, mlx, uniform
@@ -263,6 +264,7 @@ def _write(source: Source, folder: Path, out: Path, origin: str, base: str | Non
             f"target_modules: {source.output_head} is the output head, whose LoRA profile {options.profile} does not write; "
             "fold with profile uniform or compact, which PEFT, vLLM and SGLang load, or merged"
         )
+    check_kinds(source, options.profile)
     adapted = set(source.adapted)
     rounded: dict[str, Factors] = {}
     layers = []

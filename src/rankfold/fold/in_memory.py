@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from rankfold.errors import RankfoldError
 from rankfold.fold import native, peft_adapters
+from rankfold.fold.lora_tensors import check_kinds, tensors_of
 from rankfold.fold.profiles import uniform
 from rankfold.fold.source import Source
 from rankfold.host.config import LowRankConfig
@@ -70,6 +71,7 @@ def fold_state_dict(
         else:
             source = peft_adapters.from_model(model, adapter_name)
         source = replace(source, sites=[*source.sites, *source.siblings])
+        check_kinds(source, "uniform")
         updates = {name: _live_blocks(source, name) for name in source.adapted}
         found = FoldedStateDict() if out is None else out
         found.compressed = {}
@@ -113,9 +115,12 @@ def _fill(out: FoldedStateDict, source: Source, updates: dict[str, Sequence[Fact
     for site in source.sites:
         blocks, start = updates.get(site.name, ()), 0
         device = blocks[0].up.device if blocks else next(iter(updates.values()))[0].up.device
-        keys = [f"base_model.model.{site.name}.lora_{factor}.weight" for factor in "AB"]
-        shapes = [(out.rank, site.in_features), (site.out_features, out.rank)]
-        down, up = (_memory(out, key, shape, dtype, device) for key, shape in zip(keys, shapes, strict=True))
+        shape = Factors(
+            torch.empty(out.rank, site.in_features, device="meta"),
+            torch.empty(site.out_features, out.rank, device="meta"),
+        )
+        wanted = tensors_of(site, shape)
+        down, up = (_memory(out, key, t.shape, dtype, device).flatten(1) for key, t in wanted.items())
         for block in blocks:
             end = start + block.rank
             down[start:end] = block.down
@@ -124,7 +129,7 @@ def _fill(out: FoldedStateDict, source: Source, updates: dict[str, Sequence[Fact
             start = end
         down[start:].zero_()
         up[:, start:].zero_()
-        written |= set(keys)
+        written |= wanted.keys()
     for key, head in source.heads.items():
         out[key] = head.detach().to(dtype)
         written.add(key)
@@ -132,9 +137,9 @@ def _fill(out: FoldedStateDict, source: Source, updates: dict[str, Sequence[Fact
         del out[key]
 
 
-def _memory(out: FoldedStateDict, key: str, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
+def _memory(out: FoldedStateDict, key: str, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
     """The tensor of an earlier call where it fits, else a new one."""
     held = out.get(key)
-    if held is None or tuple(held.shape) != shape or held.dtype != dtype or held.device != device:
+    if held is None or held.shape != shape or held.dtype != dtype or held.device != device:
         held = out[key] = torch.empty(shape, dtype=dtype, device=device)
     return held

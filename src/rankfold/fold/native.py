@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from copy import copy
 from dataclasses import replace
+from typing import Any
 
 import torch
 from peft import (
@@ -77,12 +78,21 @@ def from_model(model: nn.Module, adapter_name: str = "default", heads: dict[str,
         modules=modules,
         heads=_heads(model, adapter_name) if heads is None else heads,
         dtype=getattr(base, "dtype", first.weight.dtype),
-        transposed=any(layer.transposed for layer in layers.values()),
+        transposed=any(getattr(layer, "transposed", False) for layer in layers.values()),
         output_head=output_head(base, layers),
         labels=labels_of(base),
+        unlike_peft=[name for name, layer in layers.items() if _unlike_peft(layer.get_base_layer())],
         notes=[f"the schedule had not finished: step {schedule['step']} of {schedule['total_steps']}"]
         if unfinished
         else [],
+    )
+
+
+def _unlike_peft(base: Any) -> bool:
+    """Whether it is a convolution whose LoRA in PEFT (layer.py, _ConvNd) differs: it leaves dilation and padding_mode out, and reads
+    all channels for each group."""
+    return isinstance(base, nn.Conv1d | nn.Conv2d | nn.Conv3d) and (
+        base.groups > 1 or any(d != 1 for d in base.dilation) or base.padding_mode != "zeros"
     )
 
 

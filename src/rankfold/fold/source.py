@@ -45,6 +45,7 @@ class Source:
         folder: the adapter's folder, if it comes from one.
         labels: the classes of a classifier in order of their index, where they are known.
         notes: what the user of the fold should know.
+        unlike_peft: the adapted convolutions of which PEFT's LoRA computes something else.
         left_out: what was trained too and no LoRA holds: the kind of tensor → its share of the whole change, of ‖·‖²_F.
     """
 
@@ -63,6 +64,7 @@ class Source:
     labels: list[str] = field(default_factory=list)
     blocks: Callable[[str], Sequence[Factors]] | None = None
     notes: list[str] = field(default_factory=list)
+    unlike_peft: list[str] = field(default_factory=list)
     left_out: dict[str, float] = field(default_factory=dict)
 
 

@@ -35,13 +35,14 @@ from rankfold.host.checkpoint import (
 )
 from rankfold.host.config import LowRankConfig
 from rankfold.host.fused_mlp import fuse_mlps, unfuse_mlps
-from rankfold.host.kinds import KINDS, kind_of
+from rankfold.host.kinds import kind_named, kind_of
 from rankfold.host.layer import AdaptedLayer
 from rankfold.host.linear_layer import AdaptedLinear
 from rankfold.host.peft_api import check_as_lora, include_all_linear_layers, onload_layer
 from rankfold.host.siblings import link_siblings, part_siblings
 from rankfold.host.targets import absent_names
 from rankfold.host.tied import link_tied, warn_tied
+from rankfold.host.unreached import say, unreached
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,7 @@ class LowRankTuner(BaseTuner):
             if not (key in named if named is not None else self._check_target_module_exists(config, key)):
                 continue
             sites[key] = site_of(key, module)
+            self._check_served(config, sites[key])
         adapter_cls = self.adapter_cls
         members: dict[str, list[Site]] = {}
         for site in sites.values():
@@ -104,6 +106,14 @@ class LowRankTuner(BaseTuner):
         if sites and state_dict is None:  # with none at all PEFT raises
             _warn_absent(config, model)
         return Plan(sites, by_site, short_keys(list(groups)))
+
+    def _check_served(self, config: LowRankConfig, site: Site) -> None:
+        """Raises RankfoldError where the method does not adapt modules of this kind."""
+        if (self.adapter_cls.linear_only or not self.adapter_cls.fixed) and not kind_named(site.kind).linear:
+            raise RankfoldError(
+                f"{type(config).__name__}: target_modules: {site.name} is of the kind {site.kind!r}, and {config.method} adapts linear "
+                "layers alone; leave it out of target_modules, or choose another method"
+            )
 
     @staticmethod
     def _check_target_module_exists(peft_config, key: str) -> bool | re.Match[str] | None:
@@ -123,6 +133,7 @@ class LowRankTuner(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, state_dict=None, **kwargs: Any) -> None:
         config: Any = self.peft_config[adapter_name]
+        asked = config.target_modules
         self._plan = self.plan(config, model, state_dict)
         self.injected = getattr(self, "injected", set())  # adapters that were not loaded into or made active yet
         stale = getattr(unwrapped(model), SHARED, {})  # PEFT allows injecting a second time under one name
@@ -133,6 +144,7 @@ class LowRankTuner(BaseTuner):
         for tied in link_tied([(n, m) for n, m in model.named_modules() if isinstance(m, AdaptedLayer)]):
             warn_tied(tied)
         _warn_fast_path(model)
+        say(unreached(model), asked)
         link_siblings(model, AdaptedLinear)
         if config.fuse_mlp:
             fuse_mlps(model, AdaptedLinear)
@@ -146,7 +158,7 @@ class LowRankTuner(BaseTuner):
         layer = target
         if not isinstance(layer, AdaptedLayer):
             quantised = get_quantization_kwargs(self.model)
-            kind = next(kind for kind in KINDS if kind.name == site.kind)
+            kind = kind_named(site.kind)
             layer = kind.layer(target, kind, quantised.get("get_apply_tensor_subclass"))
             layer._active_adapter = self.active_adapters
             self._replace_module(parent, target_name, layer, target)
@@ -353,10 +365,10 @@ def site_of(name: str, module: Any) -> Site:
         )
     if kind is None:
         raise TypeError(
-            f"target_modules: {name} is a {type(module).__name__}, and only linear layers (torch.nn.Linear, "
-            "transformers' Conv1D, quantised linears) can be adapted; leave it out of target_modules"
+            f"target_modules: {name} is a {type(module).__name__}, and only linear layers (torch.nn.Linear, transformers' Conv1D, "
+            "quantised linears), convolutions and embeddings can be adapted; leave it out of target_modules"
         )
-    return Site(name, *kind.features(base), kind.name)
+    return Site(name, *kind.features(base), kind.name, tuple(getattr(base, "kernel_size", ())))
 
 
 def _warn_absent(config: LowRankConfig, model: nn.Module) -> None:

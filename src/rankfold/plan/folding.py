@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rankfold.fold import native as ours
 from rankfold.fold import peft_adapters
+from rankfold.fold.lora_tensors import check_kinds
 from rankfold.fold.profiles.uniform import SERVE_RANKS, serve_rank
 from rankfold.fold.source import Source
 from rankfold.host.config import LowRankConfig
@@ -46,6 +47,7 @@ def forecast(model: PeftModel) -> Fold | str:
                 if isinstance(config, LowRankConfig)
                 else peft_adapters.from_model(model)
             )
+            check_kinds(source, "uniform")
             layers = adapted_layers(model.get_base_model())
             rank = 0
             for names in alike(layers):

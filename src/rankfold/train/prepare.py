@@ -11,6 +11,7 @@ import torch
 from accelerate import PartialState
 
 from rankfold.host.config import LowRankConfig
+from rankfold.host.unreached import in_words, unreached
 from rankfold.io.models import locate
 from rankfold.runfile.arguments import trainer_arguments
 from rankfold.runfile.checks import peft_config
@@ -199,7 +200,7 @@ def make_plan(prepared: Prepared) -> Plan:
         clip=prepared.arguments["max_grad_norm"],
         rows={name: len(split) for name, split in rows.splits.items()},
         classes=rows.classes_in_words(),
-        notes=list(rows.notes),
+        notes=[*rows.notes, *filter(None, [in_words(unreached(adapted))])],
         max_length=prepared.max_length,
         steps=steps,
         epochs=epochs,

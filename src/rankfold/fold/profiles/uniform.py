@@ -12,8 +12,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rankfold.errors import RankfoldError
+from rankfold.fold.lora_tensors import factors_of, tensors_of
 from rankfold.fold.profiles.profile import Folded, Profile, Written
 from rankfold.fold.source import Source
+from rankfold.host.kinds import kind_named
 from rankfold.io.files import to_json
 from rankfold.kernel.factors import Factors
 
@@ -39,16 +41,11 @@ def write(folded: Folded, folder: Path) -> Written:
     rank = serve_rank(folded.rank, folded.pad)
     source = replace(folded.source, sites=[*folded.source.sites, *folded.source.siblings])
     tensors: dict[str, Tensor] = {}
-    zeros = {
-        s.name: Factors(
-            torch.zeros(0, s.in_features, dtype=folded.dtype), torch.zeros(s.out_features, 0, dtype=folded.dtype)
+    for site in source.sites:
+        factors = folded.factors.get(site.name) or Factors(
+            torch.zeros(0, site.in_features, dtype=folded.dtype), torch.zeros(site.out_features, 0, dtype=folded.dtype)
         )
-        for s in folded.source.siblings
-    }
-    for name, factors in {**folded.factors, **zeros}.items():
-        padded = factors.pad(rank)
-        tensors[f"base_model.model.{name}.lora_A.weight"] = padded.down.contiguous()  # rank × in
-        tensors[f"base_model.model.{name}.lora_B.weight"] = padded.up.contiguous()  # out × rank
+        tensors |= tensors_of(site, factors.pad(rank))
     parameters = sum(t.numel() for t in tensors.values())
     tensors |= {k: v.detach().to("cpu", folded.dtype).contiguous() for k, v in source.heads.items()}
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
@@ -57,29 +54,27 @@ def write(folded: Folded, folder: Path) -> Written:
     return Written(
         rank=rank,
         parameters=parameters,
-        read=reader(folder, {}),
+        read=reader(folder, source, {}),
         serve=loaders(source, serve_flags(rank, serve_rank(rank), folded.out)),
         notes=_notes(source, rank),
     )
 
 
 def loaders(source: Source, flags: dict[str, str]) -> dict[str, str]:
-    """Those that load the fold: a trained head is for PEFT, and for vLLM where it is a classifier's."""
+    """Those that load the fold: a convolution's or an embedding's LoRA is for PEFT; a trained head too, and for vLLM where it is a
+    classifier's."""
+    if not all(kind_named(site.kind).linear for site in source.sites):
+        return {"PEFT": flags["PEFT"]}
     if not source.heads:
         return flags
     classifier = set(getattr(source.config, "modules_to_save", None) or []) <= {"classifier", "score"}
     return {engine: f for engine, f in flags.items() if engine == "PEFT" or (classifier and engine.startswith("vLLM"))}
 
 
-def reader(folder: Path, scales: dict[str, float]) -> Callable[[str], Factors]:
+def reader(folder: Path, source: Source, scales: dict[str, float]) -> Callable[[str], Factors]:
     """Reads a module's factors back from a folder in PEFT's layout; `scales` holds α/r where it is not 1."""
-    tensors = load_file(folder / "adapter_model.safetensors")
-
-    def read(name: str) -> Factors:
-        key = f"base_model.model.{name}.lora_"
-        return Factors(tensors[key + "A.weight"], tensors[key + "B.weight"], scale=scales.get(name, 1.0))
-
-    return read
+    tensors, sites = load_file(folder / "adapter_model.safetensors"), {site.name: site for site in source.sites}
+    return lambda name: factors_of(sites[name], tensors, scales.get(name, 1.0))
 
 
 def _notes(source: Source, rank: int) -> list[str]:
