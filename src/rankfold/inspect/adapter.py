@@ -17,8 +17,10 @@ from rankfold.fold.config_keys import check_keys
 from rankfold.fold.plain_lora import factors_of, is_plain, modules_of
 from rankfold.fold.source import Source
 from rankfold.host import registry
+from rankfold.host.adapter import Adapter
 from rankfold.host.config import LowRankConfig
 from rankfold.host.layer import AdaptedLayer
+from rankfold.host.parameter_layer import AdaptedParameters
 from rankfold.host.peft_api import LoraLayer
 from rankfold.inspect.inspection import Inspection, ModuleUpdate
 from rankfold.inspect.left_out import left_out, left_out_of
@@ -66,7 +68,8 @@ def _of_model(model: nn.Module, adapter_name: str) -> dict[str, Found]:
     updates = {}
     for name, module in base.named_modules():
         if isinstance(module, AdaptedLayer) and adapter_name in module.lowrank_adapters:
-            updates[name] = _live(*_ours(module, adapter_name))
+            several = isinstance(module, AdaptedParameters)
+            updates |= {a.site.name if several else name: _live(*_ours(a)) for a in module.adapters([adapter_name])}
         elif isinstance(module, LoraLayer) and adapter_name in module.lora_A:
             _check_plain(config := model.peft_config[adapter_name])  # pyright: ignore
             if not is_plain(config):  # pyright: ignore[reportArgumentType]
@@ -78,8 +81,7 @@ def _of_model(model: nn.Module, adapter_name: str) -> dict[str, Found]:
     return updates
 
 
-def _ours(layer: AdaptedLayer, adapter_name: str) -> tuple[Factors, int]:
-    (adapter,) = layer.adapters([adapter_name])
+def _ours(adapter: Adapter) -> tuple[Factors, int]:
     return adapter.factors(), sum(block.rank for block in adapter.blocks())
 
 
