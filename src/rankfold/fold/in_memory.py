@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from rankfold.errors import RankfoldError
 from rankfold.fold import native, peft_adapters
-from rankfold.fold.lora_tensors import check_kinds, tensors_of
+from rankfold.fold.lora_tensors import Layout, check_kinds
 from rankfold.fold.profiles import uniform
 from rankfold.fold.source import Source
+from rankfold.host.adapter import Site
 from rankfold.host.config import LowRankConfig
 from rankfold.kernel.factors import Factors
 
@@ -111,35 +112,32 @@ def _compressed(blocks: Sequence[Factors], rank: int) -> tuple[Sequence[Factors]
 
 def _fill(out: FoldedStateDict, source: Source, updates: dict[str, Sequence[Factors]], dtype: torch.dtype) -> None:
     """Writes every module's factors, rounded once, zeros behind them up to the rank."""
-    written = set()
-    for site in source.sites:
-        blocks, start = updates.get(site.name, ()), 0
-        device = blocks[0].up.device if blocks else next(iter(updates.values()))[0].up.device
-        shape = Factors(
-            torch.empty(out.rank, site.in_features, device="meta"),
-            torch.empty(site.out_features, out.rank, device="meta"),
-        )
-        wanted = tensors_of(site, shape)
-        down, up = (_memory(out, key, t.shape, dtype, device).flatten(1) for key, t in wanted.items())
-        for block in blocks:
-            end = start + block.rank
-            down[start:end] = block.down
-            gain = block.scale if block.gate is None else block.gate * block.scale
-            torch.mul(block.up, gain, out=up[:, start:end])
-            start = end
-        down[start:].zero_()
-        up[:, start:].zero_()
-        written |= wanted.keys()
-    for key, head in source.heads.items():
-        out[key] = head.detach().to(dtype)
-        written.add(key)
-    for key in out.keys() - written:
+    layout, device = Layout(source.sites), next(iter(updates.values()))[0].up.device
+    shapes = layout.tensors({site.name: _empty(site, out.rank) for site in source.sites})
+    for key in out.keys() - shapes.keys():
         del out[key]
+    for key, like in shapes.items():
+        out[key] = _memory(out.get(key), like.shape, dtype, device)
+    for site in source.sites:
+        into, start = layout.factors(site.name, out), 0
+        for block in updates.get(site.name, ()):
+            end = start + block.rank
+            into.down[start:end] = block.down
+            gain = block.scale if block.gate is None else block.gate * block.scale
+            torch.mul(block.up, gain, out=into.up[:, start:end])
+            start = end
+        into.down[start:].zero_()
+        into.up[:, start:].zero_()
+    out.update({key: head.detach().to(dtype) for key, head in source.heads.items()})
 
 
-def _memory(out: FoldedStateDict, key: str, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+def _empty(site: Site, rank: int) -> Factors:
+    with torch.device("meta"):
+        return Factors(torch.empty(rank, site.in_features), torch.empty(site.out_features, rank))
+
+
+def _memory(held: Tensor | None, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
     """The tensor of an earlier call where it fits, else a new one."""
-    held = out.get(key)
-    if held is None or held.shape != shape or held.dtype != dtype or held.device != device:
-        held = out[key] = torch.empty(shape, dtype=dtype, device=device)
-    return held
+    if held is not None and held.shape == shape and held.dtype == dtype and held.device == device:
+        return held
+    return torch.empty(shape, dtype=dtype, device=device)

@@ -32,6 +32,7 @@ from rankfold.host import registry
 from rankfold.host.adapter import not_fixed
 from rankfold.host.config import LowRankConfig
 from rankfold.host.layer import AdaptedLayer
+from rankfold.host.parameter_layer import AdaptedParameters
 from rankfold.host.tuner import LAYERS, SHARED, site_of
 from rankfold.io.adapters import labels_of, read_labels
 from rankfold.io.formats import Adapter
@@ -50,37 +51,44 @@ def from_model(model: nn.Module, adapter_name: str = "default", heads: dict[str,
     if config is None:
         raise RankfoldError(f"adapter_name={adapter_name!r}: the model has {sorted(getattr(model, 'peft_config', {}))}")
     config = check_foldable(config)
-    layers, sites, modules = {}, [], []
+    layers, sites, modules, adapters = {}, [], [], {}
     for name, module in base.named_modules():
         if f".{LAYERS}." in f".{name}." or name.startswith(SHARED) or name.endswith(".base_layer"):
             continue
         modules.append(name)
         if isinstance(module, AdaptedLayer) and adapter_name in module.lowrank_adapters:
             layers[name] = module
-        if isinstance(module, (AdaptedLayer, nn.Linear, Conv1D)):
+            own = {a.site.name: a for a in module.adapters([adapter_name])}
+            adapters |= own if isinstance(module, AdaptedParameters) else {name: next(iter(own.values()))}
+        if isinstance(module, AdaptedParameters):
+            sites += [adapter.site for adapter in module.adapters([adapter_name])]
+        elif isinstance(module, (AdaptedLayer, nn.Linear, Conv1D)):
             sites.append(site_of(name, module))
 
     def update(name: str) -> Factors:
-        trained = layers[name].adapters([adapter_name])[0].factors().detach()
+        trained = adapters[name].factors().detach()
         return trained.to(folding_device(trained.down), torch.float64)
 
     schedule = config.schedule or {}
     unfinished = schedule and not schedule.get("finished")
-    first = next(iter(layers.values())).get_base_layer()
+    first = next(next(iter(layers.values())).get_base_layer().parameters())
     return Source(
         method=config.method,
         config=config,
         update=update,
-        blocks=lambda name: layers[name].adapters([adapter_name])[0].blocks(),
-        adapted=list(layers),
-        sites=of_adapted_types(sites, list(layers)),
-        siblings=siblings(sites, list(layers)),
+        blocks=lambda name: adapters[name].blocks(),
+        adapted=list(adapters),
+        sites=of_adapted_types(sites, list(adapters)),
+        siblings=siblings(sites, list(adapters)),
         modules=modules,
         heads=_heads(model, adapter_name) if heads is None else heads,
-        dtype=getattr(base, "dtype", first.weight.dtype),
+        dtype=getattr(base, "dtype", first.dtype),
         transposed=any(getattr(layer, "transposed", False) for layer in layers.values()),
         output_head=output_head(base, layers),
         labels=labels_of(base),
+        parameters=[name.replace(".base_layer.", ".") for name, _ in base.named_parameters()]
+        if config.target_parameters
+        else [],
         unlike_peft=[name for name, layer in layers.items() if _unlike_peft(layer.get_base_layer())],
         notes=[f"the schedule had not finished: step {schedule['step']} of {schedule['total_steps']}"]
         if unfinished

@@ -38,6 +38,7 @@ class Source:
         sites: every linear module of a type that has the adapter, adapted or not, in the model's order.
         siblings: more sites, without an adapter, that SGLang wants beside those.
         modules: every module name of the base model.
+        parameters: every parameter name of the base model, where parameters are adapted.
         heads: tensors of modules_to_save, by their name in the checkpoint.
         dtype: the base's.
         transposed: the base's weights are in × out (Conv1D).
@@ -65,6 +66,7 @@ class Source:
     blocks: Callable[[str], Sequence[Factors]] | None = None
     notes: list[str] = field(default_factory=list)
     unlike_peft: list[str] = field(default_factory=list)
+    parameters: list[str] = field(default_factory=list)
     left_out: dict[str, float] = field(default_factory=dict)
 
 

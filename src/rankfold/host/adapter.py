@@ -246,7 +246,11 @@ def module_type(name: str) -> str:
 
 
 def group_by_type(config: LowRankConfig, site: Site) -> str:
-    """Group key of RaSA and its like: the same projection in every layer, and the same shape."""
+    """Group key of RaSA and its like: the same projection in every layer, and the same shape. Experts share with those of their own
+    layer: they read one stream and write to one, while equal indices in two layers have nothing in common."""
+    if site.kind == "experts":
+        container, _, parameter = site.name.rsplit(".", 2)
+        return f"{container}.*.{parameter}:{site.out_features}x{site.in_features}"
     return f"{module_type(site.name)}:{site.out_features}x{site.in_features}"
 
 

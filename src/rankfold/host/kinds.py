@@ -14,6 +14,7 @@ from rankfold.host.conv_layer import AdaptedConv
 from rankfold.host.embedding_layer import AdaptedEmbedding
 from rankfold.host.layer import Kind
 from rankfold.host.linear_layer import AdaptedLinear
+from rankfold.host.parameter_layer import AdaptedParameters
 from rankfold.host.peft_api import in_out_features
 
 
@@ -82,6 +83,22 @@ KINDS = (
 )
 
 
+def _largest(base: nn.Module) -> tuple[int, int]:
+    """(in, out) of the matrices of its own largest parameter; of experts as they are stored."""
+    shapes = [p.shape[-2:] for p in base.parameters(recurse=False) if p.ndim in (2, 3)]
+    out, into = max(shapes, key=min)
+    return into, out
+
+
+def _no_module(base: nn.Module) -> bool:
+    return False
+
+
+#: Of what `target_parameters` names: parameters of a module that is of no kind above.
+EXPERTS = Kind("experts", _no_module, AdaptedParameters, _largest, linear=False)
+PARAMETER = Kind("parameter", _no_module, AdaptedParameters, _largest, linear=False)
+
+
 def kind_of(base: nn.Module) -> Kind | None:
     """The first row that fits a base module; None where nothing here adapts it."""
     return next((kind for kind in KINDS if kind.fits(base)), None)
@@ -89,4 +106,4 @@ def kind_of(base: nn.Module) -> Kind | None:
 
 def kind_named(name: str) -> Kind:
     """The row that a `Site.kind` names."""
-    return next(kind for kind in KINDS if kind.name == name)
+    return next(kind for kind in (*KINDS, EXPERTS, PARAMETER) if kind.name == name)

@@ -159,6 +159,9 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
                 merged += self.get_delta_weight(name).to(merged.device, merged.dtype)
             return merged.to(weight.dtype)
 
+    def merges_to_finite(self, names: Sequence[str]) -> bool:
+        return bool(torch.isfinite(self.merged_weight(names)).all())
+
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Adds the adapters' updates to the base weight.
 

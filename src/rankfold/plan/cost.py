@@ -105,9 +105,9 @@ def trained(base: nn.Module, config: PeftConfig) -> int:
 def adapted(base: nn.Module, config: PeftConfig) -> PeftModel:
     """A copy of the model without values, with the adapter; arguments and errors as `cost`."""
     config = copy.deepcopy(config)
-    for name, absent in absent_names(config, [name for name, _ in base.named_modules()]):
-        if name == "target_modules":
-            raise RankfoldError(f"{type(config).__name__}: {name}: no module of the model is called {absent!r}")
+    for name, absent in absent_names(config, base):
+        if name in ("target_modules", "target_parameters"):
+            raise RankfoldError(f"{type(config).__name__}: {name}: nothing in the model is called {absent!r}")
     if isinstance(config, LowRankConfig):
         config.allow_unscheduled = True
     try:

@@ -62,7 +62,7 @@ def adapter_flops(model: nn.Module) -> tuple[float, float] | None:
         if hasattr(layer, "link_to"):
             layer.link_to(None, 0)  # alone: its siblings are counted for themselves
         if isinstance(layer, AdaptedLayer) and not layer.kind.linear:
-            pairs = len(names) * _of_pairs(layer)
+            pairs = len(names) * _of_pairs(layer) * (_share_of_experts(model, layer.get_base_layer()))
             forward, both = forward + pairs, both + 3 * pairs
             continue
         if not hasattr(layer.get_base_layer(), "weight"):  # fused experts: what they do depends on the routing
@@ -91,10 +91,13 @@ def adapter_flops(model: nn.Module) -> tuple[float, float] | None:
 
 def _of_pairs(layer: AdaptedLayer) -> int:
     """Of one token, or of one position of a convolution's output, forward: by formula, because its input is not a vector."""
-    rank = sum(block.rank for adapter in layer.adapters(list(layer.lowrank_adapters)) for block in adapter.blocks())
     looked_up = layer.kind.name == "embedding"
     groups: int = getattr(layer.get_base_layer(), "groups", 1)
-    return 2 * rank * (layer.out_features + (0 if looked_up else groups * layer.in_features))
+    return sum(
+        2 * block.rank * (block.shape[0] + (0 if looked_up else groups * block.shape[1]))
+        for adapter in layer.adapters(list(layer.lowrank_adapters))
+        for block in adapter.blocks()
+    )
 
 
 def _addmm(added: Any, a: torch.Size, b: torch.Size, *_: Any, **__: Any) -> int:

@@ -134,7 +134,7 @@ def adapt(model: PreTrainedModel, config: PeftConfig, train_in_full: list[str], 
             model.config.pad_token_id = getattr(processor, "pad_token_id", None)
         keep(config, train_in_full)
     modules = [name for name, _ in model.named_modules() if name]
-    for field, absent in absent_names(config, modules):
+    for field, absent in absent_names(config, model):
         known = {name.rpartition(".")[2] for name in modules}
         raise ModelError(f"method.{field}: the model has no module {absent!r}{nearest(absent, known, 'it has')}")
     try:

@@ -11,9 +11,8 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
 
-from rankfold.fold.lora_tensors import tensors_of
+from rankfold.fold.lora_tensors import Layout
 from rankfold.fold.profiles.profile import Folded, Profile, Written
 from rankfold.fold.profiles.uniform import config, loaders, reader, serve_flags, serve_rank
 from rankfold.io.files import to_json
@@ -35,9 +34,7 @@ def write(folded: Folded, folder: Path) -> Written:
     has no rank 0 and a missing layer would need a longer list of targets."""
     source, largest = folded.source, max(folded.rank, 1)
     ranks = {name: max(factors.rank, 1) for name, factors in folded.factors.items()}
-    tensors: dict[str, Tensor] = {}
-    for site in source.sites:
-        tensors |= tensors_of(site, folded.factors[site.name].pad(ranks[site.name]))
+    tensors = Layout(source.sites).tensors({name: f.pad(ranks[name]) for name, f in folded.factors.items()})
     parameters = sum(t.numel() for t in tensors.values())
     tensors |= {k: v.detach().to("cpu", folded.dtype).contiguous() for k, v in source.heads.items()}
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})

@@ -9,10 +9,9 @@ from shlex import quote
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from rankfold.errors import RankfoldError
-from rankfold.fold.lora_tensors import factors_of, tensors_of
+from rankfold.fold.lora_tensors import Layout
 from rankfold.fold.profiles.profile import Folded, Profile, Written
 from rankfold.fold.source import Source
 from rankfold.host.kinds import kind_named
@@ -40,12 +39,14 @@ def write(folded: Folded, folder: Path) -> Written:
     """adapter_config.json and adapter_model.safetensors, every module zero-padded to one rank."""
     rank = serve_rank(folded.rank, folded.pad)
     source = replace(folded.source, sites=[*folded.source.sites, *folded.source.siblings])
-    tensors: dict[str, Tensor] = {}
-    for site in source.sites:
-        factors = folded.factors.get(site.name) or Factors(
-            torch.zeros(0, site.in_features, dtype=folded.dtype), torch.zeros(site.out_features, 0, dtype=folded.dtype)
+    zeros = {
+        s.name: Factors(
+            torch.zeros(0, s.in_features, dtype=folded.dtype), torch.zeros(s.out_features, 0, dtype=folded.dtype)
         )
-        tensors |= tensors_of(site, factors.pad(rank))
+        for s in folded.source.siblings
+    }
+    padded = {name: factors.pad(rank) for name, factors in {**folded.factors, **zeros}.items()}
+    tensors = Layout(source.sites).tensors(padded)
     parameters = sum(t.numel() for t in tensors.values())
     tensors |= {k: v.detach().to("cpu", folded.dtype).contiguous() for k, v in source.heads.items()}
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
@@ -73,8 +74,8 @@ def loaders(source: Source, flags: dict[str, str]) -> dict[str, str]:
 
 def reader(folder: Path, source: Source, scales: dict[str, float]) -> Callable[[str], Factors]:
     """Reads a module's factors back from a folder in PEFT's layout; `scales` holds α/r where it is not 1."""
-    tensors, sites = load_file(folder / "adapter_model.safetensors"), {site.name: site for site in source.sites}
-    return lambda name: factors_of(sites[name], tensors, scales.get(name, 1.0))
+    tensors, layout = load_file(folder / "adapter_model.safetensors"), Layout(source.sites)
+    return lambda name: layout.factors(name, tensors, scales.get(name, 1.0))
 
 
 def _notes(source: Source, rank: int) -> list[str]:
@@ -104,7 +105,8 @@ def serve_flags(rank: int, largest: int, out: Path) -> dict[str, str]:
 
 def config(source: Source, rank: int) -> dict[str, object]:
     """adapter_config.json: only keys that PEFT has had for years, so that older readers do not choke."""
-    task = source.config.task_type
+    task, layout = source.config.task_type, Layout(source.sites)
+    parameters = layout.parameters()
     return {
         "peft_type": "LORA",
         "base_model_name_or_path": source.config.base_model_name_or_path,
@@ -114,7 +116,8 @@ def config(source: Source, rank: int) -> dict[str, object]:
         "r": rank,
         "lora_alpha": rank,
         "lora_dropout": 0.0,
-        "target_modules": target_suffixes([s.name for s in source.sites], source.modules),
+        "target_modules": target_suffixes([n for n in layout.stacks if n not in parameters], source.modules),
+        **({"target_parameters": target_suffixes(parameters, source.parameters)} if parameters else {}),
         "modules_to_save": sorted(getattr(source.config, "modules_to_save", None) or []) or None
         if source.heads
         else None,
