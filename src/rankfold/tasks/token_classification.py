@@ -10,7 +10,7 @@ from rankfold.errors import short
 from rankfold.tasks.classes import index_of
 from rankfold.tasks.entities import are_marked, entities, precision_recall_f1
 from rankfold.tasks.rows import DataError, Encoded, Rows
-from rankfold.tasks.task import Metric, Task
+from rankfold.tasks.task import LOSS, SHARE, Metric, Task
 from rankfold.tasks.texts import tokens_of
 
 if TYPE_CHECKING:
@@ -30,11 +30,11 @@ class TokenClassification(Task):
     peft_type = "TOKEN_CLS"
     new_head = True
     metrics = {  # noqa: RUF012
-        "f1": Metric(greater_is_better=True, of_rows=False),
-        "precision": Metric(greater_is_better=True, of_rows=False),
-        "recall": Metric(greater_is_better=True),
-        "accuracy": Metric(greater_is_better=True),
-        "loss": Metric(greater_is_better=False),
+        "f1": Metric(greater_is_better=True, of_rows=False, bounds=SHARE),
+        "precision": Metric(greater_is_better=True, of_rows=False, bounds=SHARE),
+        "recall": Metric(greater_is_better=True, bounds=SHARE),
+        "accuracy": Metric(greater_is_better=True, bounds=SHARE),
+        "loss": Metric(greater_is_better=False, bounds=LOSS),
     }
     loss_of_batch = True
     weighted = True
