@@ -26,7 +26,6 @@ EXTRAS = {
         "train",
     ),
     "gguf": "gguf",
-    "llama_cpp": "llama",
     "ray": "ray",
 }
 

@@ -97,7 +97,7 @@ def resolve(file: CompareFile) -> Lineup:
             names = f"'{other.name()}' and '{entry.name()}'"
             raise RankfoldError(f"methods: {names} are the same method with the same fields; remove one")
     rows = {split: len(prepared.rows.splits[split]) for split in ("train", "validation", "test")}
-    return Lineup(entries, limit, plan.steps, rows, prepared.rows.notes)
+    return Lineup(entries, limit, plan.steps, rows, plan.notes)
 
 
 class _Bench:

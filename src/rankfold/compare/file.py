@@ -250,7 +250,8 @@ def _check(file: CompareFile) -> list[Problem]:
             Problem(("training", "early_stopping"), "contradicts search: halving, which itself says when a trial ends")
         )
     metrics = table.get(file.task).metrics
-    if (name := file.training.metric) in metrics and not metrics[name].of_rows:
+    name = file.training.metric or next(iter(metrics))
+    if name in metrics and not metrics[name].of_rows:
         others = " or ".join(other for other, metric in metrics.items() if metric.of_rows)
         message = f"'{name}' is not a mean over rows, so test rows cannot be resampled for it; use {others}"
         problems.append(Problem(("training", "metric"), message))

@@ -177,9 +177,10 @@ def _trainable(model: nn.Module, stepped: set[int]) -> dict[str, tuple[Any, list
     found: dict[str, tuple[Any, list]] = {}
     for module in model.modules():
         if isinstance(module, AdaptedLayer):
-            for name, adapter in module.lowrank_adapters.items():
-                if any(id(p) in stepped for p in adapter.parameters()):
-                    found.setdefault(name, (configs[name], []))[1].append(adapter)
+            for name in module.lowrank_adapters:
+                for adapter in module.adapters([name]):
+                    if any(id(p) in stepped for p in adapter.parameters()):
+                        found.setdefault(name, (configs[name], []))[1].append(adapter)
     return found
 
 

@@ -27,17 +27,23 @@ from rankfold.errors import RankfoldError
 from rankfold.host.config import LowRankConfig
 from rankfold.host.watch import watch
 from rankfold.kernel.factors import Factors
-from rankfold.kernel.linears import Term, low_rank_update
+from rankfold.kernel.layout import Term
+from rankfold.kernel.linears import low_rank_update
 
 
 @dataclass(frozen=True)
 class Site:
-    """Where an adapter sits: the module's full name in the model, its update's shape, and its kind (kinds.py)."""
+    """Where an adapter sits: the module's full name in the model, its update's shape, and its kind (kinds.py).
+
+    Args:
+        kernel: of a convolution, whose positions are part of `in_features`.
+    """
 
     name: str
     in_features: int
     out_features: int
     kind: str = "linear"
+    kernel: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -62,6 +68,8 @@ class Adapter(nn.Module):
 
     #: Whether the update is a fixed matrix. A method with an input-dependent update overrides `forward` and sets False.
     fixed: ClassVar[bool] = True
+    #: Whether it adapts linear layers alone; what overrides `forward` does (`kinds.py` says which kinds those are).
+    linear_only: ClassVar[bool] = False
     #: Whether two of them side by side are one of the sum of their ranks, because `down` and `up` are all there is. A subclass does
     #: not inherit it.
     stackable: ClassVar[bool] = False
@@ -238,10 +246,29 @@ def module_type(name: str) -> str:
 
 
 def group_by_type(config: LowRankConfig, site: Site) -> str:
-    """Group key of RaSA and its like: the same projection in every layer, and the same shape."""
+    """Group key of RaSA and its like: the same projection in every layer, and the same shape. Experts share with those of their own
+    layer: they read one stream and write to one, while equal indices in two layers have nothing in common."""
+    if site.kind == "experts":
+        container, _, parameter = site.name.rsplit(".", 2)
+        return f"{container}.*.{parameter}:{site.out_features}x{site.in_features}"
     return f"{module_type(site.name)}:{site.out_features}x{site.in_features}"
 
 
 def kaiming_(t: Tensor, a: float = math.sqrt(5)) -> Tensor:
     """LoRA's first values of `down`: U(−1/√in, +1/√in) at the default a. Nothing to do on an empty factor."""
     return nn.init.kaiming_uniform_(t, a=a) if t.numel() else t
+
+
+def first_pair_(down: Tensor, up: Tensor, site: Site, random: bool = False) -> None:
+    """LoRA's first values, an update of zero: `down` as `kaiming_`, up = 0. On an embedding, where one input of all is not zero,
+    PEFT's: down = 0 and up ~ N(0, 1).
+
+    Args:
+        random: an update that is not zero, for tests.
+    """
+    if site.kind == "embedding":
+        nn.init.normal_(up)
+        nn.init.normal_(down) if random else nn.init.zeros_(down)
+    else:
+        kaiming_(down)
+        kaiming_(up) if random else nn.init.zeros_(up)

@@ -45,9 +45,9 @@ def owned(model: nn.Module, adapter_name: str) -> set[str]:
     own: set[str] = set()
     for name, module in model.named_modules():
         dot = f"{plain_name(name)}." if plain_name(name) else ""
-        if isinstance(module, AdaptedLayer):
-            for adapter in module.adapters([adapter_name]):
-                own |= {f"{dot}{LAYERS}.{adapter_name}.{key}" for key in adapter.tensor_names}
+        if isinstance(module, AdaptedLayer) and adapter_name in module.lowrank_adapters:
+            keys: tuple[str, ...] = module.lowrank_adapters[adapter_name].tensor_names  # pyright: ignore[reportAssignmentType]
+            own |= {f"{dot}{LAYERS}.{adapter_name}.{key}" for key in keys}
         shared = module._modules.get(SHARED)
         if isinstance(shared, nn.ModuleDict) and adapter_name in shared:
             for group, state in shared[adapter_name].items():  # pyright: ignore[reportCallIssue]

@@ -18,8 +18,12 @@ from rankfold.host.peft_api import check_adapters_to_merge
 from rankfold.host.tied import BaseWeight
 
 
-def _as_it_is(delta: Tensor) -> Tensor:
+def _as_it_is(delta: Tensor, weight: Tensor) -> Tensor:
     return delta
+
+
+def _itself(weight: Tensor) -> Tensor:
+    return weight
 
 
 @dataclass(frozen=True)
@@ -31,16 +35,20 @@ class Kind:
         fits: whether a base module is of this kind.
         layer: hosts its adapters.
         features: (in, out) of a base module's update.
-        in_weight_layout: an update (out × in) in the layout of the base's weight.
+        in_weight_layout: an update (out × in) in the layout of the base's weight, which is the second argument.
+        as_matrix: a base's weight as out × in.
         keys: what a plain LoRA calls `down` and `up` at such a module.
+        linear: whether it is out = weight · in and no more; some methods adapt nothing else.
     """
 
     name: str
     fits: Callable[[nn.Module], bool]
     layer: type[AdaptedLayer]
     features: Callable[[nn.Module], tuple[int, int]]
-    in_weight_layout: Callable[[Tensor], Tensor] = _as_it_is
+    in_weight_layout: Callable[[Tensor, Tensor], Tensor] = _as_it_is
+    as_matrix: Callable[[Tensor], Tensor] = _itself
     keys: tuple[str, str] = ("lora_A.weight", "lora_B.weight")
+    linear: bool = True
 
 
 class AdaptedLayer(nn.Module, BaseTunerLayer):
@@ -113,8 +121,12 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         """The base's output plus what each adapter adds."""
         y = self.base_layer(x, *args, **kwargs)
         for adapter in adapters:
-            y = adapter(y, x)
+            y = self.added(adapter, y, x)
         return y
+
+    def added(self, adapter: Adapter, y: Tensor, x: Tensor) -> Tensor:
+        """y + what one adapter adds for the input x."""
+        return adapter(y, x)
 
     def _forward_mixed_batch(self, x: Tensor, *args: Any, adapter_names: list[str], **kwargs: Any) -> Tensor:
         """Row i of the batch through adapter `adapter_names[i]`; "__base__" means no adapter."""
@@ -126,7 +138,8 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         for name in dict.fromkeys(adapter_names):
             if name in self.lowrank_adapters:
                 rows = torch.tensor([i for i, n in enumerate(adapter_names) if n == name], device=x.device)
-                y = y.index_copy(0, rows, self.lowrank_adapters[name](y[rows], x[rows]).to(y.dtype))
+                (adapter,) = self.adapters([name])
+                y = y.index_copy(0, rows, self.added(adapter, y[rows], x[rows]).to(y.dtype))
         return y
 
     # Merging --------------------------------------------------------------------------------------------------------
@@ -135,7 +148,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         """The update of one adapter in the base weight's own layout, at least float32."""
         factors = self.lowrank_adapters[adapter].factors()  # pyright: ignore[reportCallIssue]
         wide = torch.promote_types(factors.up.dtype, torch.float32)
-        return self.kind.in_weight_layout(factors.detach().to(wide).delta())
+        return self.kind.in_weight_layout(factors.detach().to(wide).delta(), self.get_base_weight())
 
     def merged_weight(self, names: Sequence[str]) -> Tensor:
         """The base weight plus these adapters' updates, summed in float32 or wider and rounded once to its dtype."""
@@ -145,6 +158,9 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
             for name in names:
                 merged += self.get_delta_weight(name).to(merged.device, merged.dtype)
             return merged.to(weight.dtype)
+
+    def merges_to_finite(self, names: Sequence[str]) -> bool:
+        return bool(torch.isfinite(self.merged_weight(names)).all())
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Adds the adapters' updates to the base weight.

@@ -26,6 +26,11 @@ try:
         onload_layer,
     )
     from peft.utils.other import get_pattern_key
+    from peft.utils.transformers_weight_conversion import (
+        _MODEL_TO_CONVERSION_PATTERN,
+        _MOE_TARGET_MODULE_MAPPING,
+        _convert_peft_config_moe,
+    )
 except ImportError as error:
     raise ImportError(
         f"rankfold needs a name that PEFT {version('peft')} does not have ({error}); "
@@ -45,6 +50,8 @@ __all__ = [
     "get_pattern_key",
     "in_out_features",
     "include_all_linear_layers",
+    "name_fused_experts",
+    "names_of_experts",
     "onload_layer",
     "peft_name",
 ]
@@ -61,6 +68,31 @@ def check_as_lora(config: Any, model: Any, target_name: str) -> None:
             f"{type(config).__name__}: target_modules: {target_name} of a {model.config.model_type} model cannot be adapted, because "
             "its fused kernels read the weight past the module; leave it out of target_modules"
         ) from error
+
+
+def names_of_experts(model: Any) -> dict[str, str]:
+    """What the experts' and routers' modules of such a model were called before transformers fused them → the parameter that PEFT
+    makes of the name; empty for other models."""
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    return _MOE_TARGET_MODULE_MAPPING.get(_MODEL_TO_CONVERSION_PATTERN.get(kind, ""), {})
+
+
+def name_fused_experts(config: Any, model: Any) -> None:
+    """Puts parameters into a config's `target_parameters` for those names in its `target_modules`, as PEFT does for its LoRA. What
+    "all-linear" means leaves routers alone.
+
+    Raises:
+        RankfoldError: one of two names that became one parameter.
+    """
+    if not names_of_experts(model) or not config.target_modules:
+        return
+    everything = isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"
+    try:
+        _convert_peft_config_moe(config, model)
+    except ValueError as error:
+        raise RankfoldError(f"{type(config).__name__}: target_modules: {error}") from error
+    routers = {name for name in config.target_parameters if name.endswith(".weight")} if everything else set()
+    config.target_parameters = sorted(set(config.target_parameters) - routers) or None
 
 
 def peft_name(method: str) -> str:

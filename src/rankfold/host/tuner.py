@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 import torch.distributed as dist
+from accelerate import init_empty_weights
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import (
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
@@ -35,13 +35,15 @@ from rankfold.host.checkpoint import (
 )
 from rankfold.host.config import LowRankConfig
 from rankfold.host.fused_mlp import fuse_mlps, unfuse_mlps
-from rankfold.host.kinds import KINDS, kind_of
+from rankfold.host.kinds import EXPERTS, kind_named, kind_of
 from rankfold.host.layer import AdaptedLayer
 from rankfold.host.linear_layer import AdaptedLinear
-from rankfold.host.peft_api import check_as_lora, include_all_linear_layers, onload_layer
+from rankfold.host.parameter_layer import AdaptedParameters, ParameterAdapters
+from rankfold.host.peft_api import check_as_lora, include_all_linear_layers, name_fused_experts, onload_layer
 from rankfold.host.siblings import link_siblings, part_siblings
-from rankfold.host.targets import absent_names
+from rankfold.host.targets import absent_names, parameter_sites
 from rankfold.host.tied import link_tied, warn_tied
+from rankfold.host.unreached import say, unreached
 
 
 @dataclass(frozen=True)
@@ -50,12 +52,14 @@ class Plan:
 
     Args:
         groups: by site name; absent where nothing is shared.
+        parameters: of modules, by the model's own names, those that are adapted, each with its sites.
         keys: what each group is called in state dicts and files, by its own key.
     """
 
     sites: dict[str, Site]
     groups: dict[str, Group]
     keys: dict[str, str]
+    parameters: dict[str, dict[str, list[Site]]]
 
 
 class LowRankTuner(BaseTuner):
@@ -77,10 +81,12 @@ class LowRankTuner(BaseTuner):
             ValueError: sites that cannot share as the config asks.
         """
         config.check()  # a field may have been assigned since
+        name_fused_experts(config, model)
         config = self._prepare_adapter_config(config, self.get_model_config(model))  # pyright: ignore[reportAssignmentType]
         config = include_all_linear_layers(config, model)  # pyright: ignore[reportAssignmentType]
         named = None if state_dict is None else {plain_name(k.rsplit("." + PREFIX, 1)[0]) for k in state_dict}
         sites: dict[str, Site] = {}
+        parameters: dict[str, dict[str, list[Site]]] = {}
         inside: tuple[str, ...] = ()
         for name, module in model.named_modules():
             key = plain_name(name)
@@ -88,9 +94,15 @@ class LowRankTuner(BaseTuner):
                 continue
             if isinstance(module, BaseTunerLayer):
                 inside = (*inside, name + ".")
+            base = module.get_base_layer() if isinstance(module, AdaptedLayer) else module
+            if config.target_parameters and (found := parameter_sites(config, key, base)):
+                parameters[name] = found
+                sites |= {site.name: site for stack in found.values() for site in stack}
             if not (key in named if named is not None else self._check_target_module_exists(config, key)):
                 continue
             sites[key] = site_of(key, module)
+        for site in sites.values():
+            self._check_served(config, site)
         adapter_cls = self.adapter_cls
         members: dict[str, list[Site]] = {}
         for site in sites.values():
@@ -103,7 +115,15 @@ class LowRankTuner(BaseTuner):
         by_site = {site.name: group for group in groups.values() for site in group.sites}
         if sites and state_dict is None:  # with none at all PEFT raises
             _warn_absent(config, model)
-        return Plan(sites, by_site, short_keys(list(groups)))
+        return Plan(sites, by_site, short_keys(list(groups)), parameters)
+
+    def _check_served(self, config: LowRankConfig, site: Site) -> None:
+        """Raises RankfoldError where the method does not adapt modules of this kind."""
+        if (self.adapter_cls.linear_only or not self.adapter_cls.fixed) and not kind_named(site.kind).linear:
+            raise RankfoldError(
+                f"{type(config).__name__}: {site.name} is of the kind {site.kind!r}, and {config.method} adapts linear "
+                "layers alone; leave it out of target_modules, or choose another method"
+            )
 
     @staticmethod
     def _check_target_module_exists(peft_config, key: str) -> bool | re.Match[str] | None:
@@ -114,6 +134,10 @@ class LowRankTuner(BaseTuner):
     def _prepare_adapter_config(self, peft_config: LowRankConfig, model_config: dict) -> LowRankConfig:  # pyright: ignore[reportIncompatibleMethodOverride]
         if peft_config.target_modules is None:
             peft_config.target_modules = peft_config.default_targets()  # pyright: ignore[reportAttributeAccessIssue]
+        if peft_config.target_modules is None and peft_config.target_parameters:
+            known = self.target_module_mapping.get(model_config.get("model_type", ""))
+            peft_config.target_modules = set(known or ())  # pyright: ignore[reportAttributeAccessIssue]
+            return peft_config
         return super()._prepare_adapter_config(peft_config, model_config)  # pyright: ignore[reportReturnType]
 
     def _check_target_module_compatiblity(self, peft_config: Any, model: nn.Module, target_name: str) -> None:
@@ -123,30 +147,67 @@ class LowRankTuner(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, state_dict=None, **kwargs: Any) -> None:
         config: Any = self.peft_config[adapter_name]
+        asked = config.target_modules
         self._plan = self.plan(config, model, state_dict)
         self.injected = getattr(self, "injected", set())  # adapters that were not loaded into or made active yet
         stale = getattr(unwrapped(model), SHARED, {})  # PEFT allows injecting a second time under one name
         if adapter_name in stale:
             del stale[adapter_name]
-        super().inject_adapter(model, adapter_name, *args, state_dict=state_dict, **kwargs)
+        with warnings.catch_warnings():
+            if (
+                self._plan.parameters
+            ):  # PEFT compares patterns with the names of modules alone, its own of fused experts too
+                warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys", RuntimeWarning)
+            super().inject_adapter(model, adapter_name, *args, state_dict=state_dict, **kwargs)
         self.injected.add(adapter_name)
         for tied in link_tied([(n, m) for n, m in model.named_modules() if isinstance(m, AdaptedLayer)]):
             warn_tied(tied)
         _warn_fast_path(model)
+        say(unreached(model), asked)
         link_siblings(model, AdaptedLinear)
         if config.fuse_mlp:
             fuse_mlps(model, AdaptedLinear)
+
+    def _inject_parameters(
+        self, peft_config: Any, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
+    ) -> list[str]:
+        for name, stacks in self._plan.parameters.items():
+            parent_name, _, child = name.rpartition(".")
+            if not child:
+                raise RankfoldError(
+                    f"target_parameters: {next(iter(stacks))} is of the model itself, which cannot be replaced"
+                )
+            layer: Any = model.get_submodule(name)
+            with init_empty_weights() if low_cpu_mem_usage else nullcontext():
+                adapters = ParameterAdapters(
+                    {
+                        p: nn.ModuleList(self._adapter(peft_config, adapter_name, site) for site in sites)
+                        for p, sites in stacks.items()
+                    }
+                )
+            if not isinstance(layer, AdaptedLayer):
+                target, layer = layer, AdaptedParameters(layer, EXPERTS)
+                layer._active_adapter = self.active_adapters
+                self._replace_module(model.get_submodule(parent_name), child, layer, target)
+            layer.shared_state = (getattr(unwrapped(self.model), SHARED, None),)
+            layer.add_adapter(adapter_name, adapters, inference_mode=peft_config.inference_mode)
+        return [f"{name}.{p}" for name, stacks in self._plan.parameters.items() for p in stacks]
+
+    def _adapter(self, config: LowRankConfig, adapter_name: str, site: Site) -> Adapter:
+        """A new adapter with its first values."""
+        adapter = self.adapter_cls(config, site, self._shared_state(config, adapter_name, site))
+        adapter.reset_parameters(config.init_lora_weights)
+        return adapter
 
     def _create_and_replace(
         self, peft_config: Any, adapter_name, target, target_name, parent, current_key, parameter_name=None
     ) -> None:
         site = self._plan.sites[plain_name(current_key)]
-        adapter = self.adapter_cls(peft_config, site, self._shared_state(peft_config, adapter_name, site))
-        adapter.reset_parameters(peft_config.init_lora_weights)
+        adapter = self._adapter(peft_config, adapter_name, site)
         layer = target
         if not isinstance(layer, AdaptedLayer):
             quantised = get_quantization_kwargs(self.model)
-            kind = next(kind for kind in KINDS if kind.name == site.kind)
+            kind = kind_named(site.kind)
             layer = kind.layer(target, kind, quantised.get("get_apply_tensor_subclass"))
             layer._active_adapter = self.active_adapters
             self._replace_module(parent, target_name, layer, target)
@@ -244,7 +305,7 @@ class LowRankTuner(BaseTuner):
                 wanted = layer.active_adapters if adapter_names is None else adapter_names
                 new = [n for n in wanted if n in layer.lowrank_adapters and n not in layer.merged_adapters]
                 with onload_layer(layer):
-                    if new and not torch.isfinite(layer.merged_weight(new)).all():
+                    if new and not layer.merges_to_finite(new):
                         raise RankfoldError(
                             f"NaNs detected in the merged weights at {name}. The adapters {new} seem to be broken"
                         )
@@ -353,17 +414,19 @@ def site_of(name: str, module: Any) -> Site:
         )
     if kind is None:
         raise TypeError(
-            f"target_modules: {name} is a {type(module).__name__}, and only linear layers (torch.nn.Linear, "
-            "transformers' Conv1D, quantised linears) can be adapted; leave it out of target_modules"
+            f"target_modules: {name} is a {type(module).__name__}, and only linear layers (torch.nn.Linear, transformers' Conv1D, "
+            "quantised linears), convolutions and embeddings can be adapted; leave it out of target_modules"
         )
-    return Site(name, *kind.features(base), kind.name)
+    return Site(name, *kind.features(base), kind.name, tuple(getattr(base, "kernel_size", ())))
 
 
 def _warn_absent(config: LowRankConfig, model: nn.Module) -> None:
     """Names that match nothing while others do. Patterns are PEFT's to warn of, and heads are named by it on suspicion."""
-    for field, absent in absent_names(config, [plain_name(name) for name, _ in model.named_modules()]):
+    for field, absent in absent_names(config, model):
         if field in ("target_modules", "exclude_modules"):
             warnings.warn(f"{field}: no module of the model is called {absent!r}; it has no effect", stacklevel=2)
+        elif field == "target_parameters":
+            warnings.warn(f"{field}: no parameter of the model is called {absent!r}; it has no effect", stacklevel=2)
 
 
 def _warn_fast_path(model: nn.Module) -> None:

@@ -64,6 +64,7 @@ register_optimizer_step_post_hook(_after_any_step)
 
 def watch(adapter: Any) -> None:
     """Looks after one more `Adapter`; called where it is made, copied or unpickled."""
-    _NEW.add(adapter)
+    if adapter.site.kind != "experts":  # one that no token was routed to in a step has no gradient
+        _NEW.add(adapter)
     if adapter.has_schedule:
         _WATCHED.add(adapter)

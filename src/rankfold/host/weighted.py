@@ -47,6 +47,8 @@ def check(
     if not vars(adapter_cls).get("stackable", False):
         method = configs[adapters[0]].method
         raise RankfoldError(f"add_weighted_adapter: a sum of {method} adapters is not a {method} adapter; {COMBINE}")
+    if any(configs[a].target_parameters for a in adapters):
+        raise RankfoldError(f"add_weighted_adapter: target_parameters has no sum on a live model; {COMBINE}")
     if kind not in ("cat", "linear"):
         raise RankfoldError(
             f"combination_type={kind!r} is not exact, and a live model has no place to state its error; {COMBINE} (--rank, --error, "

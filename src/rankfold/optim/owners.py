@@ -73,8 +73,7 @@ def _called(name: str, adapter_name: str) -> str:
 
 def _of_ours(name: str, layer: AdaptedLayer) -> Owned:
     found = Owned()
-    for adapter_name, adapter in layer.lowrank_adapters.items():
-        assert isinstance(adapter, Adapter)
+    for adapter_name, adapter in ((n, a) for n in layer.lowrank_adapters for a in layer.adapters([n])):
         pool: set[int] = set()
         if adapter.shared is not None:
             found.leave(adapter.shared, "shared by several layers")
@@ -87,9 +86,16 @@ def _of_ours(name: str, layer: AdaptedLayer) -> Owned:
             gate = None if block.gate is None else _gate(block.gate)
             computed = block.gate is not None and gate is None  # no diagonal that could be read again at the next step
             if not computed and not pool & {id(block.down), id(block.up)}:
-                called = _called(name, adapter_name)
+                called = _called(
+                    f"{name}.{_within(adapter.site.name)}" if adapter.site.kind == "experts" else name, adapter_name
+                )
                 found.candidates.append(Candidate(called, block.down, block.up, block.scale, gate, penalised=penalised))
     return found
+
+
+def _within(expert: str) -> str:
+    """The end of an expert's name, from its index on."""
+    return ".".join(expert.split(".")[-2:])
 
 
 def _penalised(adapter: Adapter) -> str:

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import yaml
 from peft import PeftConfig
 from torch import nn
 
@@ -14,8 +13,9 @@ from rankfold.errors import RankfoldError, nearest
 from rankfold.host import registry
 from rankfold.host.config import LowRankConfig
 from rankfold.plan.peft_methods import NEEDED, RIVALS, fields_at
-from rankfold.runfile.methods import SET_BY_THE_RUN, config_class, config_fields
+from rankfold.runfile.methods import SET_BY_THE_RUN, bad_pattern, config_class, config_fields
 from rankfold.runfile.peft_methods import ALIASES
+from rankfold.runfile.yaml import YamlError, read
 from rankfold.tasks import table
 
 
@@ -90,6 +90,8 @@ def parse(text: str) -> Candidate:
     for key, value in written(text, given, f"{label}:r=8").items():
         if key not in known or key in SET_BY_THE_RUN:
             raise RankfoldError(f"'{text}': {label} has no field '{key}'{nearest(key, known)}")
+        if why := bad_pattern(key, value):
+            raise RankfoldError(f"'{text}': {key}={why}")
         fields[key] = value
     return Candidate(label, name, fields)
 
@@ -101,7 +103,10 @@ def written(text: str, given: str, example: str) -> dict[str, Any]:
         key, equals, value = pair.partition("=")
         if not equals or not value:
             raise RankfoldError(f"'{text}': '{pair}' must look like field=value, as in {example}")
-        fields[key] = yaml.safe_load(value)
+        try:
+            fields[key], _ = read(value)
+        except YamlError as error:
+            raise RankfoldError(f"'{text}': {key}={value} is {error}") from None
     return fields
 
 

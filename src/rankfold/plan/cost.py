@@ -13,6 +13,8 @@ from torch import nn
 
 from rankfold.errors import RankfoldError
 from rankfold.host.config import LowRankConfig
+from rankfold.host.targets import absent_names
+from rankfold.host.unreached import in_words, unreached
 from rankfold.io.models import meta_copy
 from rankfold.plan.flops import adapter_flops, base_flops
 from rankfold.plan.folding import Fold, forecast
@@ -72,7 +74,7 @@ def cost(base: nn.Module, config: PeftConfig, optimizer: PlannedOptimizer | None
     saved = _saved(model)
     fold, added, whole = forecast(model), adapter_flops(model), base_flops(base)
     end = at_the_end(config)
-    notes = []
+    notes = [found] if (found := in_words(unreached(model))) else []
     if added is None:
         notes.append("its operations could not be counted without values")
     return Cost(
@@ -103,6 +105,9 @@ def trained(base: nn.Module, config: PeftConfig) -> int:
 def adapted(base: nn.Module, config: PeftConfig) -> PeftModel:
     """A copy of the model without values, with the adapter; arguments and errors as `cost`."""
     config = copy.deepcopy(config)
+    for name, absent in absent_names(config, base):
+        if name in ("target_modules", "target_parameters"):
+            raise RankfoldError(f"{type(config).__name__}: {name}: nothing in the model is called {absent!r}")
     if isinstance(config, LowRankConfig):
         config.allow_unscheduled = True
     try:

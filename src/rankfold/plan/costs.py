@@ -61,10 +61,13 @@ def run_costs(
     planned = PlannedOptimizer.parse(optimizer) if optimizer else None
     if r is not None and (budget or budget_of):
         raise RankfoldError("--r and a budget contradict each other: a budget solves for the ranks")
-    if r is not None and r < 1:
-        raise RankfoldError(f"--r {r} must be an integer > 0")
+    for flag, number in (("r", r), ("labels", labels)):
+        if number is not None and number < 1:
+            raise RankfoldError(f"--{flag} {number} must be an integer > 0")
+    if targets is not None and not targets:
+        raise RankfoldError("--targets names no module; give ends of names, such as q_proj,v_proj, or leave it out")
     limit = _limit(budget)
-    yardstick = parse(budget_of) if budget_of else None
+    yardstick = None if budget_of is None else parse(budget_of)
     base = meta_model(model, task, revision, labels)
     where = _targets(targets)
     if yardstick is not None:
@@ -90,7 +93,7 @@ def run_costs(
 
 def _limit(budget: str | None) -> int | None:
     try:
-        return parse_budget(budget) if budget else None
+        return None if budget is None else parse_budget(budget)
     except ValueError as error:
         raise RankfoldError(f"--budget {error}") from None
 

@@ -124,7 +124,7 @@ def _meets(points: dict[int, int], budget: int) -> int:
 
 def _most(model: nn.Module, found: Setting) -> int:
     """The rank of the largest matrix that has the adapter; for a number of entries, all of the smallest matrix."""
-    sizes = [in_and_out(layer.get_base_layer()) for layer in adapted_layers(model).values()]  # pyright: ignore
+    sizes = [in_and_out(layer) for layer in adapted_layers(model).values()]
     return max(map(min, sizes), default=1) if found.is_rank else min((a * b for a, b in sizes), default=1)
 
 

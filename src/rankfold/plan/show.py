@@ -69,7 +69,8 @@ def _below(plan: CostPlan) -> list[str]:
         for note in [row.reason, *no_fold, *row.notes]:
             if note:
                 said.setdefault(note, []).append(row.label)
-    lines = [f"{', '.join(labels)}: {note}" for note, labels in said.items()]
+    able = [row.label for row in plan.rows if row.cost]
+    lines = [note if labels == able else f"{', '.join(labels)}: {note}" for note, labels in said.items()]
     if max(heads) > 0:
         lines.append(
             f"beside every adapter a head of {max(heads):,} parameters is trained; stored and {_state(plan)} hold it"

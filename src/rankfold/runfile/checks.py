@@ -12,7 +12,7 @@ from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
 
 from rankfold.errors import nearest, short
 from rankfold.runfile.arguments import RENAMED, trainer_arguments
-from rankfold.runfile.methods import SET_BY_THE_RUN, config_class, config_fields, refuse
+from rankfold.runfile.methods import SET_BY_THE_RUN, bad_pattern, config_class, config_fields, refuse
 from rankfold.runfile.optimizers import check_optimizer
 from rankfold.runfile.problems import Problem, allowed
 from rankfold.runfile.schema import RunFile
@@ -55,6 +55,8 @@ def _check_method(run: RunFile) -> list[Problem]:
             problems.append(Problem(path, f"'{name}' has no such field (value {short(value)}){nearest(key, known)}"))
         elif not _fits(value, hints[key]):
             problems.append(Problem(path, f"{short(value)} is not {allowed(hints[key])}"))
+        elif why := bad_pattern(key, value):
+            problems.append(Problem(path, why))
     if problems:
         return problems
     try:

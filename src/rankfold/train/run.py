@@ -27,6 +27,7 @@ from rankfold.train import budget, checkpoints, folder, model
 from rankfold.train.callbacks import Clock, MetricsFile, StopEarly
 from rankfold.train.card import model_card, versions
 from rankfold.train.folder import saving
+from rankfold.train.hf_api import drop_reference
 from rankfold.train.metrics import read_metrics, tidy
 from rankfold.train.optimizer import RunOptimizer, describe
 from rankfold.train.plot import plot_metrics
@@ -78,7 +79,7 @@ def train(
     if rows["validation"] is None and run.training.early_stopping:
         raise DataError("training.early_stopping needs validation rows; hold some out with data.validation: 0.1")
     if rows.class_counts:
-        say(f"classes (and training rows of each): {rows.classes_in_words()}")
+        say(f"classes (and training {rows.counted} of each): {rows.classes_in_words()}")
     for note in rows.notes:
         say(note)
     checkpoint, damaged = checkpoints.last_whole(output / "checkpoints") if resume else (None, [])
@@ -141,6 +142,7 @@ def train(
         metrics_file.close()
     others = {name: measure(trainer, name, prepared.for_trainer(name)) for name in also if rows[name] is not None}
 
+    drop_reference(adapted)
     best = trainer.state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
     rows_a_step = run.training.batch_size * run.training.gradient_accumulation * state.num_processes
     main, adapter = state.is_main_process, output / "adapter"

@@ -85,7 +85,7 @@ def make_trainer(
         processing_class=prepared.processor,
         callbacks=[AdapterCallback(), NoStepTooMany(), *callbacks],
         **({"optimizer_cls_and_kwargs": optimizer.for_trainer(model)} if optimizer else {}),
-        **task.options(prepared.processor),
+        **task.options(prepared.processor, prepared.rows.labels),
     )
     trainer.task = task
     if task.loss_of_batch:
