@@ -117,6 +117,28 @@ def test_a_bad_gradient_leaves_its_pair_out(cls: Any, options: dict[str, Any], b
 
 
 @pytest.mark.parametrize(("cls", "options"), RULES, ids=str)
+def test_a_pair_whose_state_is_dropped_starts_anew(cls: Any, options: dict[str, Any]) -> None:
+    """As a chain of LoRAs does at a knot; the other pairs of its stack keep theirs."""
+    options = {**options, "clip": 0.0} if cls is LoraRite else options
+    one, two = pair(name="one"), pair(A0 + 1, B0 - 1, name="two")
+    optimizer = cls([one, two], lr=0.01, **options)
+    for step in range(2):
+        give(one, GS + step)
+        give(two, GS + step)
+        optimizer.step()
+    optimizer.state.pop(one.up)
+    fresh = pair(one.down.detach(), one.up.detach())
+    other = cls([fresh], lr=0.01, **options)
+    for p in (one, two, fresh):
+        give(p, GS)
+    optimizer.step()
+    other.step()
+    for x, y in zip(values([one]), values([fresh]), strict=True):
+        torch.testing.assert_close(x, y, rtol=0, atol=1e-13)
+    assert [optimizer.state[p.up]["step"] for p in (one, two)] == [1, 3]
+
+
+@pytest.mark.parametrize(("cls", "options"), RULES, ids=str)
 def test_gradients_are_left_as_they_were(cls: Any, options: dict[str, Any]) -> None:
     p = pair()
     optimizer = cls([p], lr=0.01, **options)

@@ -49,6 +49,7 @@ def test_a_run(language_model: Values, name: str):
     assert plan.budget.adapter == result.adapter == result.trainable
     full = 2 * 2 * (16 + 16 + 16 + 8)  # two layers of q (16 to 16) and v (16 to 8), rank 2
     assert result.adapter == (2 * 2 * (16 + 8) if name == "lora_fa" else full)
+    assert result.stored == full  # what is frozen is part of the adapter
     words = dict(plan.lines())["optimiser"]
     assert f"optimiser: {words}" in said
     assert words.startswith(f"{name} at 0.01, ")
