@@ -84,7 +84,9 @@ def from_model(model: nn.Module, adapter_name: str = "default", heads: dict[str,
         transposed=any(getattr(layer, "transposed", False) for layer in layers.values()),
         output_head=output_head(base, layers),
         labels=labels_of(base),
-        parameters=[name.replace(".base_layer.", ".") for name, _ in base.named_parameters()] if config.target_parameters else [],
+        parameters=[name.replace(".base_layer.", ".") for name, _ in base.named_parameters()]
+        if config.target_parameters
+        else [],
         unlike_peft=[name for name, layer in layers.items() if _unlike_peft(layer.get_base_layer())],
         notes=[f"the schedule had not finished: step {schedule['step']} of {schedule['total_steps']}"]
         if unfinished

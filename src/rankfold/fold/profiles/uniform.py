@@ -9,7 +9,6 @@ from shlex import quote
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from rankfold.errors import RankfoldError
 from rankfold.fold.lora_tensors import Layout
