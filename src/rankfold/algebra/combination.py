@@ -17,9 +17,9 @@ from torch import Tensor
 
 from rankfold.algebra.merging import Rule, rule
 from rankfold.errors import RankfoldError
-from rankfold.fold import FoldReport, fold_source, read_source
+from rankfold.fold import FoldReport, fold_source, source_of
 from rankfold.fold.source import Source, Update, of_adapted_types
-from rankfold.io.adapters import find_adapter
+from rankfold.io.formats import read_adapter
 from rankfold.kernel.factors import Factors
 
 #: Singular values below this share of the norm of the terms are float64's own rounding.
@@ -61,17 +61,17 @@ def combine(
         RankfoldError: weights that do not fit, adapters of different bases or shapes, two different trained heads; and as
             `fold_adapter`.
     """
-    folders = [find_adapter(Path(adapter)) for adapter in adapters]
     chosen = rule(combination, density, seed)
-    _check_weights(weights, len(folders))
-    terms = [Term(str(f), w, read_source(f, base)) for f, w in zip(folders, weights, strict=True)]
+    _check_weights(weights, len(adapters))
+    read = [read_adapter(adapter, base) for adapter in adapters]
+    terms = [Term(str(a.path), w, source_of(a, base)) for a, w in zip(read, weights, strict=True)]
     if base is None:
         check_one_base(terms)
     return fold_source(
         combined(terms, chosen),
         out,
         origin=in_words([(t.weight, t.name) for t in terms]),
-        inputs=folders,
+        inputs=[adapter.path for adapter in read],
         base=base,
         profile=profile,
         dtype=dtype,

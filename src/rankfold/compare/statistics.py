@@ -93,6 +93,7 @@ def analyse(lines: Sequence[TrialLine], *, reference: str | None = None) -> Anal
                 tokens_per_second=_mean(finished, lambda t: t.tokens_per_second),
                 peak_bytes=_mean(finished, lambda t: t.peak_bytes),
                 config=finished[0].config,
+                training=finished[0].training,
                 sensitivity=sensitivity,
             )
         )
@@ -222,7 +223,8 @@ def _reference(found: Sequence[Contender], asked: str | None) -> str | None:
         return asked
     for method in ("peft:lora", "lora"):
         for c in found:
-            if c.method == method and not c.config.get("use_dora") and not c.config.get("use_rslora"):
+            variant = c.config.get("use_dora") or c.config.get("use_rslora")
+            if c.method == method and not variant and c.training.get("optimizer", "adamw").startswith("adamw"):
                 return c.name
     return found[0].name if found else None
 

@@ -72,6 +72,7 @@ def attach(model: nn.Module, optimizer: torch.optim.Optimizer, *, total_steps: i
         controller_cls = registry.get(config.method).controller
         if controller_cls is not None:
             _refuse_partial(name, adapters, stepped)
+            _refuse_penalty(name, controller_cls, optimizer)
             controllers[name] = controller_cls(config, adapters, total_steps)
     attached = Attached(controllers)
     if not controllers:
@@ -158,6 +159,15 @@ def _refuse_partial(name: str, adapters: list, stepped: set[int]) -> None:
                 "optimiser for the whole adapter; put all of its parameters into this one, in groups of their own if they need "
                 "other settings"
             )
+
+
+def _refuse_penalty(name: str, controller: type, optimizer: torch.optim.Optimizer) -> None:
+    """Refuses an optimiser of pairs for a method whose penalty on the factors would be taken for the update's gradient."""
+    if getattr(controller, "penalises_factors", False) and getattr(optimizer, "joint", False):
+        raise RankfoldError(
+            f"adapter {name!r}: its method adds a penalty on the factors to the loss, and {type(optimizer).__name__} would take the "
+            "penalty's gradient for one of the update; use LoraPlus or AdamW"
+        )
 
 
 def _trainable(model: nn.Module, stepped: set[int]) -> dict[str, tuple[Any, list]]:

@@ -13,6 +13,7 @@ from rankfold.doctor import engine_rules, rules
 from rankfold.doctor.case import Case
 from rankfold.doctor.findings import Finding, Status
 from rankfold.doctor.rules import Rule
+from rankfold.io.formats.place import FORMATS
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def judge(engine: Engine, case: Case) -> Verdict:
 def _pickled(case: Case) -> Iterator[Finding]:
     if case.file.pickled and case.file.weights:
         what = "the weights are a pickle and were not opened; the config alone was checked"
-        yield Finding(Status.NOT_CHECKED, what, case.file.weights.name, "convert it to safetensors")
+        yield Finding(Status.NOT_CHECKED, what, case.file.weights.name, f"rankfold doctor {case.file.path} --fix OUT")
 
 
 #: What every engine but PEFT makes of a PEFT folder.
@@ -74,12 +75,6 @@ _wrapped_gguf = rules.wrapper_keys(Status.REFUSED, "the converter stops at names
 
 # --- the table ----------------------------------------------------------------------------------------------------------
 
-FORMATS = {
-    "peft": "a PEFT folder",
-    "mlx": "an mlx adapter",
-    "diffusers": "a diffusers file",
-    "gguf": "a GGUF file",
-}
 _vllm_rank = partial(rules.rank_flag, engine_rules.VLLM_RANKS[-1], "--max-lora-rank", engine_rules.VLLM_RANKS)
 _lora = partial(rules.only_lora, Status.REFUSED)
 _both_gguf: tuple[Rule, ...] = (

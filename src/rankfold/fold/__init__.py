@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from peft import PeftConfig, PeftModel
+from peft import PeftModel
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -20,7 +20,7 @@ from rankfold.errors import RankfoldError
 from rankfold.fold import native, peft_adapters
 from rankfold.fold.calibration import read_texts, second_moments, tokenise
 from rankfold.fold.compression import CompressionLimit, compress
-from rankfold.fold.config_keys import check_keys
+from rankfold.fold.in_memory import FoldedStateDict, fold_state_dict
 from rankfold.fold.lora_tensors import check_kinds
 from rankfold.fold.probe import probe as run_probe
 from rankfold.fold.probe import trained_model
@@ -29,12 +29,20 @@ from rankfold.fold.profiles.profile import Folded, Profile
 from rankfold.fold.proof import FoldReport, LayerProof, prove, prove_sum
 from rankfold.fold.source import Source, Update
 from rankfold.host.config import LowRankConfig
-from rankfold.io.adapters import WEIGHTS, find_adapter, read_config
 from rankfold.io.files import sha256, whole_folder
-from rankfold.io.weights import read_headers
+from rankfold.io.formats import Adapter, read_adapter
 from rankfold.kernel.factors import Factors
 
-__all__ = ["PROFILES", "FoldReport", "fold_adapter", "fold_model", "fold_source", "read_source"]
+__all__ = [
+    "PROFILES",
+    "FoldReport",
+    "FoldedStateDict",
+    "fold_adapter",
+    "fold_model",
+    "fold_source",
+    "fold_state_dict",
+    "read_source",
+]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PROFILES: dict[str, Profile] = {
@@ -68,7 +76,8 @@ def fold_adapter(
     """Folds an adapter folder, of rankfold's methods or of PEFT's, into a plain LoRA.
 
     Args:
-        adapter: what `save_pretrained` wrote, or the folder of a run of `rankfold train`.
+        adapter: what `save_pretrained` wrote, or the folder of a run of `rankfold train`; or a LoRA of mlx-lm, diffusers, kohya
+            or llama.cpp, its folder or file.
         out: the folder to make; it appears whole or not at all.
         base: the base model, if not the one the adapter names. Its config is needed; its weights only for the probe.
         profile: one of `PROFILES`: the format, see docs/folding.md.
@@ -89,18 +98,19 @@ def fold_adapter(
         ValueError: the adapter is damaged, foreign, or has no fold, or lies in `out`, or `strict` is exceeded;
             nothing is written.
     """
-    adapter, out = find_adapter(Path(adapter)), Path(out)
-    config = read_config(adapter)
-    _check_out(out, adapter, base or config.base_model_name_or_path)
+    read, out = read_adapter(adapter, base), Path(out)
+    _check_out(out, read.path, base or read.config.base_model_name_or_path)
     with whole_folder(out, force) as folder:
         limit, texts = CompressionLimit(rank, error), None if calibration is None else read_texts(calibration)
-        source = read_source(adapter, base)
+        source = source_of(read, base)
+        known = replace(read, config=source.config)  # with the class of the base, where the folder does not say it
         if texts is not None:
             name = base or source.config.base_model_name_or_path
-            limit = _weighed(limit, trained_model(adapter, source.config, base), source, texts, name)
-        report = _write(source, folder, out, str(adapter), base, _Options(profile, dtype, pad, limit, strict, progress))
+            limit = _weighed(limit, trained_model(known, base), source, texts, name)
+        options = _Options(profile, dtype, pad, limit, strict, progress)
+        report = _write(source, folder, out, str(read.path), base, options)
         if probe:
-            report.probe = run_probe(adapter, folder, source.config, base, PROFILES[profile])
+            report.probe = run_probe(known, folder, base, PROFILES[profile])
         _write_report(report, folder)
     return report
 
@@ -140,10 +150,14 @@ def fold_model(
 
 def read_source(adapter: str | Path, base: str | None = None) -> Source:
     """What `fold_adapter` reads an adapter folder as; arguments and errors as there."""
-    folder = find_adapter(Path(adapter))
-    config = read_config(folder)
-    source = _source(folder, config, base)
-    source.notes.extend(_widened(folder) + check_keys(folder, config))
+    return source_of(read_adapter(adapter, base), base)
+
+
+def source_of(adapter: Adapter, base: str | None = None) -> Source:
+    """An adapter as the source of a fold; `base` and errors as in `fold_adapter`."""
+    read = native.from_files if isinstance(adapter.config, LowRankConfig) else peft_adapters.from_files
+    source = read(adapter, None if adapter.translated else base)  # a translated one names its base already
+    source.notes.extend(adapter.notes)
     return source
 
 
@@ -205,17 +219,6 @@ def _check_out(out: Path, adapter: Path | None, base: str | None) -> None:
             f"{out} exists and holds {foreign[0]}, which was not written by a fold; choose another folder, --force replaces "
             "earlier folds only"
         )
-
-
-def _widened(adapter: Path) -> list[str]:
-    narrow = sorted({h.dtype for h in read_headers(adapter / WEIGHTS).values() if h.dtype.startswith("F8")})
-    return [f"the adapter is stored in {', '.join(narrow)}; the error is that of the fold alone"] if narrow else []
-
-
-def _source(adapter: Path, config: PeftConfig, base: str | None) -> Source:
-    if isinstance(config, LowRankConfig):
-        return native.from_folder(adapter, config, base)
-    return peft_adapters.from_folder(adapter, config, base)
 
 
 def _weighed(

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from copy import copy
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,7 +34,8 @@ from rankfold.host.config import LowRankConfig
 from rankfold.host.layer import AdaptedLayer
 from rankfold.host.parameter_layer import AdaptedParameters
 from rankfold.host.tuner import LAYERS, SHARED, site_of
-from rankfold.io.adapters import labels_of, read_labels, read_tensors
+from rankfold.io.adapters import labels_of, read_labels
+from rankfold.io.formats import Adapter
 from rankfold.kernel.factors import Factors
 
 
@@ -75,6 +76,7 @@ def from_model(model: nn.Module, adapter_name: str = "default", heads: dict[str,
         method=config.method,
         config=config,
         update=update,
+        blocks=lambda name: adapters[name].blocks(),
         adapted=list(adapters),
         sites=of_adapted_types(sites, list(adapters)),
         siblings=siblings(sites, list(adapters)),
@@ -102,32 +104,34 @@ def _unlike_peft(base: Any) -> bool:
     )
 
 
-def from_folder(folder: Path, config: PeftConfig, base: str | None = None) -> Source:
+def from_files(adapter: Adapter, base: str | None = None) -> Source:
     """Reads an adapter folder; arguments and errors as `weightless`."""
-    model = weightless(folder, config, base)
+    model = weightless(adapter, base)
     # PEFT saves the base's own weight with an adapted output head; it is no trained one
-    heads = {k: v for k, v in read_tensors(folder).items() if not _is_ours(k) and ".base_layer." not in k}
+    heads = {k: v for k, v in adapter.tensors.items() if not _is_ours(k) and ".base_layer." not in k}
     # of the skeleton, the config knows the dtype of the weights it was saved with; its tensors do not
     dtype = getattr(model.get_base_model().config, "dtype", None) or torch.float32
     source = from_model(model, heads=heads)
-    return replace(source, config=config, dtype=dtype, folder=folder, labels=read_labels(folder))
+    return replace(
+        source, config=adapter.config, dtype=dtype, folder=adapter.folder, labels=read_labels(adapter.folder)
+    )
 
 
-def weightless(folder: Path, config: PeftConfig, base: str | None = None) -> PeftModel:
+def weightless(adapter: Adapter, base: str | None = None) -> PeftModel:
     """An adapter folder on its base, whose weights are on the meta device: only its config.json is needed.
 
     Args:
-        folder: what `save_pretrained` wrote.
-        config: its config.
+        adapter: what `save_pretrained` wrote.
         base: folder or hub id of the base model, if not the one in the config.
 
     Raises:
         ValueError: tensors that are truncated, foreign or not finite; a base that cannot be read; as `from_model`.
     """
-    config = check_foldable(config)
-    ours = {k: v for k, v in read_tensors(folder).items() if _is_ours(k)}
+    folder, config = adapter.folder, check_foldable(adapter.config)
+    ours = {k: v for k, v in adapter.tensors.items() if _is_ours(k)}
     bare: LowRankConfig = copy(config)
     # The head is copied as it is; leaving it out here makes the number of labels irrelevant
+    bare.exclude_modules = _never_adapted(config)
     bare.modules_to_save, bare.task_type, bare.inference_mode = None, None, True
     bare.base_model_name_or_path = None  # PEFT warns when a base moves
     skeleton = base_skeleton(config, base)
@@ -138,6 +142,15 @@ def weightless(folder: Path, config: PeftConfig, base: str | None = None) -> Pef
     renamed = tuner._remap_adapter_state_dict_for_load(model, bare, "default", ours)
     model.load_state_dict(renamed, strict=False, assign=True)
     return model  # pyright: ignore[reportReturnType]
+
+
+def _never_adapted(config: LowRankConfig) -> str | None:
+    """`exclude_modules` as one pattern that also says what PEFT leaves out because it is trained in full: a head can be one of the
+    targets too (all-linear)."""
+    given = config.exclude_modules or []
+    ends = [] if isinstance(given, str) else [rf"(.*\.)?{re.escape(name)}" for name in given]
+    heads = [rf"(.*\.)?{name}(\..*)?" for name in config.modules_to_save or []]
+    return "|".join([*([given] if isinstance(given, str) else ends), *heads]) or None
 
 
 def _is_ours(key: str) -> bool:

@@ -36,7 +36,8 @@ from rankfold.fold.source import (
 from rankfold.host.adapter import Site
 from rankfold.host.peft_api import BaseTunerLayer, in_out_features
 from rankfold.io.adapter_names import PREFIX, is_saved, mended, wrapped
-from rankfold.io.adapters import labels_of, read_labels, read_tensors
+from rankfold.io.adapters import labels_of, read_labels
+from rankfold.io.formats import Adapter
 from rankfold.io.weight_names import to_model
 from rankfold.io.weights import weight_reader
 
@@ -135,14 +136,15 @@ def from_model(model: nn.Module, adapter_name: str = "default") -> Source:
     return _source(base, config, adapter_name, layers, read, heads)
 
 
-def from_folder(folder: Path, config: PeftConfig, base: str | None = None) -> Source:
-    """Reads an adapter folder on its base, of which config.json is needed, and single weights by some types.
+def from_files(adapter: Adapter, base: str | None = None) -> Source:
+    """Reads an adapter on its base, of which config.json is needed, and single weights by some types.
 
     Raises:
         ValueError: tensors that are truncated, foreign, missing, not finite, of another base; a type that has no fold.
     """
+    folder, config = adapter.folder, adapter.config
     check_foldable(config)
-    tensors, notes = _tensors(folder)
+    tensors, notes = _tensors(adapter)
     plain = is_plain(config)
     modules = modules_of(tensors)
     try:
@@ -182,9 +184,9 @@ def from_folder(folder: Path, config: PeftConfig, base: str | None = None) -> So
     return _noted(replace(source, dtype=dtype, folder=folder, labels=read_labels(folder)), notes)
 
 
-def _tensors(folder: Path) -> tuple[dict[str, Tensor], list[str]]:
+def _tensors(adapter: Adapter) -> tuple[dict[str, Tensor], list[str]]:
     """An adapter's tensors by the keys that PEFT writes, and what its user should know of theirs."""
-    found = read_tensors(folder)
+    folder, found = adapter.folder, adapter.tensors
     broken = [key for key, tensor in found.items() if not torch.isfinite(tensor).all()]
     if broken:
         raise RankfoldError(

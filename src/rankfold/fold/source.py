@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,6 +33,7 @@ class Source:
         method: what it is, for people: our name of it, or PEFT's as in "peft:dora".
         config: its config, of which a fold keeps base, revision, task type and modules_to_save.
         update: the trained update of a module by name, with gate and scale; in any order.
+        blocks: the same as it lies on a live model, in its dtype and on its device; None where nothing is live.
         adapted: names of the modules that have the adapter, as the base model knows them.
         sites: every linear module of a type that has the adapter, adapted or not, in the model's order.
         siblings: more sites, without an adapter, that SGLang wants beside those.
@@ -62,6 +63,7 @@ class Source:
     siblings: list[Site] = field(default_factory=list)
     folder: Path | None = None
     labels: list[str] = field(default_factory=list)
+    blocks: Callable[[str], Sequence[Factors]] | None = None
     notes: list[str] = field(default_factory=list)
     unlike_peft: list[str] = field(default_factory=list)
     parameters: list[str] = field(default_factory=list)
@@ -180,7 +182,7 @@ def base_class(config: PeftConfig, base: str | None = None) -> Any:
 def _classes(config: PeftConfig, base: PretrainedConfig | None) -> list[Any]:
     """The classes that an adapter may have been trained on, the likeliest first; those that have no model of the base's config
     are left out. Transformers' own `add_adapter` saves neither a task nor a class."""
-    task = table.of_peft_type(config.task_type)
+    task = table.of_adapter(config.task_type)
     names = [task.models[0]] if task else []
     names += [
         n
@@ -212,10 +214,9 @@ def base_model(
         OSError, ValueError: the weights cannot be had.
     """
     base_config(name)  # says in a sentence what load_base would in a paragraph
-    task = table.of_peft_type(config.task_type)
-    return load_base(
-        base_class(config, name), name, dtype, _labels(tensors, config) if task and task.new_head else None
-    )
+    made = base_class(config, name)
+    task = table.of_adapter(config.task_type, made.__name__)
+    return load_base(made, name, dtype, _labels(tensors, config) if task and task.new_head else None)
 
 
 def _labels(tensors: Mapping[str, Tensor], config: PeftConfig) -> int | None:

@@ -27,7 +27,8 @@ from rankfold.errors import RankfoldError
 from rankfold.host.config import LowRankConfig
 from rankfold.host.watch import watch
 from rankfold.kernel.factors import Factors
-from rankfold.kernel.linears import Term, low_rank_update
+from rankfold.kernel.layout import Term
+from rankfold.kernel.linears import low_rank_update
 
 
 @dataclass(frozen=True)

@@ -100,7 +100,7 @@ def _within(expert: str) -> str:
 
 def _penalised(adapter: Adapter) -> str:
     """The method's title where its controller says that it adds a loss term on the factors."""
-    row = next((m for m in registry.METHODS.values() if type(adapter) is m.adapter), None)
+    row = registry.METHODS.get(adapter.config.method)
     return row.title if row is not None and getattr(row.controller, "penalises_factors", False) else ""
 
 

@@ -18,6 +18,7 @@ from rankfold.host.unreached import in_words, unreached
 from rankfold.io.models import meta_copy
 from rankfold.plan.flops import adapter_flops, base_flops
 from rankfold.plan.folding import Fold, forecast
+from rankfold.plan.optimizer import PlannedOptimizer
 from rankfold.plan.ranks import at_the_end
 from rankfold.train import budget
 
@@ -30,7 +31,7 @@ class Cost:
         trained: parameters that the optimiser changes in the adapter; at the start, where ranks fall during training.
         head: parameters trained in full beside it.
         stored: parameters in the saved adapter's file, head included.
-        optimizer_bytes: AdamW's two float32 states of all that is trained.
+        optimizer_bytes: the optimiser's float32 state; by default AdamW's two, of all that is trained.
         fold: the plain LoRA it folds into, or why there is none. Where ranks fall it is the largest that may come out.
         flops: the adapter's matrix products for one token over the base's, forward, and with backward; None where
             they could not be counted (flops.py says what is).
@@ -57,16 +58,18 @@ class Cost:
         return self.fold.rank if isinstance(self.fold, Fold) else None
 
 
-def cost(base: nn.Module, config: PeftConfig) -> Cost:
+def cost(base: nn.Module, config: PeftConfig, optimizer: PlannedOptimizer | None = None) -> Cost:
     """The cost of a method, ours or PEFT's; neither the model nor the config is changed.
 
     Args:
         base: a transformers model, of `meta_model` or a real one.
+        optimizer: whose state is counted; by default AdamW's.
 
     Raises:
         ValueError: the method cannot run on this model; in one sentence.
     """
     model = adapted(base, config)
+    state_bytes = optimizer.state_bytes(model) if optimizer else None  # first: it may freeze factors
     spent = budget.count(model)
     saved = _saved(model)
     fold, added, whole = forecast(model), adapter_flops(model), base_flops(base)
@@ -78,7 +81,7 @@ def cost(base: nn.Module, config: PeftConfig) -> Cost:
         trained=spent.adapter,
         head=spent.head,
         stored=sum(t.numel() for t in saved.values()),
-        optimizer_bytes=spent.memory()["optimiser"],
+        optimizer_bytes=spent.memory(state_bytes)["optimiser"],
         fold=fold,
         flops=(added[0] / whole, added[1] / (2 * whole)) if added and whole else None,
         trained_at_end=None if end is None else trained(base, end),

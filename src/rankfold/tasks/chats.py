@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +11,7 @@ from rankfold.errors import nearest, short
 from rankfold.tasks.rows import DataError
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
 ROLES = ("system", "user", "assistant", "tool", "developer")
@@ -58,6 +59,19 @@ def tidy(chat: Chat) -> Chat:
         {TO_OURS.get(key, key): ALIASES.get(part, part) if key in ("role", "from") else part for key, part in m.items()}
         for m in chat
     ]
+
+
+def tidy_all(split: Dataset, columns: Iterable[str]) -> Dataset:
+    """The rows with those of the columns that hold chats tidied."""
+    chats = [column for column in columns if isinstance(split[0][column], list)]
+    return split.map(lambda row: {column: tidy(row[column]) for column in chats}) if chats else split
+
+
+def carried(split: Dataset, column: str) -> tuple[str, ...]:
+    """Which of `CARRIED` the rows have, if the column holds chats."""
+    if column not in split.column_names or isinstance(split[0][column], str):
+        return ()
+    return tuple(name for name in CARRIED if name in split.column_names)
 
 
 TO_OURS = {"from": "role", "value": "content"}

@@ -32,9 +32,11 @@ def get(name: str) -> Task:
     return TASKS[name]
 
 
-def of_peft_type(name: object) -> Task | None:
-    """The task of an adapter's `task_type`, a string or PEFT's enum."""
-    return next((task for task in TASKS.values() if task.peft_type == getattr(name, "value", name)), None)
+def of_adapter(task_type: object, model_class: str = "") -> Task | None:
+    """The task of an adapter's `task_type`, a string or PEFT's enum; where it has none, of the class that it was trained on."""
+    if task_type is not None:
+        return next((task for task in TASKS.values() if task.peft_type == getattr(task_type, "value", task_type)), None)
+    return next((task for task in TASKS.values() if model_class.endswith(task.heads)), None)
 
 
 def columns() -> dict[str, str]:

@@ -54,6 +54,11 @@ class StepwiseTrainer(Trainer):
         if not self.control.should_training_stop:
             super()._run_epoch(*args, **kwargs)
 
+    def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        # TRL's trainer of preferences would look for texts; unlike the others it does not see that rows are tokens already.
+        prepare: Any = getattr(super(), "_prepare_dataset")  # noqa: B009 - transformers' own trainer has none
+        return dataset if "chosen_ids" in dataset.column_names else prepare(dataset, *args, **kwargs)
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         with self.around_checkpoint(Path(self.args.output_dir or ".", f"checkpoint-{self.state.global_step}")):
             super()._save_checkpoint(model, trial)
@@ -70,6 +75,12 @@ def make_arguments(cls: type, arguments: dict[str, Any]) -> Any:
             f"install a version that has it: pip install '{WORKS[package]}'"
         )
     return cls(**named)
+
+
+def drop_reference(model: Any) -> None:
+    """Deletes the copy of the adapter that TRL's trainer of preferences adds to a model as its reference: it must not be saved."""
+    if "ref" in model.peft_config:
+        model.delete_adapter("ref")
 
 
 def loss_is_of_its_batch(trainer: Trainer) -> None:

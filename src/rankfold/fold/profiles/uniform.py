@@ -141,15 +141,15 @@ def target_suffixes(targets: list[str], modules: list[str]) -> list[str]:
     >>> target_suffixes(["h.0.attn.out", "h.1.attn.out"], ["h.0.attn.out", "h.1.attn.out", "h.0.mlp.out", "h.1.mlp.out"])
     ['attn.out']
     """
-    wanted, found = set(targets), set()
-    for name in targets:
-        parts = name.split(".")
-        for k in range(1, len(parts) + 1):
-            suffix = ".".join(parts[-k:])
-            if k == len(parts) or all(m in wanted for m in modules if m == suffix or m.endswith("." + suffix)):
-                found.add(suffix)
-                break
-    return sorted(found)
+    wanted = set(targets)
+    others = {suffix for module in modules if module not in wanted for suffix in _suffixes(module)}
+    return sorted({next((s for s in _suffixes(name) if s not in others), name) for name in targets})
+
+
+def _suffixes(name: str) -> list[str]:
+    """Shortest first: of "h.0.out", "out", "0.out" and "h.0.out"."""
+    parts = name.split(".")
+    return [".".join(parts[-k:]) for k in range(1, len(parts) + 1)]
 
 
 PROFILE = Profile(write, loads_as="adapter")
