@@ -193,6 +193,12 @@ class LowRankTuner(BaseTuner):
             layer.add_adapter(adapter_name, adapters, inference_mode=peft_config.inference_mode)
         return [f"{name}.{p}" for name, stacks in self._plan.parameters.items() for p in stacks]
 
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        if isinstance(child, AdaptedParameters):  # PEFT would hand on a weight, which such a module does not have
+            setattr(parent, child_name, new_module)
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
+
     def _adapter(self, config: LowRankConfig, adapter_name: str, site: Site) -> Adapter:
         """A new adapter with its first values."""
         adapter = self.adapter_cls(config, site, self._shared_state(config, adapter_name, site))
