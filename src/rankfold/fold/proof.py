@@ -15,7 +15,6 @@ from rankfold.io.files import to_json
 from rankfold.kernel.factors import Factors
 from rankfold.text import size
 
-
 #: From this share of the whole update (‖·‖_F) on, the summary says in words what compression cut off.
 SEEN = 0.05
 
