@@ -48,6 +48,8 @@ def vit(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("vit")
     torch.manual_seed(0)
     dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    ViTModel(ViTConfig(**SIZES, **dropout, image_size=16, patch_size=8), add_pooling_layer=False).save_pretrained(folder)
+    ViTModel(ViTConfig(**SIZES, **dropout, image_size=16, patch_size=8), add_pooling_layer=False).save_pretrained(
+        folder
+    )
     ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(folder)
     return folder

@@ -177,6 +177,6 @@ def test_a_comparison_needs_a_metric_of_rows(tmp_path: Path, bert: Path):
         "seeds": [0],
         "output": str(tmp_path / "out"),
     }
-    with pytest.raises(RunFileError, match="'f1' is not a mean over rows, .* use recall or accuracy or loss"):
+    with pytest.raises(RunFileError, match=r"'f1' is not a mean over rows, .* use recall or accuracy or loss"):
         parse_compare(values)
     assert parse_compare(values | {"training": {"metric": "recall"}}).training.metric == "recall"
