@@ -89,7 +89,8 @@ class Adapter(nn.Module):
         self.lora_alpha = config.alpha_at(site.name)
         # α/r of the *initial* rank: it must survive pruning, so it is never recomputed
         self.scaling = self.lora_alpha / (math.sqrt(self.r) if config.use_rslora else self.r)
-        self.dropout, self.own_mask = float(config.lora_dropout), not config.share_dropout
+        # A module, though the kernel draws the masks: TRL's trainers of preferences turn dropout off through modules
+        self.drop, self.own_mask = nn.Dropout(float(config.lora_dropout)), not config.share_dropout
         # In a tuple, out of the module registry: the model owns shared state once (tuner.py), each adapter only reads it
         self._shared = (shared,)
         self.has_schedule = config.scheduled
@@ -100,6 +101,11 @@ class Adapter(nn.Module):
         super().__setstate__(state)
         self.scheduled = False
         watch(self)
+
+    @property
+    def dropout(self) -> float:
+        """The share of the input's elements that training drops."""
+        return self.drop.p
 
     @property
     def shared(self) -> Any:

@@ -59,13 +59,15 @@ output: runs/compare-tweet-entities
 
     def as_ours(self, split: Dataset, names: dict[str, str]) -> Dataset:
         """Columns as data sets of the hub call them: tokens, and tags that have one name such as ner_tags."""
-        columns = split.column_names
+        columns, ours = split.column_names, {}
         if names["words"] == "words" and "words" not in columns and "tokens" in columns:
-            split = split.rename_column("tokens", "words")
-        tags = [column for column in columns if column.endswith("_tags")]
-        if names["tags"] == "tags" and "tags" not in columns and len(tags) == 1:
-            split = split.rename_column(tags[0], "tags")
-        return split
+            ours["tokens"] = "words"
+        if names["tags"] == "tags" and "tags" not in columns:
+            tags = [column for column in columns if column.endswith("_tags")]
+            if len(tags) != 1:
+                return split
+            ours[tags[0]] = "tags"
+        return split.rename_columns(ours)
 
     def advice(self, columns: list[str]) -> str:
         tags = next((column for column in columns if column.endswith("_tags")), "...")
@@ -113,7 +115,9 @@ output: runs/compare-tweet-entities
         whole = [i for i, length in enumerate(lengths) if max_length is None or length <= max_length]
         lost = sum(len(table[i]["words"]) - sum(tag != -100 for tag in made[i]["labels"]) for i in whole)
         if lost:
-            rows.notes.append(f"{split}: {lost:,} words are not learnt, because the tokenizer makes no token of them")
+            rows.notes.append(
+                f"{split}: words that are not learnt, because the tokenizer makes no token of them: {lost:,}"
+            )
         return Encoded(made.remove_columns("length"), lengths)
 
     def learnable(self, rows: Dataset, kept: slice) -> Sequence[int]:
