@@ -18,6 +18,7 @@ from rankfold.peft_version import TESTED
 
 try:
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+    from peft.optimizers.lorafa import LoraFAOptimizer
     from peft.tuners.tuners_utils import (
         _check_lora_target_modules_mamba,
         _get_in_out_features,
@@ -25,8 +26,11 @@ try:
         check_adapters_to_merge,
         onload_layer,
     )
+    from peft.utils import save_and_load
     from peft.utils.other import get_pattern_key
-except ImportError as error:
+
+    _ = save_and_load._get_adapter_state_dict_key_prefixes
+except (ImportError, AttributeError) as error:
     raise ImportError(
         f"rankfold needs a name that PEFT {version('peft')} does not have ({error}); "
         f"install peft>={TESTED[0]},<{TESTED[1]}, the range it is tested with"
@@ -39,12 +43,14 @@ __all__ = [
     "PEFT_TYPE_TO_CONFIG_MAPPING",
     "PEFT_TYPE_TO_PREFIX_MAPPING",
     "PEFT_TYPE_TO_TUNER_MAPPING",
+    "LoraFAOptimizer",
     "add_peft_type",
     "check_adapters_to_merge",
     "check_as_lora",
     "get_pattern_key",
     "in_out_features",
     "include_all_linear_layers",
+    "keep_out_of_base_state",
     "onload_layer",
     "peft_name",
 ]
@@ -61,6 +67,13 @@ def check_as_lora(config: Any, model: Any, target_name: str) -> None:
             f"{type(config).__name__}: target_modules: {target_name} of a {model.config.model_type} model cannot be adapted, because "
             "its fused kernels read the weight past the module; leave it out of target_modules"
         ) from error
+
+
+def keep_out_of_base_state(name: str) -> None:
+    """Tells PEFT that what a base model has under `name` is an adapter's, so that `get_base_model_state_dict` and
+    `set_base_model_state_dict` leave it alone; PEFT looks for such state only inside tuner layers."""
+    theirs = save_and_load._get_adapter_state_dict_key_prefixes
+    save_and_load._get_adapter_state_dict_key_prefixes = lambda model: theirs(model) | {name}
 
 
 def peft_name(method: str) -> str:
