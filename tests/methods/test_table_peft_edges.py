@@ -25,6 +25,7 @@ from table import FIRST, Row, adapt, adapter_parameters, first_rows, layers, sec
 
 from rankfold import PlainLoraConfig, RasaConfig
 from rankfold.errors import RankfoldError
+from rankfold.kernel.linears import separate_order
 
 LORA_ROW, RASA_ROW = FIRST[:2]
 
@@ -135,6 +136,32 @@ def test_input_casting_may_be_disabled() -> None:
     with disable_input_dtype_casting(model):
         assert torch.equal(LLAMA.out(model), before)
     assert all(layer.cast_input_dtype_enabled for layer in layers(model).values())
+
+
+def test_half_precision_has_the_gradients_of_peft_in_separate_order() -> None:
+    """bf16 base, float32 adapter, no autocast: PEFT casts x to float32, rankfold the factors to bf16."""
+    g = torch.Generator().manual_seed(0)
+    up, down, x, dy = (torch.randn(s, generator=g) for s in ((20, 4), (4, 12), (9, 12), (9, 20)))
+    x, dy = x.bfloat16(), dy.bfloat16()
+    exact = (dy.double() @ up.double()).T @ x.double(), dy.double().T @ (x.double() @ down.double().T)
+
+    def gradients(config: peft.PeftConfig, *names: str) -> list[torch.Tensor]:
+        model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(12, 20)).bfloat16(), config)
+        found = [next(p for n, p in model.named_parameters() if name in n) for name in names]
+        with torch.no_grad():
+            found[0].copy_(down), found[1].copy_(up)
+        model(x).backward(dy)
+        return [p.grad for p in found]  # pyright: ignore[reportReturnType]
+
+    fields = {"r": 4, "lora_alpha": 4, "target_modules": ["0"]}
+    theirs = gradients(peft.LoraConfig(**fields), "lora_A", "lora_B")
+    with separate_order():
+        ours = gradients(PlainLoraConfig(**fields), ".down", ".up")
+    fused = gradients(PlainLoraConfig(**fields), ".down", ".up")
+    for a, b, c, true in zip(theirs, ours, fused, exact, strict=True):
+        assert torch.equal(a, b)
+        assert (b - true).norm() < 1e-6 * true.norm()
+        assert 1e-4 * true.norm() < (c - true).norm() < 1e-2 * true.norm()
 
 
 # Hot-swapping ------------------------------------------------------------------------------------------------------------
