@@ -79,6 +79,8 @@ class Adapter(nn.Module):
     _stepped_unscheduled: bool = False
     #: Whether its values come from a schedule: a controller stepped it, or they were loaded.
     has_history: bool = False
+    #: Turns the update up or down while it serves (`AdaptedLayer.set_scale`). It is merged and folded, and not saved, as in PEFT.
+    multiplier: float = 1.0
     #: Keys of its tensors in a state dict, as they were before any wrapper hid them; the layer sets them.
     tensor_names: tuple[str, ...] = ()
 
@@ -142,8 +144,13 @@ class Adapter(nn.Module):
         """The whole update as one pair; raises RankfoldError where it is not a fixed matrix."""
         if not self.fixed:
             raise RankfoldError(not_fixed(f"{type(self).__name__} at {self.site.name}"))
-        first, *rest = self.blocks()
+        first, *rest = self.update()
         return first.concat(*rest)
+
+    def update(self) -> Sequence[Factors]:
+        """`blocks()`, times the multiplier."""
+        blocks = self.blocks()
+        return blocks if self.multiplier == 1.0 else [block.scaled(self.multiplier) for block in blocks]
 
     # What the layer runs --------------------------------------------------------------------------------------------
 
@@ -155,7 +162,7 @@ class Adapter(nn.Module):
         """What it adds, for the kernel."""
         if not torch.compiler.is_compiling():
             self._heal_vectors()
-        return Term(self.blocks(), self.dropout if self.training else 0.0, self.own_mask)
+        return Term(self.update(), self.dropout if self.training else 0.0, self.own_mask)
 
     def forward(self, y: Tensor, x: Tensor) -> Tensor:
         """y + update(x), for layers that cannot take the fused path.

@@ -22,6 +22,15 @@ def plain_name(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
+def check_adapter_name(name: str) -> None:
+    """Raises RankfoldError for a name that cannot be a key of the ModuleDict that holds a layer's adapters."""
+    if not name or "." in name or name in WRAPPERS or hasattr(nn.ModuleDict(), name):
+        raise RankfoldError(
+            f"adapter_name={name!r} cannot name an adapter: it is empty, has a dot, or is a name that torch keeps for itself "
+            "(such as 'half', 'keys' and 'pop'); choose another"
+        )
+
+
 def short_keys(keys: list[str]) -> dict[str, str]:
     """Shortens group names for state dicts and files. Drops the common path, because it changes with the model's class, a prefix
     or a renaming, and keeps only characters that every file system takes.

@@ -26,6 +26,7 @@ from rankfold.host.checkpoint import (
     LAYERS,
     PREFIX,
     SHARED,
+    check_adapter_name,
     check_checkpoint,
     check_scheduled,
     check_whole,
@@ -39,11 +40,19 @@ from rankfold.host.kinds import EXPERTS, kind_named, kind_of
 from rankfold.host.layer import AdaptedLayer
 from rankfold.host.linear_layer import AdaptedLinear
 from rankfold.host.parameter_layer import AdaptedParameters, ParameterAdapters
-from rankfold.host.peft_api import check_as_lora, include_all_linear_layers, name_fused_experts, onload_layer
+from rankfold.host.peft_api import (
+    check_as_lora,
+    include_all_linear_layers,
+    keep_out_of_base_state,
+    name_fused_experts,
+    onload_layer,
+)
 from rankfold.host.siblings import link_siblings, part_siblings
 from rankfold.host.targets import absent_names, parameter_sites
 from rankfold.host.tied import link_tied, warn_tied
 from rankfold.host.unreached import say, unreached
+
+keep_out_of_base_state(SHARED)
 
 
 @dataclass(frozen=True)
@@ -60,6 +69,17 @@ class Plan:
     groups: dict[str, Group]
     keys: dict[str, str]
     parameters: dict[str, dict[str, list[Site]]]
+
+    def places(self) -> Iterator[tuple[str, Site]]:
+        """Where in a state dict each site's tensors lie, without the adapter's name."""
+        fused = {
+            site.name: f"{plain_name(module)}.{LAYERS}.{parameter}.{i}"
+            for module, stacks in self.parameters.items()
+            for parameter, stack in stacks.items()
+            for i, site in enumerate(stack)
+        }
+        for site in self.sites.values():
+            yield fused.get(site.name, f"{site.name}.{LAYERS}"), site
 
 
 class LowRankTuner(BaseTuner):
@@ -146,9 +166,12 @@ class LowRankTuner(BaseTuner):
     # Injection ------------------------------------------------------------------------------------------------------
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, state_dict=None, **kwargs: Any) -> None:
+        check_adapter_name(adapter_name)
         config: Any = self.peft_config[adapter_name]
         asked = config.target_modules
         self._plan = self.plan(config, model, state_dict)
+        if state_dict is not None:
+            self._check_given(config, adapter_name, model, state_dict)
         self.injected = getattr(self, "injected", set())  # adapters that were not loaded into or made active yet
         stale = getattr(unwrapped(model), SHARED, {})  # PEFT allows injecting a second time under one name
         if adapter_name in stale:
@@ -204,6 +227,22 @@ class LowRankTuner(BaseTuner):
         adapter = self.adapter_cls(config, site, self._shared_state(config, adapter_name, site))
         adapter.reset_parameters(config.init_lora_weights)
         return adapter
+
+    def _check_given(self, config: LowRankConfig, name: str, model: nn.Module, given: dict[str, Tensor]) -> None:
+        """Raises ValueError where the tensors that name the sites lack some of theirs: PEFT reads only which modules they name."""
+        expected: dict[str, Tensor] = {}
+        shared: dict[str, nn.Module | None] = {}
+        with torch.device("meta"):
+            for place, site in self._plan.places():
+                group = self._plan.groups.get(site.name)
+                if group is not None and group.key not in shared:
+                    shared[group.key] = state = self.adapter_cls.make_shared(config, group)
+                    tensors = {} if state is None else state.state_dict()
+                    expected |= {f"{SHARED}.{self._plan.keys[group.key]}.{k}": v for k, v in tensors.items()}
+                adapter = self.adapter_cls(config, site, None if group is None else shared[group.key])
+                expected |= {f"{place}.{k}": v for k, v in adapter.state_dict().items()}
+        found = {self._remove_adapter_name_from_key(plain_name(k), name): v for k, v in given.items()}
+        check_checkpoint(config, expected, {plain_name(k) for k in model.state_dict()}, found)
 
     def _create_and_replace(
         self, peft_config: Any, adapter_name, target, target_name, parent, current_key, parameter_name=None
