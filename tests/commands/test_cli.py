@@ -179,7 +179,7 @@ def test_wrong_usage_is_status_2(arguments: list[str], capsys: pytest.CaptureFix
 
 
 def test_methods(capsys: pytest.CaptureFixture[str]):
-    assert cli.main(["methods", "ra*", "--json"]) == 0
+    assert cli.main(["methods", "ras*", "--json"]) == 0
     (row,) = json.loads(capsys.readouterr().out)
     assert (row["name"], row["paper"], row["foldable"], row["config"]) == ("rasa", "2503.12576", True, "RasaConfig")
     assert cli.main(["methods"]) == 0

@@ -73,6 +73,9 @@ class Adapter(nn.Module):
     #: Whether two of them side by side are one of the sum of their ranks, because `down` and `up` are all there is. A subclass does
     #: not inherit it.
     stackable: ClassVar[bool] = False
+    #: Buffers that training makes grow, name → the dimension that does; all of one adapter have the same size there. They load in
+    #: whatever size a file has, and the config remembers it (`LowRankConfig.grown`).
+    growing: ClassVar[dict[str, int]] = {}
     #: Whether the method has a schedule (its config knows), and whether a controller runs it here.
     has_schedule: bool = False
     scheduled: bool = False
@@ -113,6 +116,10 @@ class Adapter(nn.Module):
     def shared(self) -> Any:
         """What `make_shared` returned; a method narrows the type."""
         return self._shared[0]
+
+    @classmethod
+    def check_site(cls, config: LowRankConfig, site: Site) -> None:
+        """Raises ValueError where the config does not fit a module; called before any is changed."""
 
     # What a method says about sharing -------------------------------------------------------------------------------
 
@@ -164,6 +171,10 @@ class Adapter(nn.Module):
             self._heal_vectors()
         return Term(self.update(), self.dropout if self.training else 0.0, self.own_mask)
 
+    def terms(self) -> list[Term]:
+        """The same in parts, for a method of which dropout does not concern every block."""
+        return [self.term()]
+
     def forward(self, y: Tensor, x: Tensor) -> Tensor:
         """y + update(x), for layers that cannot take the fused path.
 
@@ -171,7 +182,7 @@ class Adapter(nn.Module):
             y: … × out, the base's output.
             x: … × in.
         """
-        return low_rank_update(y, x, [self.term()])
+        return low_rank_update(y, x, self.terms())
 
     def _heal_vectors(self) -> None:
         """Gates in float32 again where a trainer cast them by hand: `param.data = param.data.to(bfloat16)` (trl#7268)."""
@@ -202,6 +213,13 @@ class Adapter(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         return super()._apply(lambda t: _keep_vectors_wide(fn, t), recurse)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for name, dim in self.growing.items():
+            found, own = state_dict.get(prefix + name), self.get_buffer(name)
+            if found is not None and found.ndim == own.ndim:
+                setattr(self, name, own.new_zeros([*own.shape[:dim], found.shape[dim], *own.shape[dim + 1 :]]))
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
         return f"r={self.r}, scaling={self.scaling:g}, dropout={self.dropout:g}"

@@ -90,6 +90,10 @@ class LowRankConfig(PeftConfig, metaclass=LoraFields):
         default=None, metadata={"help": "Written by the controller: how far the schedule has run. Not for you to set."}
     )
 
+    grown: dict[str, int] | None = field(
+        default=None, metadata={"help": "Written on saving: the frozen rank of each module. Not for you to set."}
+    )
+
     #: Schemes of `init_lora_weights` beside true and false.
     inits: ClassVar[tuple[str, ...]] = ()
     #: The method's name in the registry; its PEFT type is this in upper case behind "RANKFOLD_".

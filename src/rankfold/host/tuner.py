@@ -9,6 +9,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 import torch.distributed as dist
 from accelerate import init_empty_weights
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
@@ -30,6 +31,8 @@ from rankfold.host.checkpoint import (
     check_checkpoint,
     check_scheduled,
     check_whole,
+    growing,
+    grown,
     owned,
     plain_name,
     short_keys,
@@ -126,6 +129,7 @@ class LowRankTuner(BaseTuner):
         adapter_cls = self.adapter_cls
         members: dict[str, list[Site]] = {}
         for site in sites.values():
+            adapter_cls.check_site(config, site)
             group_key = adapter_cls.group_key(config, site)
             if group_key is not None:
                 members.setdefault(group_key, []).append(site)
@@ -290,8 +294,10 @@ class LowRankTuner(BaseTuner):
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
         by_group = getattr(unwrapped(self.model), SHARED, {})
-        if autocast_adapter_dtype and adapter_name in by_group:
-            for t in [*by_group[adapter_name].parameters(), *by_group[adapter_name].buffers()]:
+        shared = [by_group[adapter_name]] if adapter_name in by_group else []
+        own = [a for m in self.model.modules() if isinstance(m, AdaptedLayer) for a in m.adapters([adapter_name])]
+        for module in (*shared, *own) if autocast_adapter_dtype else ():
+            for t in (*module.parameters(), *module.buffers()):  # PEFT casts parameters, and what lies in its layers
                 if t.is_floating_point() and t.dtype.itemsize < 4:
                     t.data = t.data.float()
 
@@ -402,6 +408,7 @@ class LowRankTuner(BaseTuner):
         if not kept and dist.is_available() and dist.is_initialized() and dist.get_rank():
             return kept  # a state that was gathered on the first process alone
         check_whole(config, own, kept)
+        config.grown = grown(model, adapter_name) or None
         return kept
 
     @classmethod
@@ -423,8 +430,10 @@ class LowRankTuner(BaseTuner):
                 k if k.startswith("base_model.model.") else "base_model.model." + k: v for k, v in state_dict.items()
             }
         others = {"base_model.model." + k.removeprefix("base_model.model.") for k in model.state_dict()}
+        loose = growing(model, adapter_name)
+        sizes = {k: loose[name] for k, (key, _) in expected.items() if (name := plain_name(key)) in loose}
         try:
-            check_checkpoint(config, {k: v for k, (_, v) in expected.items()}, others, state_dict)
+            check_checkpoint(config, {k: v for k, (_, v) in expected.items()}, others, state_dict, sizes)
         except RankfoldError:
             tuner = getattr(model, "base_model", None)
             if isinstance(tuner, LowRankTuner) and adapter_name in tuner.injected and len(tuner.peft_config) > 1:
