@@ -76,6 +76,8 @@ MODELS: dict[str, Callable[[], torch.nn.Module]] = {
     "peft-internal-testing/opt-125m": _opt,
     "peft-internal-testing/tiny-random-GPT2LMHeadModel": _gpt2,
     "hf-internal-testing/tiny-random-gpt2": _gpt2,
+    "gpt2": _gpt2,
+    "bert-base-uncased": _bert_like(hf.BertConfig, hf.BertForSequenceClassification),
     "peft-internal-testing/tiny-random-GPTJForCausalLM": _gptj,
     "trl-internal-testing/tiny-random-LlamaForCausalLM": _LLAMA,
     "peft-internal-testing/tiny-random-LlamaForCausalLM": _LLAMA,
