@@ -219,7 +219,7 @@ def test_the_state_of_the_base_is_that_of_the_base(row: Row) -> None:
         assert torch.equal(arch.out(model), adapted)
 
 
-@pytest.mark.parametrize("row", [LORA_ROW, RASA_ROW], ids=str)
+@pytest.mark.parametrize("row", FIRST[:5], ids=str)  # CoRA's module has one tensor; without it PEFT warns of the module
 @pytest.mark.parametrize("which", [0, -1])
 def test_a_state_that_names_the_sites_must_be_whole(row: Row, which: int) -> None:
     model = inject_adapter_in_model(row.config(LLAMA), LLAMA.build())

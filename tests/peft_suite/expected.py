@@ -1,7 +1,7 @@
 """Which of PEFT's tests do not pass with our methods, and why: reads expected.txt and judges outcomes by it.
 
 The file is a list of reasons, each a line that starts with "# ", and below it one pattern per line, after the methods it holds for
-("all", or names joined by commas). In a pattern `*` stands for anything. All tests of these methods that match must not pass.
+("all", or names joined by commas). In a pattern `*` stands for anything and `?` for one character. All tests of these methods that match must not pass.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ class Expected:
         for line in text.splitlines():
             if line and not line.startswith("#"):
                 methods, pattern = line.split(" ", 1)
-                self.lines.append((methods, re.compile(re.escape(pattern).replace(r"\*", ".*")), line))
+                self.lines.append(
+                    (methods, re.compile(re.escape(pattern).replace(r"\*", ".*").replace(r"\?", ".")), line)
+                )
 
     def judge(self, method: str, came: Outcomes) -> list[str]:
         """Sentences about what is not as the file says: unexpected failures and passes, and lines that match nothing."""

@@ -76,6 +76,8 @@ MODELS: dict[str, Callable[[], torch.nn.Module]] = {
     "peft-internal-testing/opt-125m": _opt,
     "peft-internal-testing/tiny-random-GPT2LMHeadModel": _gpt2,
     "hf-internal-testing/tiny-random-gpt2": _gpt2,
+    "gpt2": _gpt2,
+    "bert-base-uncased": _bert_like(hf.BertConfig, hf.BertForSequenceClassification),
     "peft-internal-testing/tiny-random-GPTJForCausalLM": _gptj,
     "trl-internal-testing/tiny-random-LlamaForCausalLM": _LLAMA,
     "peft-internal-testing/tiny-random-LlamaForCausalLM": _LLAMA,
@@ -102,7 +104,7 @@ MODELS: dict[str, Callable[[], torch.nn.Module]] = {
 
 
 def make(cache: Path) -> None:
-    """Writes every model, and one tokenizer beside it, where they are not there yet."""
+    """Writes every model, the same each time, and one tokenizer beside it."""
     words = Tokenizer(
         models.WordLevel({"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3} | {f"w{i}": i for i in range(4, VOCAB)}, "<unk>")
     )
@@ -112,14 +114,12 @@ def make(cache: Path) -> None:
     )
     for name, build in MODELS.items():
         folder = cache / f"models--{name.replace('/', '--')}"
-        if (folder / "refs/main").exists():
-            continue
         torch.manual_seed(0)
         snapshot = folder / "snapshots" / _COMMIT
         build().save_pretrained(snapshot)
         tokenizer.save_pretrained(snapshot)
         (folder / "refs").mkdir(parents=True, exist_ok=True)
-        (folder / "refs/main").write_text(_COMMIT)  # last: it says that all is there
+        (folder / "refs/main").write_text(_COMMIT)
 
 
 if __name__ == "__main__":

@@ -163,6 +163,8 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
             RankfoldError: the layer is merged, or the update depends on the input.
         """
         for found in self.adapters([adapter]):
+            if scale == found.multiplier:
+                continue
             if self.merged:
                 raise RankfoldError("the scale of a merged adapter cannot change; call unmerge_adapter() first")
             if not found.fixed:
@@ -228,7 +230,9 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
             )
         merged = self.merged_weight(names)
         if safe_merge and not torch.isfinite(merged).all():
-            raise RankfoldError(f"NaNs detected in the merged weights. The adapters {names} seem to be broken")
+            raise RankfoldError(
+                f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken"
+            )
         with torch.no_grad():
             if backend is None and self.base_weight.before is None:
                 self.base_weight.before = self.get_base_weight().to("cpu", copy=True)

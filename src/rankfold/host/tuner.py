@@ -358,7 +358,7 @@ class LowRankTuner(BaseTuner):
                 with onload_layer(layer):
                     if new and not layer.merges_to_finite(new):
                         raise RankfoldError(
-                            f"NaNs detected in the merged weights at {name}. The adapters {new} seem to be broken"
+                            f"NaNs detected in the merged weights. The adapter {', '.join(new)} seems to be broken, at {name}"
                         )
 
     # Mixed batches ----------------------------------------------------------------------------------------------------

@@ -82,7 +82,7 @@ def _of_ours(name: str, layer: AdaptedLayer) -> Owned:
             found.leave(adapter, "its layer's update depends on the input")
             continue
         penalised = _penalised(adapter)
-        for block in adapter.blocks():
+        for block in adapter.update():
             gate = None if block.gate is None else _gate(block.gate)
             computed = block.gate is not None and gate is None  # no diagonal that could be read again at the next step
             if not computed and not pool & {id(block.down), id(block.up)}:
