@@ -220,7 +220,13 @@ ENGINES = (
         "2026.4.1",
         "run",
         FORMATS["peft"],
-        {"peft": (_lora, rules.scales(rules.one, "lora_alpha", "use_rslora", "alpha_pattern", "rank_pattern"))},
+        {
+            "peft": (
+                _lora,
+                rules.not_checked("target_parameters"),
+                rules.scales(rules.one, "lora_alpha", "use_rslora", "alpha_pattern", "rank_pattern"),
+            )
+        },
     ),
     Engine(
         "mistral.rs",
@@ -232,7 +238,9 @@ ENGINES = (
             "peft": (
                 _lora,
                 rules.needs("r", "lora_alpha", "target_modules"),
-                rules.not_checked("use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save"),
+                rules.not_checked(
+                    "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save", "target_parameters"
+                ),
                 engine_rules.mistral_rs_base,
             )
         },
@@ -247,6 +255,7 @@ ENGINES = (
             "peft": (
                 _lora,
                 rules.needs("r", "lora_alpha", "target_modules"),
+                rules.not_checked("target_parameters"),
                 rules.scales(rules.one_scale_no_rslora, "use_rslora", "alpha_pattern", "rank_pattern"),
             )
         },

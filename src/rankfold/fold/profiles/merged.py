@@ -19,6 +19,7 @@ from rankfold.fold.profiles.merged_files import copy_files, restore_names, write
 from rankfold.fold.profiles.profile import Folded, Profile, Written
 from rankfold.fold.source import base_model
 from rankfold.io.models import quiet
+from rankfold.io.weight_names import to_model
 from rankfold.io.weights import base_files, weight_reader
 from rankfold.kernel.factors import Factors
 
@@ -40,7 +41,7 @@ def write(folded: Folded, folder: Path) -> Written:
             delta = folded.factors[name].to(torch.float64).delta()  # out × in
             added = module.weight.double() + (delta.T if isinstance(module, Conv1D) else delta)
             module.weight = nn.Parameter(added.to(folded.dtype), requires_grad=False)
-        _load_heads(model, {k.removeprefix("base_model.model."): v for k, v in folded.source.heads.items()})
+        _load_heads(model, {k.removeprefix("base_model.model."): v for k, v in folded.source.whole.items()})
     model.to(folded.dtype)
     broken = next((n for n, p in model.named_parameters() if not torch.isfinite(p).all()), None)
     if broken:
@@ -84,7 +85,7 @@ def _base(folded: Folded) -> nn.Module:
         raise RankfoldError(
             "profile merged needs the weights of the base model, which is not known; give --base FOLDER"
         )
-    model = base_model(folded.source.config, folded.base, "auto", folded.source.heads)
+    model = base_model(folded.source.config, folded.base, "auto", folded.source.whole)
     base_files(folded.base, folded.source.config.revision)  # the proof reads them one by one
     if getattr(model, "is_quantized", False):
         raise RankfoldError(
@@ -96,6 +97,11 @@ def _base(folded: Folded) -> nn.Module:
 def _linear(model: nn.Module, name: str) -> nn.Linear:
     """The module of this name; raises ValueError where there is none, or where another layer uses its weight."""
     module = dict(model.named_modules()).get(name)
+    if module is None and to_model(model)(f"{name}.weight")[1]:
+        raise RankfoldError(
+            f"profile merged: {name} is one of several experts that this version of transformers fuses into one parameter, to which "
+            "it does not add; fold with --profile uniform, or load the adapter with PEFT and call merge_and_unload()"
+        )
     if not isinstance(module, nn.Linear | Conv1D):
         raise RankfoldError(
             f"profile merged: {type(model).__name__} has no linear layer {name!r}; was the adapter's another?"
@@ -116,6 +122,12 @@ def _load_heads(model: nn.Module, heads: Mapping[str, Tensor]) -> None:
             raise RankfoldError(
                 f"profile merged: {key}, which the adapter saved in modules_to_save, shares its weight with {other}, which "
                 "would change too; use --profile uniform, which PEFT loads"
+            )
+    for key, head in heads.items():
+        if key in own and own[key].shape != head.shape:
+            raise RankfoldError(
+                f"profile merged: the adapter's {key} is {tuple(head.shape)} and the base's {tuple(own[key].shape)}; give the base "
+                "it was trained on with --base FOLDER"
             )
     unknown = model.load_state_dict(heads, strict=False).unexpected_keys
     if unknown:
