@@ -57,7 +57,9 @@ def judge(engine: Engine, case: Case) -> Verdict:
         return Verdict(engine, [Finding(Status.REFUSED, first.what, first.where, first.fix)])
     common: tuple[Rule, ...] = (_pickled,)
     if case.file.kind == "peft":
-        common += (rules.composite_names, *(() if engine.key == "peft" else _ELSEWHERE))
+        common += (rules.composite_names,)
+        common += () if engine.key == "peft" else (rules.start_from_base,)
+        common += () if engine.key in ("peft", "sglang") else (rules.adapter_names,)
         common += (_wrapped_gguf if engine.key in ("llama.cpp", "ollama") else _wrapped,)
     return Verdict(engine, [f for rule in (*common, *engine.rules[case.file.kind]) for f in rule(case)])
 
@@ -68,8 +70,6 @@ def _pickled(case: Case) -> Iterator[Finding]:
         yield Finding(Status.NOT_CHECKED, what, case.file.weights.name, f"rankfold doctor {case.file.path} --fix OUT")
 
 
-#: What every engine but PEFT makes of a PEFT folder.
-_ELSEWHERE: tuple[Rule, ...] = (rules.start_from_base, rules.adapter_names)
 _wrapped = rules.wrapper_keys(Status.IN_PART, "no module has these names, so none is applied")
 _wrapped_gguf = rules.wrapper_keys(Status.REFUSED, "the converter stops at names that it does not know")
 
