@@ -133,7 +133,7 @@ ENGINES = (
     Engine(
         "vllm-old",
         "older vLLM",
-        "before 0.33",
+        "before 0.32",
         "source read",
         FORMATS["peft"],
         {
