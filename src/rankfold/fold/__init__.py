@@ -218,6 +218,12 @@ def _write(
             "fold with profile uniform or compact, which PEFT, vLLM and SGLang load, or merged"
         )
     check_kinds(source, options.profile)
+    if source.vocabulary and options.profile != "merged":
+        key, rows = next((name, len(tensor)) for name, tensor in source.vocabulary.items())
+        raise RankfoldError(
+            f"the adapter has {key} with {rows} rows, which PEFT saves where the vocabulary was resized, and no LoRA holds a "
+            "whole embedding; fold with --profile merged"
+        )
     adapted = set(source.adapted)
     rounded: dict[str, Factors] = {}
     layers = []
@@ -228,7 +234,7 @@ def _write(
         else:
             zero = Factors(torch.zeros(0, site.in_features), torch.zeros(site.out_features, 0))
             rounded[site.name] = chosen.rounded(zero, to)
-    for name, head in source.heads.items():
+    for name, head in source.whole.items():
         if not torch.isfinite(head.detach().to("cpu", to)).all():
             raise RankfoldError(
                 f"{name} is not finite in {to}; give --dtype float32, or an adapter that has not diverged"
