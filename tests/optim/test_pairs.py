@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from small_llama import TARGETS, adapted, batch, llama
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
 
 from rankfold import AdaSvdConfig, CoraConfig, PlainLoraConfig, RasaConfig, SoraConfig
 from rankfold.errors import RankfoldError
@@ -100,14 +100,41 @@ def test_dora_bias_and_head_are_plain() -> None:
     check_identity(model)
 
 
-def test_embeddings() -> None:
-    model = adapted(target_modules=["embed_tokens", "q_proj"])
+@pytest.mark.parametrize("ours", [False, True])
+def test_embeddings(ours: bool) -> None:
+    targets = ["embed_tokens", "q_proj"]
+    model = adapted(PlainLoraConfig(r=4, target_modules=targets)) if ours else adapted(target_modules=targets)
     found = pairs(model)
     assert [p.embedding for p in found] == [True, False, False]
     assert found[0].shape == (16, 32, 4)
     with torch.no_grad():
         found[0].down.normal_()
     check_identity(model)
+
+
+def test_experts() -> None:
+    """A pair of each expert, named by its index; those that no token goes to have no gradient and stay."""
+    sizes = {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+    }
+    torch.manual_seed(0)
+    base = MixtralForCausalLM(MixtralConfig(vocab_size=32, num_local_experts=4, num_experts_per_tok=1, **sizes))
+    model: Any = get_peft_model(base, PlainLoraConfig(r=2, target_modules=[], target_parameters=["experts.down_proj"]))
+    found = pairs(model)
+    assert len({p.name for p in found}) == len(found) == 4
+    assert found[3].name.endswith("experts.3.down_proj")
+    assert {p.shape for p in found} == {(16, 24, 2)}
+    optimizer = LoraRite(model, lr=0.01)
+    ids = torch.zeros(1, 2, dtype=torch.long)  # one token twice, so that few experts are asked
+    model(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
+    moved = [bool(p.up.any()) for p in found]
+    assert any(moved)
+    assert moved == [p.up.grad is not None and bool(p.up.grad.any()) for p in found]
 
 
 def test_several_adapters() -> None:
