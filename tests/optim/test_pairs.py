@@ -114,7 +114,7 @@ def test_embeddings(ours: bool) -> None:
 
 def test_experts() -> None:
     """A pair of each expert, named by its index; those that no token goes to have no gradient and stay."""
-    sizes = {
+    sizes: dict[str, Any] = {
         "hidden_size": 16,
         "intermediate_size": 24,
         "num_hidden_layers": 1,
