@@ -12,12 +12,12 @@ from small_llama import TARGETS, adapted, batch, llama
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
 
-from rankfold import AdaSvdConfig, CoraConfig, PlainLoraConfig, RasaConfig, SoraConfig
+from rankfold import AdaSvdConfig, CoraConfig, DynamicDoraConfig, PlainLoraConfig, RasaConfig, SoraConfig, attach
 from rankfold.errors import RankfoldError
+from rankfold.host.layer import AdaptedLayer
 from rankfold.kernel.factors import Factors
-from rankfold.methods.adalora import AdaSvdController
 from rankfold.optim import LoraFa, LoraPlus, LoraRite, describe, pairs
-from rankfold.optim.pairs import split
+from rankfold.optim.pairs import Pair, split
 
 
 def check_identity(model: nn.Module) -> None:
@@ -222,12 +222,20 @@ def test_flat_shards() -> None:
         pairs(model)
 
 
-def test_penalised_factors_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = adapted(AdaSvdConfig(r=4, target_r=2, target_modules=TARGETS))
-    monkeypatch.setattr(AdaSvdController, "penalises_factors", True, raising=False)
-    with pytest.raises(RankfoldError, match="AdaLoRA adds a penalty on the factors"):
+@pytest.mark.parametrize(
+    ("config", "title"), [(AdaSvdConfig, "AdaLoRA"), (DynamicDoraConfig, "Dynamic DoRA")], ids=["adalora", "dora"]
+)
+def test_penalised_factors_are_refused(config: Any, title: str) -> None:
+    model = adapted(config(r=4, target_r=2, target_modules=TARGETS))
+    with pytest.raises(RankfoldError, match=f"q_proj: {title} adds a penalty on the factors"):
         LoraRite(model)
     assert LoraPlus(model).param_groups
+    # pairs made by hand are only seen with their controller
+    adapters = [a for m in model.modules() if isinstance(m, AdaptedLayer) for a in m.adapters(["default"])]
+    optimizer = LoraRite([Pair(a.site.name, a.down, a.up, a.scaling) for a in adapters])  # pyright: ignore[reportArgumentType]
+    optimizer.add_param_group({"params": [a.gate for a in adapters]})
+    with pytest.raises(RankfoldError, match=r"'default': its method adds a penalty .* LoraRite would take"):
+        attach(model, optimizer, total_steps=100)
 
 
 def test_computed_factors_are_plain(monkeypatch: pytest.MonkeyPatch) -> None:
