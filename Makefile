@@ -14,7 +14,7 @@ TEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/p
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv assets demo demo-lm test test-fast test-llama lint types bench dist clean distclean
+.PHONY: help venv assets demo demo-lm test test-fast test-llama test-peft lint types bench dist clean distclean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -51,6 +51,9 @@ test-fast: assets  ## the test-suite without the slow tests
 
 test-llama: assets  ## folds in llama.cpp itself; part of `make test`
 	$(TEST) tests/fold/test_llama_cpp.py
+
+test-peft: $(VENV)  ## PEFT's own tests with our methods in LoRA's place (METHODS="lora rasa" for some)
+	$(BIN)/python tests/peft_suite/run.py $(METHODS)
 
 lint: $(VENV)  ## format and lint, nothing is changed
 	$(BIN)/ruff format --check .

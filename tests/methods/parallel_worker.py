@@ -12,7 +12,7 @@ import torch.distributed as dist
 from models import ARCHS, Arch
 from peft import get_peft_model_state_dict
 from safetensors.torch import save_file
-from table import FIRST, ROWS, Row, adapt, adapter_parameters
+from table import FIRST, ROWS, Row, adapt, adapter_buffers, adapter_parameters
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import fully_shard
@@ -56,6 +56,7 @@ def train(arch: Arch, model: nn.Module, ranks: tuple[int, ...]) -> dict[str, Ten
         if step == 0:
             found |= {f"grad.{clean(n)}": whole(p.grad) for n, p in adapter_parameters(model) if p.numel()}
         optimizer.step()
+    found |= {f"frozen.{clean(n)}": b.clone() for n, b in adapter_buffers(model).items()}
     return found | {f"last.{clean(n)}": whole(p) for n, p in adapter_parameters(model)}
 
 

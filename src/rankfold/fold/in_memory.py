@@ -112,22 +112,24 @@ def _compressed(blocks: Sequence[Factors], rank: int) -> tuple[Sequence[Factors]
 
 def _fill(out: FoldedStateDict, source: Source, updates: dict[str, Sequence[Factors]], dtype: torch.dtype) -> None:
     """Writes every module's factors, rounded once, zeros behind them up to the rank."""
-    layout, device = Layout(source.sites), next(iter(updates.values()))[0].up.device
+    layout = Layout(source.sites)
     shapes = layout.tensors({site.name: _empty(site, out.rank) for site in source.sites})
+    devices = {layout.of[name]: blocks[0].up.device for name, blocks in updates.items() if blocks}
     for key in out.keys() - shapes.keys():
         del out[key]
-    for key, like in shapes.items():
-        out[key] = _memory(out.get(key), like.shape, dtype, device)
+    for name in layout.stacks:
+        for key in layout.keys(name):
+            out[key] = _memory(out.get(key), shapes[key].shape, dtype, devices.get(name, next(iter(devices.values()))))
     for site in source.sites:
-        into, start = layout.factors(site.name, out), 0
+        (down, up), start = layout.views(site.name, out), 0
         for block in updates.get(site.name, ()):
             end = start + block.rank
-            into.down[start:end] = block.down
+            down[start:end] = block.down
             gain = block.scale if block.gate is None else block.gate * block.scale
-            torch.mul(block.up, gain, out=into.up[:, start:end])
+            torch.mul(block.up, gain, out=up[:, start:end])
             start = end
-        into.down[start:].zero_()
-        into.up[:, start:].zero_()
+        down[start:].zero_()
+        up[:, start:].zero_()
     out.update({key: head.detach().to(dtype) for key, head in source.heads.items()})
 
 

@@ -63,13 +63,17 @@ class Layout:
             found |= zip(self.keys(name), (down.contiguous(), up.contiguous()), strict=True)
         return found
 
-    def factors(self, site: str, tensors: Mapping[str, Tensor], scale: float = 1.0) -> Factors:
-        """A site's factors, read back from a file's tensors."""
+    def views(self, site: str, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """A site's `down` and `up` in a file's tensors."""
         name = self.of[site]
         stack = self.stacks[name]
         index = [one.name for one in stack].index(site)
         down, up = (tensors[key].flatten(1) for key in self.keys(name))
-        return Factors(down.chunk(len(stack))[index], up.unflatten(1, (-1, len(stack)))[..., index], scale=scale)
+        return down.chunk(len(stack))[index], up.unflatten(1, (-1, len(stack)))[..., index]
+
+    def factors(self, site: str, tensors: Mapping[str, Tensor], scale: float = 1.0) -> Factors:
+        """A site's factors, read back from a file's tensors."""
+        return Factors(*self.views(site, tensors), scale=scale)
 
     def parameters(self) -> list[str]:
         """The names of adapted parameters."""

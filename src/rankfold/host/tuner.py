@@ -9,6 +9,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 import torch.distributed as dist
 from accelerate import init_empty_weights
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
@@ -26,9 +27,12 @@ from rankfold.host.checkpoint import (
     LAYERS,
     PREFIX,
     SHARED,
+    check_adapter_name,
     check_checkpoint,
     check_scheduled,
     check_whole,
+    growing,
+    grown,
     owned,
     plain_name,
     short_keys,
@@ -39,11 +43,19 @@ from rankfold.host.kinds import EXPERTS, kind_named, kind_of
 from rankfold.host.layer import AdaptedLayer
 from rankfold.host.linear_layer import AdaptedLinear
 from rankfold.host.parameter_layer import AdaptedParameters, ParameterAdapters
-from rankfold.host.peft_api import check_as_lora, include_all_linear_layers, name_fused_experts, onload_layer
+from rankfold.host.peft_api import (
+    check_as_lora,
+    include_all_linear_layers,
+    keep_out_of_base_state,
+    name_fused_experts,
+    onload_layer,
+)
 from rankfold.host.siblings import link_siblings, part_siblings
 from rankfold.host.targets import absent_names, parameter_sites
 from rankfold.host.tied import link_tied, warn_tied
 from rankfold.host.unreached import say, unreached
+
+keep_out_of_base_state(SHARED)
 
 
 @dataclass(frozen=True)
@@ -60,6 +72,17 @@ class Plan:
     groups: dict[str, Group]
     keys: dict[str, str]
     parameters: dict[str, dict[str, list[Site]]]
+
+    def places(self) -> Iterator[tuple[str, Site]]:
+        """Where in a state dict each site's tensors lie, without the adapter's name."""
+        fused = {
+            site.name: f"{plain_name(module)}.{LAYERS}.{parameter}.{i}"
+            for module, stacks in self.parameters.items()
+            for parameter, stack in stacks.items()
+            for i, site in enumerate(stack)
+        }
+        for site in self.sites.values():
+            yield fused.get(site.name, f"{site.name}.{LAYERS}"), site
 
 
 class LowRankTuner(BaseTuner):
@@ -106,6 +129,7 @@ class LowRankTuner(BaseTuner):
         adapter_cls = self.adapter_cls
         members: dict[str, list[Site]] = {}
         for site in sites.values():
+            adapter_cls.check_site(config, site)
             group_key = adapter_cls.group_key(config, site)
             if group_key is not None:
                 members.setdefault(group_key, []).append(site)
@@ -146,9 +170,12 @@ class LowRankTuner(BaseTuner):
     # Injection ------------------------------------------------------------------------------------------------------
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, state_dict=None, **kwargs: Any) -> None:
+        check_adapter_name(adapter_name)
         config: Any = self.peft_config[adapter_name]
         asked = config.target_modules
         self._plan = self.plan(config, model, state_dict)
+        if state_dict is not None:
+            self._check_given(config, adapter_name, model, state_dict)
         self.injected = getattr(self, "injected", set())  # adapters that were not loaded into or made active yet
         stale = getattr(unwrapped(model), SHARED, {})  # PEFT allows injecting a second time under one name
         if adapter_name in stale:
@@ -193,11 +220,33 @@ class LowRankTuner(BaseTuner):
             layer.add_adapter(adapter_name, adapters, inference_mode=peft_config.inference_mode)
         return [f"{name}.{p}" for name, stacks in self._plan.parameters.items() for p in stacks]
 
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        if isinstance(child, AdaptedParameters):  # PEFT would hand on a weight, which such a module does not have
+            setattr(parent, child_name, new_module)
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
+
     def _adapter(self, config: LowRankConfig, adapter_name: str, site: Site) -> Adapter:
         """A new adapter with its first values."""
         adapter = self.adapter_cls(config, site, self._shared_state(config, adapter_name, site))
         adapter.reset_parameters(config.init_lora_weights)
         return adapter
+
+    def _check_given(self, config: LowRankConfig, name: str, model: nn.Module, given: dict[str, Tensor]) -> None:
+        """Raises ValueError where the tensors that name the sites lack some of theirs: PEFT reads only which modules they name."""
+        expected: dict[str, Tensor] = {}
+        shared: dict[str, nn.Module | None] = {}
+        with torch.device("meta"):
+            for place, site in self._plan.places():
+                group = self._plan.groups.get(site.name)
+                if group is not None and group.key not in shared:
+                    shared[group.key] = state = self.adapter_cls.make_shared(config, group)
+                    tensors = {} if state is None else state.state_dict()
+                    expected |= {f"{SHARED}.{self._plan.keys[group.key]}.{k}": v for k, v in tensors.items()}
+                adapter = self.adapter_cls(config, site, None if group is None else shared[group.key])
+                expected |= {f"{place}.{k}": v for k, v in adapter.state_dict().items()}
+        found = {self._remove_adapter_name_from_key(plain_name(k), name): v for k, v in given.items()}
+        check_checkpoint(config, expected, {plain_name(k) for k in model.state_dict()}, found)
 
     def _create_and_replace(
         self, peft_config: Any, adapter_name, target, target_name, parent, current_key, parameter_name=None
@@ -245,8 +294,10 @@ class LowRankTuner(BaseTuner):
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
         by_group = getattr(unwrapped(self.model), SHARED, {})
-        if autocast_adapter_dtype and adapter_name in by_group:
-            for t in [*by_group[adapter_name].parameters(), *by_group[adapter_name].buffers()]:
+        shared = [by_group[adapter_name]] if adapter_name in by_group else []
+        own = [a for m in self.model.modules() if isinstance(m, AdaptedLayer) for a in m.adapters([adapter_name])]
+        for module in (*shared, *own) if autocast_adapter_dtype else ():
+            for t in (*module.parameters(), *module.buffers()):  # PEFT casts parameters, and what lies in its layers
                 if t.is_floating_point() and t.dtype.itemsize < 4:
                     t.data = t.data.float()
 
@@ -357,6 +408,7 @@ class LowRankTuner(BaseTuner):
         if not kept and dist.is_available() and dist.is_initialized() and dist.get_rank():
             return kept  # a state that was gathered on the first process alone
         check_whole(config, own, kept)
+        config.grown = grown(model, adapter_name) or None
         return kept
 
     @classmethod
@@ -378,8 +430,10 @@ class LowRankTuner(BaseTuner):
                 k if k.startswith("base_model.model.") else "base_model.model." + k: v for k, v in state_dict.items()
             }
         others = {"base_model.model." + k.removeprefix("base_model.model.") for k in model.state_dict()}
+        loose = growing(model, adapter_name)
+        sizes = {k: loose[name] for k, (key, _) in expected.items() if (name := plain_name(key)) in loose}
         try:
-            check_checkpoint(config, {k: v for k, (_, v) in expected.items()}, others, state_dict)
+            check_checkpoint(config, {k: v for k, (_, v) in expected.items()}, others, state_dict, sizes)
         except RankfoldError:
             tuner = getattr(model, "base_model", None)
             if isinstance(tuner, LowRankTuner) and adapter_name in tuner.injected and len(tuner.peft_config) > 1:

@@ -15,8 +15,8 @@ from rankfold.errors import RankfoldError
 from rankfold.fold import native, peft_adapters
 from rankfold.fold.plain_lora import factors_of, is_plain, modules_of
 from rankfold.fold.source import Source
+from rankfold.host import adapter as host
 from rankfold.host import registry
-from rankfold.host.adapter import Adapter
 from rankfold.host.config import LowRankConfig
 from rankfold.host.layer import AdaptedLayer
 from rankfold.host.parameter_layer import AdaptedParameters
@@ -80,7 +80,7 @@ def _of_model(model: nn.Module, adapter_name: str) -> dict[str, Found]:
     return updates
 
 
-def _ours(adapter: Adapter) -> tuple[Factors, int]:
+def _ours(adapter: host.Adapter) -> tuple[Factors, int]:
     return adapter.factors(), sum(block.rank for block in adapter.blocks())
 
 

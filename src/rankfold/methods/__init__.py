@@ -8,9 +8,11 @@ from rankfold.host.registry import Method, discover
 
 if TYPE_CHECKING:  # for type checkers alone, which cannot follow the loop below
     from rankfold.methods.adalora import AdaSvdConfig as AdaSvdConfig
+    from rankfold.methods.cola import ColaConfig as ColaConfig
     from rankfold.methods.cora import CoraConfig as CoraConfig
     from rankfold.methods.dynamic_dora import DynamicDoraConfig as DynamicDoraConfig
     from rankfold.methods.lora import PlainLoraConfig as PlainLoraConfig
+    from rankfold.methods.rac_lora import RacLoraConfig as RacLoraConfig
     from rankfold.methods.rasa import RasaConfig as RasaConfig
     from rankfold.methods.sora import SoraConfig as SoraConfig
 
