@@ -12,7 +12,16 @@ from small_llama import TARGETS, adapted, batch, llama
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
 
-from rankfold import AdaSvdConfig, CoraConfig, DynamicDoraConfig, PlainLoraConfig, RasaConfig, SoraConfig, attach
+from rankfold import (
+    AdaSvdConfig,
+    CoraConfig,
+    DynamicDoraConfig,
+    PlainLoraConfig,
+    RacLoraConfig,
+    RasaConfig,
+    SoraConfig,
+    attach,
+)
 from rankfold.errors import RankfoldError
 from rankfold.host.layer import AdaptedLayer
 from rankfold.kernel.factors import Factors
@@ -180,6 +189,14 @@ def test_half_frozen(which: str) -> None:
     else:
         with pytest.raises(RankfoldError, match="up is frozen"):
             LoraFa(model)
+
+
+@pytest.mark.parametrize(("side", "frozen"), [("right", "down"), ("left", "up")])
+def test_a_drawn_factor(side: Any, frozen: str) -> None:
+    model = adapted(RacLoraConfig(r=4, links=2, side=side, target_modules=TARGETS))
+    for cls in (LoraRite, LoraFa):
+        with pytest.raises(RankfoldError, match=f"q_proj: {frozen} is frozen .* to train; take torch.optim.AdamW"):
+            cls(model)
 
 
 def test_a_frozen_basis(tmp_path: Path) -> None:
