@@ -11,7 +11,7 @@ from one_pair import A0, B0, GS, give, loss, pair
 from small_llama import TARGETS, adapted, batch, train, trained
 from torch import Tensor, nn
 
-from rankfold import SoraConfig, attach
+from rankfold import ColaConfig, SoraConfig, attach
 from rankfold.errors import RankfoldError
 from rankfold.optim import LoraFa, LoraPlus, LoraPro, LoraRite, Riemannian
 from rankfold.optim.create import create
@@ -309,6 +309,18 @@ def test_a_controller_runs(name: str) -> None:
     train(model, optimizer, range(4))
     assert attached.controllers["default"].step == 4
     assert 0 < sum(attached.ranks()["default"].values()) < 4 * 6
+    assert all(torch.isfinite(p).all() for p in trained(model).values())
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_chain_of_links_runs(name: str) -> None:
+    """A knot drops the state of a pair; the next link's is its own."""
+    model = adapted(ColaConfig(r=4, links=2, target_modules=TARGETS))
+    optimizer = create(name, model, 0.003)
+    attached = attach(model, optimizer, total_steps=4)
+    train(model, optimizer, range(4))
+    assert attached.controllers["default"].finished()
+    assert {int(entry["step"]) for entry in optimizer.state.values() if "step" in entry} == {2}
     assert all(torch.isfinite(p).all() for p in trained(model).values())
 
 
