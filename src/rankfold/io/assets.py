@@ -230,7 +230,10 @@ def _tweet_entities(bundled: BundledDataset) -> Iterator[tuple[str, dict[str, li
             pairs.append([word, tag])
         elif pairs:
             words, tags = (list(column) for column in zip(*pairs, strict=True))
-            yield _split(" ".join(words).casefold(), {"test": 2, "validation": 1, "train": 7}), {"words": words, "tags": tags}
+            yield (
+                _split(" ".join(words).casefold(), {"test": 2, "validation": 1, "train": 7}),
+                {"words": words, "tags": tags},
+            )
             pairs = []
 
 
