@@ -277,8 +277,37 @@ RAC_LORA = Facts(
         ({"solver": "exact_gd", "lora_dropout": 0.1}, "lora_dropout=0.1"),
     ),
 )
+XGBLORA = Facts(
+    method="xgblora",
+    count=lambda config, r, out, inn, layers: layers * r * (inn + out),
+    rank=lambda config, r, layers: r + LINK,
+    delta=_chain_delta,
+    # Every layer is drawn, so that every tensor moves; the draws are in test_xgblora.py
+    variants={"default": {"link_steps": 2, "allow_unscheduled": True}},
+    bad=(({"layers_drawn": 0}, "layers_drawn=0"), ({"link_steps": 0}, "link_steps=0")),
+    needs=lambda arch: {"layers_drawn": {"t5": 4, "mlp": 3}.get(arch.name, 3)},
+)
 
-TABLE = [LORA, RASA, SORA, ADALORA, DYNAMIC_DORA, CORA, COLA, RAC_LORA]
+
+def _delta_lora_delta(config: Any, r: int, alpha: float, own: State, _: State) -> Tensor:
+    now, then = own["up"] @ own["down"], own["links_up"] @ own["links_down"]
+    return scale(config, r, alpha) * ((1 + config.delta_weight) * now - config.delta_weight * then)
+
+
+DELTA_LORA = Facts(
+    method="delta_lora",
+    count=lambda config, r, out, inn, layers: layers * r * (inn + out),
+    rank=lambda config, r, layers: r + LINK,
+    delta=_delta_lora_delta,
+    variants={"default": {"r": 4, "start_step": 0, "allow_unscheduled": True}},
+    bad=(
+        ({"lora_dropout": 0.1}, "lora_dropout=0.1"),
+        ({"delta_weight": -1.0}, "delta_weight=-1.0"),
+        ({"start_step": -1}, "start_step=-1"),
+    ),
+)
+
+TABLE = [LORA, RASA, SORA, ADALORA, DYNAMIC_DORA, CORA, COLA, RAC_LORA, XGBLORA, DELTA_LORA]
 ROWS = [Row(facts, variant, kwargs) for facts in TABLE for variant, kwargs in facts.variants.items()]
 FIRST = [next(row for row in ROWS if row.facts is facts) for facts in TABLE]
 

@@ -81,7 +81,8 @@ def _of_model(model: nn.Module, adapter_name: str) -> dict[str, Found]:
 
 
 def _ours(adapter: host.Adapter) -> tuple[Factors, int]:
-    return adapter.factors(), sum(block.rank for block in adapter.blocks())
+    factors = adapter.factors()
+    return factors, factors.rank
 
 
 def _of_peft_adapter(adapter: SavedAdapter, config: LoraConfig, base: str | None) -> dict[str, Found]:

@@ -96,6 +96,11 @@ class Chain(Adapter):
         self.links_down = torch.cat([self.links_down, link.down])
         self.links_up = torch.cat([self.links_up, link.up], 1)
 
+    def drop_empty_links(self) -> None:
+        """Gives up the room that a used config kept for links which this adapter never had."""
+        if self.frozen_rank and not self.links_up.any():
+            self.links_down, self.links_up = self.links_down[:0].clone(), self.links_up[:, :0].clone()
+
     def compact(self, error: float = 0.0) -> float:
         """Re-factors all links at once, by QR and a small SVD: in float64, stored in float32 at least.
 

@@ -145,10 +145,7 @@ class ChainController(Controller[A, C], Generic[A, C]):
         super().__init__(config, adapters, total_steps)
         self.positions = positions(config, total_steps)
         for a in self.adapters:
-            if (
-                a.frozen_rank and not a.links_up.any()
-            ):  # room that a used config kept for links which this adapter never had
-                a.links_down, a.links_up = a.links_down[:0].clone(), a.links_up[:, :0].clone()
+            a.drop_empty_links()
         # `before` tells the draws of a chain that goes on behind another from the other's
         before = {a.site.name: a.frozen_rank for a in self.adapters}
         self.state["chain"] = {
