@@ -16,6 +16,7 @@ from rankfold.errors import RankfoldError
 from rankfold.host.adapter import Adapter
 from rankfold.host.peft_api import check_adapters_to_merge
 from rankfold.host.tied import BaseWeight
+from rankfold.host.tied_adapter import TiedAdapter
 
 
 def _as_it_is(delta: Tensor, weight: Tensor) -> Tensor:
@@ -156,7 +157,8 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
             weight = self.get_base_weight()
             merged = weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
             for name in names:
-                merged += self.get_delta_weight(name).to(merged.device, merged.dtype)
+                if not isinstance(self.lowrank_adapters[name], TiedAdapter):
+                    merged += self.get_delta_weight(name).to(merged.device, merged.dtype)
             return merged.to(weight.dtype)
 
     def merges_to_finite(self, names: Sequence[str]) -> bool:

@@ -17,6 +17,7 @@ from rankfold.errors import RankfoldError
 from rankfold.peft_version import TESTED
 
 try:
+    from peft import LoraModel
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
     from peft.tuners.tuners_utils import (
         _check_lora_target_modules_mamba,
@@ -37,6 +38,8 @@ except ImportError as error:
         f"install peft>={TESTED[0]},<{TESTED[1]}, the range it is tested with"
     ) from error
 
+#: How PEFT's LoRA prepares a config whose adapters or saved modules are to stay tied.
+tie_targets, tie_modules_to_save = LoraModel._add_targets_to_tie, LoraModel._add_modules_to_save_to_tie
 in_out_features = _get_in_out_features
 include_all_linear_layers = _maybe_include_all_linear_layers
 
@@ -54,6 +57,8 @@ __all__ = [
     "names_of_experts",
     "onload_layer",
     "peft_name",
+    "tie_modules_to_save",
+    "tie_targets",
 ]
 
 
