@@ -31,7 +31,7 @@ from torch import nn
 
 from rankfold import PlainLoraConfig, RasaConfig
 
-SIZES = {
+SIZES: dict[str, Any] = {
     "hidden_size": 256,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,

@@ -83,7 +83,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         super().__setstate__(state)
         self.base_weight.join(self)
 
-    def add_adapter(self, name: str, adapter: Adapter, inference_mode: bool = False) -> None:
+    def add_adapter(self, name: str, adapter: Any, inference_mode: bool = False) -> None:
         """Adds an adapter in the base's mode, device and dtype; it becomes trainable if it is active."""
         adapter.tensor_names = tuple(adapter.state_dict())
         self.lowrank_adapters[name] = adapter.train(self.training)

@@ -28,7 +28,7 @@ try:
     )
     from peft.utils.other import get_pattern_key
     from peft.utils.transformers_weight_conversion import (
-        _MODEL_TO_CONVERSION_PATTERN,
+        _MODEL_TO_CONVERSION_PATTERN,  # pyright: ignore[reportPrivateImportUsage]
         _MOE_TARGET_MODULE_MAPPING,
         _convert_peft_config_moe,
     )
@@ -78,7 +78,7 @@ def check_as_lora(config: Any, model: Any, target_name: str) -> None:
 def names_of_experts(model: Any) -> dict[str, str]:
     """What the experts' and routers' modules of such a model were called before transformers fused them → the parameter that PEFT
     makes of the name; empty for other models."""
-    kind = getattr(getattr(model, "config", None), "model_type", None)
+    kind: Any = getattr(getattr(model, "config", None), "model_type", None)
     return _MOE_TARGET_MODULE_MAPPING.get(_MODEL_TO_CONVERSION_PATTERN.get(kind, ""), {})
 
 

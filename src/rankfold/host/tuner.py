@@ -108,7 +108,7 @@ class LowRankTuner(BaseTuner):
                 continue
             if isinstance(module, BaseTunerLayer):
                 inside = (*inside, name + ".")
-            base = module.get_base_layer() if isinstance(module, AdaptedLayer) else module
+            base: Any = module.get_base_layer() if isinstance(module, AdaptedLayer) else module
             if config.target_parameters and (found := parameter_sites(config, key, base)):
                 parameters[name] = found
                 sites |= {site.name: site for stack in found.values() for site in stack}
