@@ -71,3 +71,20 @@ def test_pefts_adapters_of_parameters_count_as_reached():
     model = get_peft_model(moe(), LoraConfig(r=2, target_modules=["q_proj"], target_parameters=["experts.down_proj"]))
     left = {one.kind: one for one in unreached.unreached(model)}
     assert left[EXPERTS].parameters == 2 * 4 * 2 * 16 * 24  # gate_up_proj alone
+
+
+def test_linear_layers_whose_name_means_the_experts_are_named():
+    sizes = {
+        **SIZES,
+        "moe_intermediate_size": 12,
+        "n_routed_experts": 4,
+        "n_group": 2,
+        "topk_group": 1,
+        "num_key_value_heads": 2,
+    }
+    ranks = {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8}
+    model = hf.DeepseekV3ForCausalLM(hf.DeepseekV3Config(**sizes, **ranks, n_shared_experts=1, first_k_dense_replace=1))
+    left = found(model, target_modules=["gate_proj", "up_proj", "down_proj"])
+    assert left["linear layers called as experts were"].names[0] == "model.layers.0.mlp.gate_proj.weight"
+    assert left["linear layers called as experts were"].parameters == 3 * 16 * 24 + 3 * 16 * 12
+    assert EXPERTS not in left

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers as hf
-from models import LLAMA, VOCAB, Arch
+from models import LLAMA, TIED, VOCAB, Arch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from table import FIRST, Row, adapt, assert_same, second, snapshot, stir
@@ -184,6 +185,42 @@ def test_an_untied_head_and_its_embedding_on_a_llama(tmp_path: Path) -> None:
     fold_model(model, tmp_path / "merged", profile="merged")
     merged = hf.LlamaForCausalLM.from_pretrained(tmp_path / "merged")
     torch.testing.assert_close(LLAMA.out(merged), LLAMA.out(model), rtol=1e-4, atol=1e-5)
+
+
+@methods
+def test_a_tied_head_shares_the_embeddings_adapter(row: Row, tmp_path: Path) -> None:
+    """PEFT adds the update twice when it merges (peft 0.21.2); here it lies in the one weight once."""
+    fields: dict[str, Any] = {"target_modules": ["q_proj", "embed_tokens"], "ensure_weight_tying": True}
+    model = adapt(TIED, row, **fields)
+    embedding, head = found(model)["model.embed_tokens"], found(model)["lm_head"]
+    torch.testing.assert_close(head.get_delta_weight("default"), embedding.get_delta_weight("default"))
+    assert not list(head.lowrank_adapters["default"].parameters())
+    wanted, before = TIED.out(model), snapshot(model)
+    model.merge_adapter()
+    torch.testing.assert_close(TIED.out(model), wanted, rtol=1e-4, atol=1e-4)
+    model.unmerge_adapter()
+    assert_same(snapshot(model), before)
+    model.peft_config["default"].allow_unscheduled = True  # pyright: ignore[reportAttributeAccessIssue]
+    model.save_pretrained(tmp_path / "own", save_embedding_layers=False)
+    assert torch.equal(TIED.out(PeftModel.from_pretrained(TIED.build(), tmp_path / "own").eval()), wanted)  # pyright: ignore
+    fold_model(model, tmp_path / "out")
+    stock = PeftModel.from_pretrained(TIED.build(), tmp_path / "out").eval()  # pyright: ignore[reportArgumentType]
+    torch.testing.assert_close(TIED.out(stock), wanted, rtol=1e-4, atol=1e-4)
+    assert torch.equal(TIED.out(copy.deepcopy(model)), wanted)
+
+
+@pytest.mark.parametrize("arch", [LLAMA, TIED], ids=lambda arch: arch.name)
+def test_token_rows_are_trained_by_pefts_own_mechanism(arch: Arch, tmp_path: Path) -> None:
+    model = adapt(arch, OTHERS[1], target_modules=["q_proj"], trainable_token_indices=[1, 5])
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
+    arch.loss(model.train()).backward()
+    optimizer.step()
+    wanted = arch.out(model.eval())
+    model.save_pretrained(tmp_path)
+    assert torch.equal(arch.out(PeftModel.from_pretrained(arch.build(), tmp_path).eval()), wanted)  # pyright: ignore
+    with pytest.raises(RankfoldError, match=r"trainable_token_indices=\[1, 5\]: it trains rows of the embedding"):
+        fold_model(model, tmp_path / "out")
+    torch.testing.assert_close(arch.out(model.merge_and_unload()), wanted, rtol=1e-4, atol=1e-5)  # pyright: ignore
 
 
 def test_what_has_no_fold_says_so(tmp_path: Path) -> None:

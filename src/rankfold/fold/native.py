@@ -173,6 +173,11 @@ def check_foldable(config: PeftConfig) -> LowRankConfig:
     method = registry.get(config.method)
     if not method.foldable:
         raise RankfoldError(not_fixed(method.title))
+    if config.trainable_token_indices:
+        raise RankfoldError(
+            f"trainable_token_indices={config.trainable_token_indices}: it trains rows of the embedding, which no LoRA holds; "
+            "save what merge_and_unload() gives"
+        )
     if method.controller is not None and not config.schedule and not config.allow_unscheduled:
         raise RankfoldError(
             f"this {config.method} adapter was saved without its schedule having run, so its ranks were never chosen; "

@@ -52,6 +52,9 @@ class LowRankConfig(PeftConfig, metaclass=LoraFields):
         default=None,
         metadata={"help": "Rows of the embedding trained in full by PEFT's own mechanism, such as new tokens."},
     )
+    ensure_weight_tying: bool = field(
+        default=False, metadata={"help": "An output head that shares the embedding's weight shares its adapter too."}
+    )
     modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "Modules trained in full and saved beside the adapter, such as a new head."}
     )

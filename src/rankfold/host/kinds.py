@@ -51,8 +51,8 @@ def _embedding(base: nn.Module) -> bool:
 
 
 def _table(base: nn.Module) -> tuple[int, int]:
-    rows, dim = base.weight.shape  # pyright: ignore[reportGeneralTypeIssues]
-    return rows, dim
+    weight: Tensor = base.weight  # pyright: ignore[reportAssignmentType]
+    return len(weight), weight.shape[1]
 
 
 def _transposed(delta: Tensor, weight: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from rankfold.errors import RankfoldError
 from rankfold.host.adapter import Adapter, not_fixed
 from rankfold.host.peft_api import check_adapters_to_merge
 from rankfold.host.tied import BaseWeight
+from rankfold.host.tied_adapter import TiedAdapter
 
 
 def _as_it_is(delta: Tensor, weight: Tensor) -> Tensor:
@@ -84,7 +85,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         super().__setstate__(state)
         self.base_weight.join(self)
 
-    def add_adapter(self, name: str, adapter: Adapter, inference_mode: bool = False) -> None:
+    def add_adapter(self, name: str, adapter: Any, inference_mode: bool = False) -> None:
         """Adds an adapter in the base's mode, device and dtype; it becomes trainable if it is active."""
         adapter.tensor_names = tuple(adapter.state_dict())
         self.lowrank_adapters[name] = adapter.train(self.training)
@@ -197,7 +198,8 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
             weight = self.get_base_weight()
             merged = weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
             for name in names:
-                merged += self.get_delta_weight(name).to(merged.device, merged.dtype)
+                if not isinstance(self.lowrank_adapters[name], TiedAdapter):
+                    merged += self.get_delta_weight(name).to(merged.device, merged.dtype)
             return merged.to(weight.dtype)
 
     def merges_to_finite(self, names: Sequence[str]) -> bool:

@@ -26,7 +26,6 @@ _WHY = {
     "alora_invocation_tokens": "activated LoRA is PEFT's; use peft.LoraConfig",
     "arrow_config": "routing between adapters is PEFT's; use peft.LoraConfig",
     "megatron_config": "Megatron layers are not adapted here",
-    "ensure_weight_tying": "tied weights get one adapter per module here; use peft.LoraConfig",
 }
 
 

@@ -17,6 +17,7 @@ from rankfold.errors import RankfoldError
 from rankfold.peft_version import TESTED
 
 try:
+    from peft import LoraModel
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
     from peft.optimizers.lorafa import LoraFAOptimizer
     from peft.tuners.tuners_utils import (
@@ -29,7 +30,7 @@ try:
     from peft.utils import save_and_load
     from peft.utils.other import get_pattern_key
     from peft.utils.transformers_weight_conversion import (
-        _MODEL_TO_CONVERSION_PATTERN,
+        _MODEL_TO_CONVERSION_PATTERN,  # pyright: ignore[reportPrivateImportUsage]
         _MOE_TARGET_MODULE_MAPPING,
         _convert_peft_config_moe,
     )
@@ -41,6 +42,8 @@ except (ImportError, AttributeError) as error:
         f"install peft>={TESTED[0]},<{TESTED[1]}, the range it is tested with"
     ) from error
 
+#: How PEFT's LoRA prepares a config whose adapters or saved modules are to stay tied.
+tie_targets, tie_modules_to_save = LoraModel._add_targets_to_tie, LoraModel._add_modules_to_save_to_tie
 in_out_features = _get_in_out_features
 include_all_linear_layers = _maybe_include_all_linear_layers
 
@@ -60,6 +63,8 @@ __all__ = [
     "names_of_experts",
     "onload_layer",
     "peft_name",
+    "tie_modules_to_save",
+    "tie_targets",
 ]
 
 
@@ -79,7 +84,7 @@ def check_as_lora(config: Any, model: Any, target_name: str) -> None:
 def names_of_experts(model: Any) -> dict[str, str]:
     """What the experts' and routers' modules of such a model were called before transformers fused them → the parameter that PEFT
     makes of the name; empty for other models."""
-    kind = getattr(getattr(model, "config", None), "model_type", None)
+    kind: Any = getattr(getattr(model, "config", None), "model_type", None)
     return _MOE_TARGET_MODULE_MAPPING.get(_MODEL_TO_CONVERSION_PATTERN.get(kind, ""), {})
 
 

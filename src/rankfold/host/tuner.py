@@ -49,10 +49,13 @@ from rankfold.host.peft_api import (
     keep_out_of_base_state,
     name_fused_experts,
     onload_layer,
+    tie_modules_to_save,
+    tie_targets,
 )
 from rankfold.host.siblings import link_siblings, part_siblings
 from rankfold.host.targets import absent_names, parameter_sites
 from rankfold.host.tied import link_tied, warn_tied
+from rankfold.host.tied_adapter import TiedAdapter
 from rankfold.host.unreached import say, unreached
 
 keep_out_of_base_state(SHARED)
@@ -63,6 +66,7 @@ class Plan:
     """The plan for one config on one model, made before anything is touched.
 
     Args:
+        tied: names of the heads that share the embedding's weight, and its adapter too.
         groups: by site name; absent where nothing is shared.
         parameters: of modules, by the model's own names, those that are adapted, each with its sites.
         keys: what each group is called in state dicts and files, by its own key.
@@ -72,16 +76,17 @@ class Plan:
     groups: dict[str, Group]
     keys: dict[str, str]
     parameters: dict[str, dict[str, list[Site]]]
+    tied: set[str]
 
     def places(self) -> Iterator[tuple[str, Site]]:
-        """Where in a state dict each site's tensors lie, without the adapter's name."""
+        """Where in a state dict the tensors lie of each site that has some, without the adapter's name."""
         fused = {
             site.name: f"{plain_name(module)}.{LAYERS}.{parameter}.{i}"
             for module, stacks in self.parameters.items()
             for parameter, stack in stacks.items()
             for i, site in enumerate(stack)
         }
-        for site in self.sites.values():
+        for site in (site for name, site in self.sites.items() if name not in self.tied):
             yield fused.get(site.name, f"{site.name}.{LAYERS}"), site
 
 
@@ -90,6 +95,7 @@ class LowRankTuner(BaseTuner):
 
     prefix = PREFIX
     tuner_layer_cls = AdaptedLayer
+    _add_targets_to_tie, _add_modules_to_save_to_tie = tie_targets, tie_modules_to_save
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
     #: The method's; `registry` sets it.
     adapter_cls: ClassVar[type[Adapter]]
@@ -105,11 +111,14 @@ class LowRankTuner(BaseTuner):
         """
         config.check()  # a field may have been assigned since
         name_fused_experts(config, model)
+        if config.ensure_weight_tying:
+            self._check_tied_modules(model, config)
         config = self._prepare_adapter_config(config, self.get_model_config(model))  # pyright: ignore[reportAssignmentType]
         config = include_all_linear_layers(config, model)  # pyright: ignore[reportAssignmentType]
         named = None if state_dict is None else {plain_name(k.rsplit("." + PREFIX, 1)[0]) for k in state_dict}
         sites: dict[str, Site] = {}
         parameters: dict[str, dict[str, list[Site]]] = {}
+        tied: set[str] = set()
         inside: tuple[str, ...] = ()
         for name, module in model.named_modules():
             key = plain_name(name)
@@ -117,10 +126,14 @@ class LowRankTuner(BaseTuner):
                 continue
             if isinstance(module, BaseTunerLayer):
                 inside = (*inside, name + ".")
-            base = module.get_base_layer() if isinstance(module, AdaptedLayer) else module
+            base: Any = module.get_base_layer() if isinstance(module, AdaptedLayer) else module
             if config.target_parameters and (found := parameter_sites(config, key, base)):
                 parameters[name] = found
                 sites |= {site.name: site for stack in found.values() for site in stack}
+            if self._check_tied_module_exists(config, key):
+                tied.add(key)
+                sites[key] = site_of(key, module)
+                continue
             if not (key in named if named is not None else self._check_target_module_exists(config, key)):
                 continue
             sites[key] = site_of(key, module)
@@ -130,7 +143,7 @@ class LowRankTuner(BaseTuner):
         members: dict[str, list[Site]] = {}
         for site in sites.values():
             adapter_cls.check_site(config, site)
-            group_key = adapter_cls.group_key(config, site)
+            group_key = None if site.name in tied else adapter_cls.group_key(config, site)
             if group_key is not None:
                 members.setdefault(group_key, []).append(site)
         groups = {key: Group(key, tuple(group)) for key, group in members.items()}
@@ -139,7 +152,7 @@ class LowRankTuner(BaseTuner):
         by_site = {site.name: group for group in groups.values() for site in group.sites}
         if sites and state_dict is None:  # with none at all PEFT raises
             _warn_absent(config, model)
-        return Plan(sites, by_site, short_keys(list(groups)), parameters)
+        return Plan(sites, by_site, short_keys(list(groups)), parameters, tied)
 
     def _check_served(self, config: LowRankConfig, site: Site) -> None:
         """Raises RankfoldError where the method does not adapt modules of this kind."""
@@ -188,12 +201,19 @@ class LowRankTuner(BaseTuner):
             super().inject_adapter(model, adapter_name, *args, state_dict=state_dict, **kwargs)
         self.injected.add(adapter_name)
         for tied in link_tied([(n, m) for n, m in model.named_modules() if isinstance(m, AdaptedLayer)]):
-            warn_tied(tied)
+            own = [name for name in tied if plain_name(name) not in self._plan.tied]
+            if len(own) > 1:
+                warn_tied(own)
         _warn_fast_path(model)
         say(unreached(model), asked)
         link_siblings(model, AdaptedLinear)
         if config.fuse_mlp:
             fuse_mlps(model, AdaptedLinear)
+
+    def _get_tied_target_modules(self, model: nn.Module) -> list[str]:
+        """What PEFT warns of before a merge; adapters that are tied on purpose merge into the one weight once."""
+        tied = all(getattr(config, "ensure_weight_tying", False) for config in self.peft_config.values())
+        return [] if tied else super()._get_tied_target_modules(model)
 
     def _inject_parameters(
         self, peft_config: Any, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
@@ -221,13 +241,16 @@ class LowRankTuner(BaseTuner):
         return [f"{name}.{p}" for name, stacks in self._plan.parameters.items() for p in stacks]
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        if isinstance(child, AdaptedParameters):  # PEFT would hand on a weight, which such a module does not have
-            setattr(parent, child_name, new_module)
-        else:
+        if isinstance(new_module, AdaptedLayer):
             super()._replace_module(parent, child_name, new_module, child)
+        else:  # unloaded; PEFT would hand on a weight, which not every module has
+            setattr(parent, child_name, new_module)
 
     def _adapter(self, config: LowRankConfig, adapter_name: str, site: Site) -> Adapter:
         """A new adapter with its first values."""
+        if site.name in self._plan.tied:  # PEFT comes to these last
+            embedding: Any = self.model.get_input_embeddings()
+            return TiedAdapter(config, site, embedding.adapters([adapter_name])[0])
         adapter = self.adapter_cls(config, site, self._shared_state(config, adapter_name, site))
         adapter.reset_parameters(config.init_lora_weights)
         return adapter

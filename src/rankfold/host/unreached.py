@@ -16,6 +16,7 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
 from rankfold.host.adapter import SharedState
+from rankfold.host.peft_api import names_of_experts
 
 EXPERTS = "fused experts"
 _KINDS: tuple[tuple[str, tuple[type[nn.Module], ...]], ...] = (
@@ -42,7 +43,8 @@ class Unreached:
 
 
 def unreached(model: nn.Module) -> list[Unreached]:
-    """The fused experts, embeddings and convolutions that neither an adapter nor `modules_to_save` reaches, the largest first.
+    """The fused experts, embeddings and convolutions that neither an adapter nor `modules_to_save` reaches, and the linear layers whose
+    name means fused experts instead; the largest first.
 
     Args:
         model: with adapters, ours or PEFT's.
@@ -56,6 +58,17 @@ def unreached(model: nn.Module) -> list[Unreached]:
         for kind, p in _of_a_kind(module):
             if id(p) not in reached and id(p) not in added:
                 found.setdefault(kind, {})[id(p)] = p
+    lent = names_of_experts(model).keys() - {"gate"}
+    if lent and EXPERTS not in found:  # names that mean the experts now
+        for name, module in model.named_modules():
+            if (
+                isinstance(module, nn.Linear)
+                and name.rpartition(".")[2] in lent
+                and id(module.weight) not in reached | added
+            ):
+                found.setdefault("linear layers called as experts were", {})[id(module.weight)] = module.get_parameter(
+                    "weight"
+                )
     total = sum(p.numel() for p in model.parameters() if id(p) not in added)
     sums = {kind: sum(p.numel() for p in held.values()) for kind, held in found.items()}
     return [

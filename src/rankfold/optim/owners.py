@@ -74,6 +74,8 @@ def _called(name: str, adapter_name: str) -> str:
 def _of_ours(layer: AdaptedLayer) -> Owned:
     found = Owned()
     for adapter_name, adapter in ((n, a) for n in layer.lowrank_adapters for a in layer.adapters([n])):
+        if not any(True for _ in adapter.parameters()):  # tied: the embedding's
+            continue
         pool: set[int] = set()
         if adapter.shared is not None:
             found.leave(adapter.shared, "shared by several layers")

@@ -61,8 +61,8 @@ def adapter_flops(model: nn.Module) -> tuple[float, float] | None:
         layer: Any = layers[names[0]]
         if hasattr(layer, "link_to"):
             layer.link_to(None, 0)  # alone: its siblings are counted for themselves
-        if isinstance(layer, AdaptedLayer) and not layer.kind.linear:
-            pairs = len(names) * _of_pairs(layer) * (_share_of_experts(model, layer.get_base_layer()))
+        if _is_ours_of_another_kind(layer):
+            pairs = len(names) * _of_pairs(layer) * _share_of_experts(model, layer.get_base_layer())
             forward, both = forward + pairs, both + 3 * pairs
             continue
         if not hasattr(layer.get_base_layer(), "weight"):  # fused experts: what they do depends on the routing
@@ -87,6 +87,10 @@ def adapter_flops(model: nn.Module) -> tuple[float, float] | None:
         forward += len(names) * (there - base) / TOKENS
         both += len(names) * (back - 2 * base) / TOKENS
     return forward, both
+
+
+def _is_ours_of_another_kind(layer: nn.Module) -> bool:
+    return isinstance(layer, AdaptedLayer) and not layer.kind.linear
 
 
 def _of_pairs(layer: AdaptedLayer) -> int:

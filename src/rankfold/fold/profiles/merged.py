@@ -99,14 +99,15 @@ def _base(folded: Folded) -> nn.Module:
 def _adaptable(model: nn.Module, name: str) -> tuple[Any, Kind]:
     """The module of this name, and its kind; raises ValueError where there is none, or where an embedding and another layer
     have one weight."""
-    module: Any = dict(model.named_modules()).get(name)
+    modules: dict[str, Any] = dict(model.named_modules())
+    module = modules.get(name)
     if module is None and to_model(model)(f"{name}.weight")[1]:
         raise RankfoldError(
             f"profile merged: {name} is one of several experts that this version of transformers fuses into one parameter, to which "
             "it does not add; fold with --profile uniform, or load the adapter with PEFT and call merge_and_unload()"
         )
     kind = None if module is None else kind_of(module)
-    if kind is None:
+    if module is None or kind is None:
         raise RankfoldError(f"profile merged: {type(model).__name__} has no layer {name!r}; was the adapter's another?")
     embeddings = model.get_input_embeddings()  # pyright: ignore[reportCallIssue]
     if module is not embeddings and module.weight is getattr(embeddings, "weight", None):

@@ -118,6 +118,7 @@ def config(source: Source, rank: int) -> dict[str, object]:
         "lora_dropout": 0.0,
         "target_modules": target_suffixes([n for n in layout.stacks if n not in parameters], source.modules),
         **({"target_parameters": target_suffixes(parameters, source.parameters)} if parameters else {}),
+        **({"ensure_weight_tying": True} if getattr(source.config, "ensure_weight_tying", False) else {}),
         "modules_to_save": sorted(getattr(source.config, "modules_to_save", None) or []) or None
         if source.heads
         else None,
