@@ -8,10 +8,13 @@ from rankfold.host.registry import Method, discover
 
 if TYPE_CHECKING:  # for type checkers alone, which cannot follow the loop below
     from rankfold.methods.adalora import AdaSvdConfig as AdaSvdConfig
+    from rankfold.methods.block_lora import BlockLoraConfig as BlockLoraConfig
     from rankfold.methods.cora import CoraConfig as CoraConfig
     from rankfold.methods.dynamic_dora import DynamicDoraConfig as DynamicDoraConfig
     from rankfold.methods.lora import PlainLoraConfig as PlainLoraConfig
     from rankfold.methods.rasa import RasaConfig as RasaConfig
+    from rankfold.methods.sbora import SboraConfig as SboraConfig
+    from rankfold.methods.sd_lora import SdLoraConfig as SdLoraConfig
     from rankfold.methods.sora import SoraConfig as SoraConfig
 
 _modules = [import_module(f"{__name__}.{found.name}") for found in iter_modules(__path__)]
