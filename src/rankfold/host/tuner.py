@@ -457,6 +457,7 @@ class LowRankTuner(BaseTuner):
         sizes = {k: loose[name] for k, (key, _) in expected.items() if (name := plain_name(key)) in loose}
         try:
             check_checkpoint(config, {k: v for k, (_, v) in expected.items()}, others, state_dict, sizes)
+            _check_states(model, adapter_name, {plain_name(key): state_dict[k] for k, (key, _) in expected.items()})
         except RankfoldError:
             tuner = getattr(model, "base_model", None)
             if isinstance(tuner, LowRankTuner) and adapter_name in tuner.injected and len(tuner.peft_config) > 1:
@@ -469,6 +470,16 @@ class LowRankTuner(BaseTuner):
         if isinstance(tuner := getattr(model, "base_model", None), LowRankTuner):
             tuner.injected.discard(adapter_name)
         return {expected[k][0] if k in expected else k: v for k, v in state_dict.items()}
+
+
+def _check_states(model: nn.Module, adapter_name: str, found: dict[str, Tensor]) -> None:
+    """Asks every adapter about its own tensors of a file, which are given by their keys in the model."""
+    for name, layer in model.named_modules():
+        if isinstance(layer, AdaptedLayer):
+            dot = f"{plain_name(name)}." if plain_name(name) else ""
+            for adapter in layer.adapters([adapter_name]):
+                own = {key: found[f"{dot}{LAYERS}.{adapter_name}.{key}"] for key in adapter.tensor_names}
+                adapter.check_state(own)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
