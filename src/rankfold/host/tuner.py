@@ -258,6 +258,7 @@ class LowRankTuner(BaseTuner):
     def _check_given(self, config: LowRankConfig, name: str, model: nn.Module, given: dict[str, Tensor]) -> None:
         """Raises ValueError where the tensors that name the sites lack some of theirs: PEFT reads only which modules they name."""
         expected: dict[str, Tensor] = {}
+        sizes: dict[str, int] = {}
         shared: dict[str, nn.Module | None] = {}
         with torch.device("meta"):
             for place, site in self._plan.places():
@@ -268,8 +269,9 @@ class LowRankTuner(BaseTuner):
                     expected |= {f"{SHARED}.{self._plan.keys[group.key]}.{k}": v for k, v in tensors.items()}
                 adapter = self.adapter_cls(config, site, None if group is None else shared[group.key])
                 expected |= {f"{place}.{k}": v for k, v in adapter.state_dict().items()}
+                sizes |= {f"{place}.{k}": dim for k, dim in adapter.growing.items()}
         found = {self._remove_adapter_name_from_key(plain_name(k), name): v for k, v in given.items()}
-        check_checkpoint(config, expected, {plain_name(k) for k in model.state_dict()}, found)
+        check_checkpoint(config, expected, {plain_name(k) for k in model.state_dict()}, found, sizes)
 
     def _create_and_replace(
         self, peft_config: Any, adapter_name, target, target_name, parent, current_key, parameter_name=None
