@@ -200,6 +200,16 @@ def test_what_else_knows_lora_by_type_is_refused(row: Row, tmp_path: Path) -> No
         peft.PeftMixedModel.from_pretrained(LLAMA.build(), tmp_path)
 
 
+@first_rows
+def test_a_field_of_lora_that_is_assigned_is_refused(row: Row) -> None:
+    config = row.config(LLAMA)
+    config.use_dora = False  # pyright: ignore
+    get_peft_model(LLAMA.build(), config)
+    config.use_dora = True  # pyright: ignore
+    with pytest.raises(RankfoldError, match="use_dora=True is not supported"):
+        get_peft_model(LLAMA.build(), config)
+
+
 # States and names --------------------------------------------------------------------------------------------------------
 
 
