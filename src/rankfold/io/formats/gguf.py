@@ -41,7 +41,9 @@ def read(place: Place, base: str | None) -> Adapter:
     linears = [n for n, m in skeleton(config, (AutoModelForCausalLM,)).named_modules() if isinstance(m, nn.Linear)]
     modules = {stored: module for module, stored in stored_names(linears, config).items()}
     tensors = _values(path)
-    alpha = float(header.metadata.get("adapter.lora.alpha") or 0)
+    alpha = header.metadata.get("adapter.lora.alpha") or None
+    if not isinstance(alpha, float | None):
+        raise RankfoldError(f"{path}: adapter.lora.alpha={short_repr(alpha)} must be a number")
     pairs = {}
     for stored in dict.fromkeys(name.rpartition(".lora_")[0] or name for name in tensors):
         module, down, up = modules.get(stored), *(tensors.get(f"{stored}.lora_{side}") for side in "ab")
@@ -52,8 +54,8 @@ def read(place: Place, base: str | None) -> Adapter:
             raise RankfoldError(
                 f"{path}: {examples([n for n in tensors if n.startswith(stored)])}: base={base!r} {why}"
             )
-        order = row_order(module, len(up), config)
-        pairs[module] = Pair(down, up if order is None else up[order.argsort()], alpha / len(down) if alpha else 1.0)
+        order = row_order(module, len(up), config) if up.ndim == 2 else None
+        pairs[module] = Pair(down, up if order is None else up[order.argsort()], alpha)
     note = [
         f"read as a GGUF LoRA, alpha {alpha:g}" if alpha else "read as a GGUF LoRA without alpha, so every scale is 1"
     ]
