@@ -226,7 +226,7 @@ def base_model(
     task = table.of_peft_type(config.task_type)
     labels = _labels(tensors, config) if task and task.new_head else None
     model = load_base(base_class(config, name), name, dtype, labels)
-    embeddings = getattr(model, "get_input_embeddings", lambda: None)()
+    embeddings: Any = getattr(model, "get_input_embeddings", lambda: None)()
     key = next((f"{PREFIX}{n}.weight" for n, m in model.named_modules() if m is embeddings), "")
     if key in tensors and len(tensors[key]) != len(embeddings.weight):
         with quiet():
