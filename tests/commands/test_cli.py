@@ -126,13 +126,13 @@ def test_what_is_expected_is_one_sentence(error: Exception, sentence: str, monke
 
 
 def test_every_extra_is_named_for_its_packages():
-    """By the name that is imported, which differs for three of them."""
+    """By the name that is imported, which differs for two of them."""
     about = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"][
         "optional-dependencies"
     ]
-    imported = {"pyyaml": "yaml", "scikit-learn": "sklearn", "llama-cpp-python": "llama_cpp"}
+    imported = {"pyyaml": "yaml", "scikit-learn": "sklearn"}
     stated = {}
-    for extra in ("train", "gguf", "llama", "ray"):
+    for extra in ("train", "gguf", "ray"):
         names = (re.split(r"[\[<>=]", package)[0] for package in about[extra])
         stated |= {imported.get(name, name): extra for name in names if name != "rankfold"}
     assert stated == cli.EXTRAS
@@ -179,7 +179,7 @@ def test_wrong_usage_is_status_2(arguments: list[str], capsys: pytest.CaptureFix
 
 
 def test_methods(capsys: pytest.CaptureFixture[str]):
-    assert cli.main(["methods", "ra*", "--json"]) == 0
+    assert cli.main(["methods", "ras*", "--json"]) == 0
     (row,) = json.loads(capsys.readouterr().out)
     assert (row["name"], row["paper"], row["foldable"], row["config"]) == ("rasa", "2503.12576", True, "RasaConfig")
     assert cli.main(["methods"]) == 0
@@ -190,6 +190,20 @@ def test_methods(capsys: pytest.CaptureFixture[str]):
     assert "no method matches 'zzz*'" in capsys.readouterr().err
     assert cli.main(["methods", "zzz*", "--json"]) == 1
     assert json.loads(capsys.readouterr().out) == []
+
+
+def test_optimizers(capsys: pytest.CaptureFixture[str]):
+    assert cli.main(["optimizers"]) == 0
+    listed = capsys.readouterr().out
+    assert "lora_rite" in listed
+    assert "2410.20625" in listed
+    assert cli.main(["optimizers", "lora_pro"]) == 0
+    assert "x_mode" in capsys.readouterr().out
+    assert cli.main(["optimizers", "lora_plus", "--json"]) == 0
+    row = json.loads(capsys.readouterr().out)
+    assert {o["name"]: o["default"] for o in row["options"]}["ratio"] == 16.0
+    assert cli.main(["optimizers", "lora_por"]) == 1
+    assert "no optimizer is called 'lora_por'; did you mean 'lora_pro'?" in capsys.readouterr().err
 
 
 def test_init(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

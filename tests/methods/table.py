@@ -24,6 +24,7 @@ from rankfold import attach
 from rankfold.host import registry
 from rankfold.host.config import LowRankConfig
 from rankfold.host.linear_layer import AdaptedLinear
+from rankfold.kernel.factors import Factors
 from rankfold.methods.cora_subspace import content_hash, write_subspace
 
 State = dict[str, Tensor]
@@ -42,6 +43,8 @@ class Facts:
         bad: configs that must be refused, each with what the error must name.
         starts_at_base: whether the first update is zero.
         needs: what the config needs on an architecture beside the variant's fields.
+        model_wide: trainable numbers that all layers of the model share.
+        multiple: of what every rank must be one.
     """
 
     method: str
@@ -52,6 +55,8 @@ class Facts:
     bad: tuple[tuple[dict[str, Any], str], ...] = ()
     starts_at_base: bool = True
     needs: Callable[[Arch], dict[str, Any]] = lambda arch: {}
+    model_wide: int = 0
+    multiple: int = 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,8 +68,15 @@ class Row:
     def __str__(self) -> str:
         return f"{self.facts.method}-{self.variant}"
 
+    def rank(self, r: int) -> int:
+        """The nearest rank from r on that the method can have."""
+        return -(-r // self.facts.multiple) * self.facts.multiple
+
     def config(self, arch: Arch, **changes: Any) -> LowRankConfig:
-        """The row's config for an architecture; in patterns 0 and 1 stand for its two kinds of layer."""
+        """The row's config for an architecture; in patterns 0 and 1 stand for its two kinds of layer, a rank that is given as a
+        change is `rank(r)`."""
+        if type(r := changes.get("r")) is int and r > 0:
+            changes["r"] = self.rank(r)
         kwargs = {
             "target_modules": list(arch.targets),
             "task_type": arch.task,
@@ -227,7 +239,170 @@ CORA = Facts(
     needs=_basis,
 )
 
-TABLE = [LORA, RASA, SORA, ADALORA, DYNAMIC_DORA, CORA]
+#: Components of the finished link that `stir` gives every chain.
+LINK = 2
+
+
+def _chain_delta(config: Any, r: int, alpha: float, own: State, _: State) -> Tensor:
+    return scale(config, r, alpha) * (own["up"] @ own["down"] + own["links_up"] @ own["links_down"])
+
+
+# Chains are tested with a finished link, and tie one more knot in every run of 2 steps or more. Their own tests are in test_chains.py.
+COLA = Facts(
+    method="cola",
+    count=lambda config, r, out, inn, layers: layers * r * (inn + out),
+    rank=lambda config, r, layers: r + LINK,
+    delta=_chain_delta,
+    variants={
+        "default": {"r": 4, "links": 2, "allow_unscheduled": True},
+        "dropout": {"r": 4, "links": 2, "lora_alpha": 12, "lora_dropout": 0.3, "allow_unscheduled": True},
+    },
+    bad=(
+        ({"links": 0}, "links=0"),
+        ({"links": 2, "link_steps": 5}, "link_steps=5"),
+        ({"link_shares": [0.5, 0.6]}, "link_shares=[0.5, 0.6]"),
+        ({"links": 2, "link_ranks": [8, 4, 2]}, "link_ranks=[8, 4, 2]"),
+        ({"r": 4, "links": 2, "link_ranks": [8, 4]}, "link_ranks=[8, 4]"),
+        ({"rewarm_steps": -1}, "rewarm_steps=-1"),
+        ({"restart_schedule": "step"}, "restart_schedule='step'"),
+        ({"links_error": 1.0}, "links_error=1.0"),
+        ({"links_limit": 0}, "links_limit=0"),
+        ({"preset": "x"}, "preset='x'"),
+    ),
+)
+RAC_LORA = Facts(
+    method="rac_lora",
+    count=lambda config, r, out, inn, layers: layers * r * (out if config.side == "right" else inn),
+    rank=lambda config, r, layers: r + LINK,
+    delta=_chain_delta,
+    variants={
+        "default": {"r": 4, "links": 2, "allow_unscheduled": True},
+        "left": {"r": 4, "links": 2, "side": "left", "sketch": "orthonormal", "allow_unscheduled": True},
+    },
+    bad=(
+        ({"side": "top"}, "side='top'"),
+        ({"sketch": "uniform"}, "sketch='uniform'"),
+        ({"sketch_std": 0.0}, "sketch_std=0.0"),
+        ({"solver": "newton"}, "solver='newton'"),
+        ({"solver": "exact_gd", "link_steps": 2}, "link_steps=2"),
+        ({"solver": "exact_gd", "lora_dropout": 0.1}, "lora_dropout=0.1"),
+    ),
+)
+XGBLORA = Facts(
+    method="xgblora",
+    count=lambda config, r, out, inn, layers: layers * r * (inn + out),
+    rank=lambda config, r, layers: r + LINK,
+    delta=_chain_delta,
+    # Every layer is drawn, so that every tensor moves; the draws are in test_xgblora.py
+    variants={"default": {"link_steps": 2, "allow_unscheduled": True}},
+    bad=(({"layers_drawn": 0}, "layers_drawn=0"), ({"link_steps": 0}, "link_steps=0")),
+    needs=lambda arch: {"layers_drawn": {"t5": 4, "mlp": 3}.get(arch.name, 3)},
+)
+
+
+def _delta_lora_delta(config: Any, r: int, alpha: float, own: State, _: State) -> Tensor:
+    now, then = own["up"] @ own["down"], own["links_up"] @ own["links_down"]
+    return scale(config, r, alpha) * ((1 + config.delta_weight) * now - config.delta_weight * then)
+
+
+DELTA_LORA = Facts(
+    method="delta_lora",
+    count=lambda config, r, out, inn, layers: layers * r * (inn + out),
+    rank=lambda config, r, layers: r + LINK,
+    delta=_delta_lora_delta,
+    variants={"default": {"r": 4, "start_step": 0, "allow_unscheduled": True}},
+    bad=(
+        ({"lora_dropout": 0.1}, "lora_dropout=0.1"),
+        ({"delta_weight": -1.0}, "delta_weight=-1.0"),
+        ({"start_step": -1}, "start_step=-1"),
+    ),
+)
+
+
+def _sbora_delta(config: Any, r: int, alpha: float, own: State, _: State) -> Tensor:
+    out, inn = own["shape"].int().tolist()
+    delta, index = torch.zeros(out, inn, dtype=torch.float64), own["index"].long()
+    if config.variant == "fa":
+        delta[:, index] = scale(config, r, alpha) * own["up"]
+    else:
+        delta[index] = scale(config, r, alpha) * own["down"]
+    return delta
+
+
+SBORA = Facts(
+    method="sbora",
+    count=lambda config, r, out, inn, layers: layers * r * (out if config.variant == "fa" else inn),
+    rank=lambda config, r, layers: r,
+    delta=_sbora_delta,
+    variants={
+        "fa": {"r": 4},
+        "fb": {"r": 3, "lora_alpha": 12, "lora_dropout": 0.3, "variant": "fb", "seed": 7},
+    },
+    bad=(
+        ({"variant": "fc"}, "variant='fc'"),
+        ({"seed": "x"}, "seed='x'"),
+        ({"region": -1}, "region=-1"),
+        ({"draw": "last"}, "draw='last'"),
+    ),
+)
+
+
+def _block_delta(config: Any, r: int, alpha: float, own: State, _: State) -> Tensor:
+    n, down, up = config.blocks, own["down"], own["up"]
+    if config.block_axis == "rank":
+        delta = sum(up[:, i * (r // n) : (i + 1) * (r // n)] @ down for i in range(n))
+    else:
+        delta = up @ torch.cat([down] * n, 1)
+    return scale(config, r, alpha) * delta
+
+
+BLOCK_LORA = Facts(
+    method="block_lora",
+    count=lambda config, r, out, inn, layers: layers * (r * inn // config.blocks + r * out),
+    rank=lambda config, r, layers: r // config.blocks if config.block_axis == "rank" else r,
+    delta=_block_delta,
+    multiple=2,
+    variants={
+        "default": {"r": 4},
+        "input": {"r": 3, "lora_alpha": 12, "lora_dropout": 0.3, "block_axis": "input", "use_rslora": False},
+    },
+    bad=(
+        ({"blocks": 0}, "blocks=0"),
+        ({"blocks": 3}, "blocks=3"),
+        ({"rank_pattern": {0: 3}}, "rank_pattern['q_proj']=3"),
+        ({"block_axis": "output"}, "block_axis='output'"),
+    ),
+)
+
+
+def _sd_delta(config: Any, r: int, alpha: float, own: State, shared: State) -> Tensor:
+    return shared["alpha"][0] * own["up"] @ own["down"]
+
+
+# In its first task; those with earlier directions are in test_sd_lora.py.
+SD_LORA = Facts(
+    method="sd_lora",
+    count=lambda config, r, out, inn, layers: layers * r * (inn + out),
+    rank=lambda config, r, layers: r,
+    delta=_sd_delta,
+    variants={"default": {"r": 4}},
+    bad=(
+        ({"norm": "l1"}, "norm='l1'"),
+        ({"use_rslora": True}, "use_rslora=True"),
+        ({"alpha_pattern": {0: 4.0}}, "alpha_pattern={'q_proj': 4.0}"),
+        ({"rank_schedule": {4: 6, 8: 8}}, "rank_schedule={4: 6, 8: 8}"),
+        ({"rank_schedule": {0: 6}}, "rank_schedule={0: 6}"),
+        ({"kd_residual": "max"}, "kd_residual='max'"),
+        ({"kd_update": "no"}, "kd_update='no'"),
+        ({"kd_threshold": -1.0}, "kd_threshold=-1.0"),
+        ({"task": -1}, "task=-1"),
+    ),
+    model_wide=1,
+)
+
+TABLE = [
+    LORA, RASA, SORA, ADALORA, DYNAMIC_DORA, CORA, COLA, RAC_LORA, XGBLORA, DELTA_LORA, SBORA, BLOCK_LORA, SD_LORA,
+]  # fmt: skip
 ROWS = [Row(facts, variant, kwargs) for facts in TABLE for variant, kwargs in facts.variants.items()]
 FIRST = [next(row for row in ROWS if row.facts is facts) for facts in TABLE]
 
@@ -271,11 +446,15 @@ def second(model: PeftModel, arch: Arch, row: Row, name: str = "other", **change
 
 
 def stir(model: nn.Module, name: str = "default", seed: int = 2) -> None:
-    """Adds noise to every tensor of one adapter."""
+    """Adds noise to every parameter of one adapter, and a finished link where it has such."""
     g = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for _, p in adapter_parameters(model, name):
             p += (0.2 * torch.randn(p.shape, generator=g)).to(p)
+        for adapter in (a for layer in layers(model).values() for a in layer.adapters([name]) if a.growing):
+            shapes = (LINK, adapter.site.in_features), (adapter.site.out_features, LINK)
+            down, up = ((0.2 * torch.randn(shape, generator=g)).to(adapter.up) for shape in shapes)  # pyright: ignore[reportArgumentType]
+            adapter.add_link(Factors(down, up))  # pyright: ignore[reportCallIssue]
 
 
 def fit(arch: Arch, model: nn.Module, steps: int, lr: float = 0.01) -> None:
@@ -293,6 +472,11 @@ def adapter_parameters(model: nn.Module, name: str = "default") -> list[tuple[st
     """An adapter's parameters, shared ones once."""
     marks = (f"lowrank_adapters.{name}.", f"lowrank_shared.{name}.")
     return [(n, p) for n, p in model.named_parameters() if any(mark in n for mark in marks)]
+
+
+def adapter_buffers(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
+    """An adapter's own frozen tensors; training may change them where it goes from one link to the next."""
+    return {n: b for n, b in model.named_buffers() if f"lowrank_adapters.{name}." in n}
 
 
 def layers(model: nn.Module) -> dict[str, AdaptedLinear]:
@@ -340,9 +524,11 @@ def stock_lora(model: PeftModel, arch: Arch, name: str = "default", dtype: torch
 
 
 def state_at(model: nn.Module, name: str, adapter: str = "default") -> tuple[State, State]:
-    """Own and shared tensors of the adapter on one layer, in float64, read off the modules by name alone."""
-    module = layers(model)[name].lowrank_adapters[adapter]
+    """Own and shared tensors of the adapter on one layer, in float64, read off the modules by name alone; and (out, in)."""
+    layer = layers(model)[name]
+    module = layer.lowrank_adapters[adapter]
     own = {k: v.detach().double() for k, v in module.state_dict().items()}
+    own["shape"] = torch.tensor([layer.out_features, layer.in_features])
     shared = {} if module.shared is None else module.shared.state_dict() | dict(module.shared.named_buffers())  # pyright: ignore[reportCallIssue]
     return own, {k: v.detach().double() for k, v in shared.items()}
 

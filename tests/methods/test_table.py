@@ -14,6 +14,7 @@ from table import (
     ROWS,
     Row,
     adapt,
+    adapter_buffers,
     adapter_parameters,
     archs,
     assert_distinct,
@@ -201,7 +202,7 @@ def test_parameter_count(arch: Arch, row: Row, device: torch.device) -> None:
     model = adapt(arch, row, device)
     config = model.peft_config["default"]
     shapes = linear_shapes(arch.build(), arch.targets)
-    wanted = 0
+    wanted = row.facts.model_wide
     for names in kinds(list(shapes)).values():
         (shape,) = {shapes[n] for n in names}
         wanted += row.facts.count(config, config.rank_at(names[0]), *shape, len(names))
@@ -229,7 +230,8 @@ def test_every_tensor_lives_and_is_saved_once(arch: Arch, row: Row, device: torc
 
     saved = get_peft_model_state_dict(model)
     assert_distinct(list(saved.values()))
-    assert sum(t.numel() for k, t in saved.items() if "lowrank" in k) == sum(p.numel() for p in ours)
+    numbers = sum(t.numel() for t in [*ours, *adapter_buffers(model).values()])
+    assert sum(t.numel() for k, t in saved.items() if "lowrank" in k) == numbers
     assert not any("default" in key for key in saved)
     assert len({re.sub("modules_to_save.default.|default.", "", k) for k in model.state_dict()} & saved.keys()) == len(
         saved
@@ -245,7 +247,8 @@ def test_every_tensor_lives_and_is_saved_once(arch: Arch, row: Row, device: torc
 def test_one_layer_of_a_kind_is_enough(row: Row, device: torch.device) -> None:
     model = adapt(MLP, row, device, target_modules=["head"], rank_pattern={}, alpha_pattern={})
     config = model.peft_config["default"]
-    assert model.get_nb_trainable_parameters()[0] == row.facts.count(config, config.r, 7, 12, 1)
+    wanted = row.facts.count(config, config.r, 7, 12, 1) + row.facts.model_wide
+    assert model.get_nb_trainable_parameters()[0] == wanted
     assert torch.isfinite(MLP.out(model)).all()
 
 

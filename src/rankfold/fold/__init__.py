@@ -21,6 +21,8 @@ from rankfold.errors import RankfoldError
 from rankfold.fold import native, peft_adapters
 from rankfold.fold.calibration import read_texts, second_moments, tokenise
 from rankfold.fold.compression import CompressionLimit, compress
+from rankfold.fold.in_memory import FoldedStateDict, fold_state_dict
+from rankfold.fold.lora_tensors import check_kinds
 from rankfold.fold.options import DTYPES, PROFILES, CheckedOptions, FoldOptions
 from rankfold.fold.probe import probe as run_probe
 from rankfold.fold.probe import trained_model
@@ -32,7 +34,17 @@ from rankfold.io.files import sha256, whole_folder
 from rankfold.io.formats import Adapter, read_adapter
 from rankfold.kernel.factors import Factors
 
-__all__ = ["PROFILES", "FoldOptions", "FoldReport", "fold_adapter", "fold_model", "fold_source", "read_source"]
+__all__ = [
+    "PROFILES",
+    "FoldOptions",
+    "FoldReport",
+    "FoldedStateDict",
+    "fold_adapter",
+    "fold_model",
+    "fold_source",
+    "fold_state_dict",
+    "read_source",
+]
 
 REPORT, CARD = "fold_report.json", "README.md"
 
@@ -205,6 +217,7 @@ def _write(
             f"target_modules: {source.output_head} is the output head, whose LoRA profile {options.profile} does not write; "
             "fold with profile uniform or compact, which PEFT, vLLM and SGLang load, or merged"
         )
+    check_kinds(source, options.profile)
     if source.vocabulary and options.profile != "merged":
         key, rows = next((name, len(tensor)) for name, tensor in source.vocabulary.items())
         raise RankfoldError(

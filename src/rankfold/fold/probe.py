@@ -13,11 +13,13 @@ from rankfold.fold.proof import logit_error
 from rankfold.fold.source import base_class, base_model
 from rankfold.io.formats import Adapter
 from rankfold.io.models import load_base, quiet
+from rankfold.tasks import table
+from rankfold.tasks.task import Task
 from rankfold.text import first_line
 
 
 def probe(adapter: Adapter, folded: Path, base: str | None, profile: Profile) -> dict[str, object]:
-    """Runs both on one batch of token ids (fixed seed, float32).
+    """Runs both on the task's example (fixed seed, float32).
 
     Returns:
         The largest logit error, or {"skipped": why} where the task has no logits, the format is not for Python or anything
@@ -26,23 +28,22 @@ def probe(adapter: Adapter, folded: Path, base: str | None, profile: Profile) ->
     config = adapter.config
     if profile.loads_as == "nothing":
         return {"skipped": f"{profile.noun} is not for Python; docs/serving.md says what was compared"}
-    if not getattr(base_class(config, base), "__name__", "").endswith(
-        ("ForCausalLM", "ForSequenceClassification", "LMHeadModel")
-    ):
-        return {"skipped": f"task_type={config.task_type} has no probe; CAUSAL_LM and SEQ_CLS have"}
+    task = table.of_adapter(None, base_class(config, base).__name__)
+    if task is None:
+        known = ", ".join(dict.fromkeys(str(t.peft_type) for t in table.TASKS.values() if t.peft_type))
+        return {"skipped": f"task_type={config.task_type} has no probe; {known} and models of images have"}
     name = base or config.base_model_name_or_path
     if not name:
         return {"skipped": "the base model is not known"}
     try:
-        return _compare(adapter, folded, name, profile)
+        return _compare(adapter, folded, name, profile, task)
     except Exception as error:  # whatever a base, or a package that it needs, does: the fold and its proof are made
         return {"skipped": f"it failed on base {name!r}: {first_line(error)}"}
 
 
-def _compare(adapter: Adapter, folded: Path, base: str, profile: Profile) -> dict[str, object]:
+def _compare(adapter: Adapter, folded: Path, base: str, profile: Profile, task: Task) -> dict[str, object]:
     config, model = adapter.config, trained_model(adapter, base)
-    words = model.config.get_text_config().vocab_size
-    batch = torch.randint(min(5, words - 1), words, (2, 16), generator=torch.Generator().manual_seed(0))
+    batch = task.example(model.config)
     trained = _logits(model, batch)
     del model
     if profile.loads_as == "model":
@@ -73,6 +74,6 @@ def _load(adapter: Path, config: PeftConfig, base: str | None, tensors: dict[str
         return PeftModel.from_pretrained(model, str(adapter))  # pyright: ignore[reportArgumentType]
 
 
-def _logits(model: nn.Module, batch: Tensor) -> Tensor:
+def _logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     with torch.no_grad():
-        return model.eval()(input_ids=batch, attention_mask=torch.ones_like(batch)).logits
+        return model.eval()(**batch).logits

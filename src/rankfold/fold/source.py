@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,10 +33,12 @@ class Source:
         method: what it is, for people: our name of it, or PEFT's as in "peft:dora".
         config: its config, of which a fold keeps base, revision, task type and modules_to_save.
         update: the trained update of a module by name, with gate and scale; in any order.
+        blocks: the same as it lies on a live model, in its dtype and on its device; None where nothing is live.
         adapted: names of the modules that have the adapter, as the base model knows them.
         sites: every linear module of a type that has the adapter, adapted or not, in the model's order.
         siblings: more sites, without an adapter, that SGLang wants beside those.
         modules: every module name of the base model.
+        parameters: every parameter name of the base model, where parameters are adapted.
         heads: tensors of modules_to_save, by their name in the checkpoint.
         vocabulary: whole embeddings and output heads that PEFT saved beside the adapter, as it does where the vocabulary was
             resized; only a merged model holds them.
@@ -46,6 +48,7 @@ class Source:
         folder: the adapter's folder, if it comes from one.
         labels: the classes of a classifier in order of their index, where they are known.
         notes: what the user of the fold should know.
+        unlike_peft: the adapted convolutions of which PEFT's LoRA computes something else.
         left_out: what was trained too and no LoRA holds: the kind of tensor → its share of the whole change, of ‖·‖²_F.
     """
 
@@ -63,7 +66,10 @@ class Source:
     siblings: list[Site] = field(default_factory=list)
     folder: Path | None = None
     labels: list[str] = field(default_factory=list)
+    blocks: Callable[[str], Sequence[Factors]] | None = None
     notes: list[str] = field(default_factory=list)
+    unlike_peft: list[str] = field(default_factory=list)
+    parameters: list[str] = field(default_factory=list)
     left_out: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -191,7 +197,7 @@ def base_class(config: PeftConfig, base: str | None = None) -> Any:
 def _classes(config: PeftConfig, base: PretrainedConfig | None) -> list[Any]:
     """The classes that an adapter may have been trained on, the likeliest first; those that have no model of the base's config
     are left out. Transformers' own `add_adapter` saves neither a task nor a class."""
-    task = table.of_peft_type(config.task_type)
+    task = table.of_adapter(config.task_type)
     names = [task.models[0]] if task else []
     names += [
         n
@@ -223,9 +229,10 @@ def base_model(
         OSError, ValueError: the weights cannot be had.
     """
     base_config(name)  # says in a sentence what load_base would in a paragraph
-    task = table.of_peft_type(config.task_type)
+    made = base_class(config, name)
+    task = table.of_adapter(config.task_type, made.__name__)
     labels = _labels(tensors, config) if task and task.new_head else None
-    model = load_base(base_class(config, name), name, dtype, labels)
+    model = load_base(made, name, dtype, labels)
     embeddings: Any = getattr(model, "get_input_embeddings", lambda: None)()
     key = next((f"{PREFIX}{n}.weight" for n, m in model.named_modules() if m is embeddings), "")
     if key in tensors and len(tensors[key]) != len(embeddings.weight):

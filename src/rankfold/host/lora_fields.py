@@ -18,8 +18,6 @@ _OF_LORA = {f.name: f for f in dataclasses.fields(LoraConfig)}
 _WHY = {
     "use_dora": "its magnitudes depend on the base weight; train it with peft.LoraConfig, which `rankfold fold` takes",
     "lora_bias": "a trained bias cannot be folded into a LoRA; leave it out",
-    "target_parameters": "adapters sit on modules here; train fused parameters with peft.LoraConfig",
-    "trainable_token_indices": "new tokens are PEFT's; name the embedding in modules_to_save, or use peft.LoraConfig",
     "layer_replication": "it duplicates layers of the base; use peft.LoraConfig",
     "loftq_config": "it changes the base weight; convert with PEFT's LoftQ first",
     "eva_config": "it belongs to init_lora_weights='eva', which is PEFT's alone",
@@ -28,7 +26,6 @@ _WHY = {
     "alora_invocation_tokens": "activated LoRA is PEFT's; use peft.LoraConfig",
     "arrow_config": "routing between adapters is PEFT's; use peft.LoraConfig",
     "megatron_config": "Megatron layers are not adapted here",
-    "ensure_weight_tying": "tied weights get one adapter per module here; use peft.LoraConfig",
 }
 
 

@@ -15,14 +15,17 @@ from rankfold.errors import RankfoldError
 from rankfold.fold import native, peft_adapters
 from rankfold.fold.plain_lora import factors_of, is_plain, modules_of
 from rankfold.fold.source import Source
+from rankfold.host import adapter as host
 from rankfold.host import registry
 from rankfold.host.config import LowRankConfig
 from rankfold.host.layer import AdaptedLayer
+from rankfold.host.parameter_layer import AdaptedParameters
 from rankfold.host.peft_api import LoraLayer
 from rankfold.inspect.inspection import Inspection, ModuleUpdate
 from rankfold.inspect.left_out import left_out, left_out_of
 from rankfold.io.adapter_names import mended
-from rankfold.io.formats import Adapter, read_adapter
+from rankfold.io.formats import Adapter as SavedAdapter
+from rankfold.io.formats import read_adapter
 from rankfold.kernel.factors import Factors
 
 #: The components of an update that are not zero, and how many the adapter has.
@@ -64,7 +67,8 @@ def _of_model(model: nn.Module, adapter_name: str) -> dict[str, Found]:
     updates = {}
     for name, module in base.named_modules():
         if isinstance(module, AdaptedLayer) and adapter_name in module.lowrank_adapters:
-            updates[name] = _live(*_ours(module, adapter_name))
+            several = isinstance(module, AdaptedParameters)
+            updates |= {a.site.name if several else name: _live(*_ours(a)) for a in module.adapters([adapter_name])}
         elif isinstance(module, LoraLayer) and adapter_name in module.lora_A:
             _check_plain(config := model.peft_config[adapter_name])  # pyright: ignore
             if not is_plain(config):  # pyright: ignore[reportArgumentType]
@@ -76,12 +80,12 @@ def _of_model(model: nn.Module, adapter_name: str) -> dict[str, Found]:
     return updates
 
 
-def _ours(layer: AdaptedLayer, adapter_name: str) -> tuple[Factors, int]:
-    (adapter,) = layer.adapters([adapter_name])
-    return adapter.factors(), sum(block.rank for block in adapter.blocks())
+def _ours(adapter: host.Adapter) -> tuple[Factors, int]:
+    factors = adapter.factors()
+    return factors, factors.rank
 
 
-def _of_peft_adapter(adapter: Adapter, config: LoraConfig, base: str | None) -> dict[str, Found]:
+def _of_peft_adapter(adapter: SavedAdapter, config: LoraConfig, base: str | None) -> dict[str, Found]:
     _check_plain(config)
     peft_adapters.check_start(config)
     if not is_plain(config):

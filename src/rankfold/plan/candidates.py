@@ -87,19 +87,27 @@ def parse(text: str) -> Candidate:
     label = f"{prefix}:{label}" if prefix else label
     name, fields = ALIASES.get(label, (label, {}))
     known, fields = config_fields(config_class(name)), dict(fields)
+    for key, value in written(text, given, f"{label}:r=8").items():
+        if key not in known or key in SET_BY_THE_RUN:
+            raise RankfoldError(f"'{text}': {label} has no field '{key}'{nearest(key, known)}")
+        if why := bad_pattern(key, value):
+            raise RankfoldError(f"'{text}': {key}={why}")
+        fields[key] = value
+    return Candidate(label, name, fields)
+
+
+def written(text: str, given: str, example: str) -> dict[str, Any]:
+    """The values of "field=value,…"; raises RankfoldError, which quotes the whole `text`, where they are not written so."""
+    fields = {}
     for pair in filter(None, (part.strip() for part in given.split(","))):
         key, equals, value = pair.partition("=")
         if not equals or not value:
-            raise RankfoldError(f"'{text}': '{pair}' must look like field=value, as in {label}:r=8")
-        if key not in known or key in SET_BY_THE_RUN:
-            raise RankfoldError(f"'{text}': {label} has no field '{key}'{nearest(key, known)}")
+            raise RankfoldError(f"'{text}': '{pair}' must look like field=value, as in {example}")
         try:
             fields[key], _ = read(value)
         except YamlError as error:
             raise RankfoldError(f"'{text}': {key}={value} is {error}") from None
-        if why := bad_pattern(key, fields[key]):
-            raise RankfoldError(f"'{text}': {key}={why}")
-    return Candidate(label, name, fields)
+    return fields
 
 
 def chosen(names: Sequence[str] | None) -> list[Candidate]:

@@ -13,6 +13,7 @@ from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
 from rankfold.errors import nearest, short
 from rankfold.runfile.arguments import RENAMED, trainer_arguments
 from rankfold.runfile.methods import SET_BY_THE_RUN, bad_pattern, config_class, config_fields, refuse
+from rankfold.runfile.optimizers import check_optimizer
 from rankfold.runfile.problems import Problem, allowed
 from rankfold.runfile.schema import RunFile
 from rankfold.tasks import table
@@ -115,7 +116,6 @@ def _check_training(run: RunFile) -> list[Problem]:
         get_available_reporting_integrations,
     )
     from transformers.trainer_utils import SchedulerType
-    from transformers.training_args import OptimizerNames
 
     t, task = run.training, table.get(run.task)
     problems = []
@@ -123,10 +123,10 @@ def _check_training(run: RunFile) -> list[Problem]:
     def problem(key: str, message: str) -> None:
         problems.append(Problem(("training", key), message))
 
-    for key, value, enum in (("schedule", t.schedule, SchedulerType), ("optimizer", t.optimizer, OptimizerNames)):
-        names = [member.value for member in enum]
-        if value not in names:
-            problem(key, f"unknown {key} '{value}'{nearest(value, names, 'known')}")
+    schedules = [member.value for member in SchedulerType]
+    if t.schedule not in schedules:
+        problem("schedule", f"unknown schedule '{t.schedule}'{nearest(t.schedule, schedules, 'known')}")
+    problems += check_optimizer(run)
     trackers = [t.report_to] if isinstance(t.report_to, str) else t.report_to
     for name in trackers:
         if name not in INTEGRATION_TO_CALLBACK and name not in ("none", "all"):
