@@ -197,6 +197,10 @@ def test_a_gguf_lora(family: str, kind: str, tmp_path: Path) -> None:
     assert (found - 3 * dense).norm() < (1e-6 if kind == "F32" else 1e-2) * 3 * dense.norm()
     with pytest.raises(RankfoldError, match="give the base with --base"):
         fold_adapter(path, tmp_path / "out")
+    wide = {**SMALL, "hidden_size": 64, "head_dim": 16}
+    (Qwen3Config(**wide) if family == "qwen3" else LlamaConfig(**wide)).save_pretrained(tmp_path / "wide")
+    with pytest.raises(RankfoldError, match=r"rows and the layer of base=.*; give the base it was trained on"):
+        fold_adapter(path, tmp_path / "out", base=str(tmp_path / "wide"))
     (tmp_path / "cut.gguf").write_bytes(path.read_bytes()[:-300])
     with pytest.raises(RankfoldError, match=r"truncated|cannot be read"):
         fold_adapter(tmp_path / "cut.gguf", tmp_path / "out", base=str(tmp_path / "base"))
