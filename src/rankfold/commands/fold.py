@@ -34,8 +34,8 @@ class Options(CommonOptions):
         const=1e-2,
         metavar="E",
     )
-    profile: Literal["uniform", "compact", "gguf", "mlx", "merged"] = option(
-        "uniform: for every engine; compact: a rank for each module; gguf: llama.cpp; mlx: mlx-lm; merged: a whole model",
+    profile: Literal["uniform", "compact", "per_expert", "gguf", "mlx", "merged"] = option(
+        "uniform: for every engine; compact: a rank for each module; per_expert: a LoRA for each expert; gguf: llama.cpp; mlx: mlx-lm; merged: a whole model",
         default="uniform",
     )
     no_probe: bool = option("do not compare outputs of the two on a probe batch", default=False)

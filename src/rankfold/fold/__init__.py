@@ -24,7 +24,7 @@ from rankfold.fold.in_memory import FoldedStateDict, fold_state_dict
 from rankfold.fold.lora_tensors import check_kinds
 from rankfold.fold.probe import probe as run_probe
 from rankfold.fold.probe import trained_model
-from rankfold.fold.profiles import compact, gguf, merged, mlx, uniform
+from rankfold.fold.profiles import compact, gguf, merged, mlx, per_expert, uniform
 from rankfold.fold.profiles.profile import Folded, Profile
 from rankfold.fold.proof import FoldReport, LayerProof, prove, prove_sum
 from rankfold.fold.source import Source, Update
@@ -48,6 +48,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 PROFILES: dict[str, Profile] = {
     "uniform": uniform.PROFILE,
     "compact": compact.PROFILE,
+    "per_expert": per_expert.PROFILE,
     "gguf": gguf.PROFILE,
     "mlx": mlx.PROFILE,
     "merged": merged.PROFILE,
