@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 from edits import edit_config, edit_tensors, sound
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from rankfold import RasaConfig, cli
 from rankfold.doctor import Status, diagnose
@@ -159,3 +159,20 @@ def test_the_rank_of_a_method_that_shares_is_its_config_s(llama: Path, tmp_path:
     config = RasaConfig(r=4, shared_rank=1, target_modules=["q_proj"], task_type="CAUSAL_LM")
     get_peft_model(LlamaForCausalLM.from_pretrained(llama), config).save_pretrained(tmp_path)
     assert "r=4 (rank 3 in each module's own factors; what modules share is not counted)" in diagnose(tmp_path).summary
+
+
+def test_target_parameters_are_no_problem(tmp_path: Path) -> None:
+    """PEFT loads them, vLLM has classes that do, the GGUF converter stops; what others do was not tried."""
+    small = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    base = MixtralForCausalLM(MixtralConfig(**small, num_key_value_heads=2, vocab_size=64, num_local_experts=2))
+    base.save_pretrained(tmp_path / "base")
+    options: dict[str, Any] = {"target_modules": ["q_proj", "v_proj"], "target_parameters": ["mlp.experts.down_proj"]}
+    base.name_or_path = str(tmp_path / "base")
+    get_peft_model(base, LoraConfig(r=4, task_type="CAUSAL_LM", init_lora_weights=False, **options)).save_pretrained(
+        tmp_path / "a"
+    )
+    assert not diagnose(tmp_path / "a", base=tmp_path / "base").problems
+    found = verdicts(tmp_path / "a", base=tmp_path / "base")
+    assert found["peft"] is Status.LOADS
+    assert {found[key] for key in ("llama.cpp", "ollama", "vllm-old")} == {Status.REFUSED}
+    assert {found[key] for key in ("vllm", "sglang", "mistral.rs", "lmdeploy")} == {Status.NOT_CHECKED}

@@ -251,7 +251,7 @@ def test_switching_disabling_and_deleting() -> None:
     assert torch.equal(out(copy.deepcopy(model)), first)
 
 
-@pytest.mark.parametrize("row", [OTHERS[2], OTHERS[3]], ids=str)
+@pytest.mark.parametrize("row", [row for row in OTHERS if row.facts.method in ("sora", "adalora")], ids=str)
 def test_a_schedule_trains_experts_that_no_token_visits(row: Row) -> None:
     changes = {"target_r": 2} if "target_r" in row.kwargs else {"threshold": 0.05}
     model = adapt("qwen3_moe", configured(row, **changes), live=False).train()

@@ -15,6 +15,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from tiny import write_jsonl
 
 from rankfold.optim.registry import OPTIMIZERS
 from rankfold.runfile.arguments import trainer_arguments
@@ -49,6 +50,7 @@ def test_a_run(language_model: Values, name: str):
     assert plan.budget.adapter == result.adapter == result.trainable
     full = 2 * 2 * (16 + 16 + 16 + 8)  # two layers of q (16 to 16) and v (16 to 8), rank 2
     assert result.adapter == (2 * 2 * (16 + 8) if name == "lora_fa" else full)
+    assert result.stored == full  # what is frozen is part of the adapter
     words = dict(plan.lines())["optimiser"]
     assert f"optimiser: {words}" in said
     assert words.startswith(f"{name} at 0.01, ")
@@ -61,6 +63,20 @@ def test_a_run(language_model: Values, name: str):
     row = OPTIMIZERS[name]
     assert f"| optimiser | {row.title} (`{name}`), learning rate 0.01" in card
     assert f"Optimiser: {row.title}, [arXiv {row.paper}]" in card
+    assert any(t.any() for key, t in weights(result.adapter_path).items() if "up" in key)
+
+
+def test_a_trainer_without_the_argument(language_model: Values, tmp_path: Path):
+    """TRL's DPOTrainer does not hand optimizer_cls_and_kwargs on."""
+    rows = [{"prompt": f"{i} plus 1 is", "chosen": f" {i + 1}", "rejected": f" {i}"} for i in range(8)]
+    values = language_model | {
+        "task": "preference",
+        "data": {"train": str(write_jsonl(tmp_path / "pairs.jsonl", rows))},
+    }
+    run = run_of(values, "lora_rite", max_steps=2)
+    result = train(run, say=silent)
+    kept = torch.load(Path(run.output, "checkpoints", "checkpoint-2", "optimizer.pt"), weights_only=True)
+    assert kept["param_groups"][0]["kind"] == "pairs"
     assert any(t.any() for key, t in weights(result.adapter_path).items() if "up" in key)
 
 

@@ -11,13 +11,14 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Unpack
 
 import torch
 from torch import Tensor
 
 from rankfold.algebra.merging import Rule, rule
 from rankfold.errors import RankfoldError
-from rankfold.fold import FoldReport, fold_source, source_of
+from rankfold.fold import FoldOptions, FoldReport, fold_source, source_of
 from rankfold.fold.source import Source, Update, of_adapted_types
 from rankfold.io.formats import read_adapter
 from rankfold.kernel.factors import Factors
@@ -35,14 +36,7 @@ def combine(
     density: float | None = None,
     seed: int = 0,
     base: str | None = None,
-    profile: str = "uniform",
-    dtype: str | None = None,
-    pad: str = "serve",
-    rank: int | None = None,
-    error: float | None = None,
-    strict: float | None = None,
-    force: bool = False,
-    progress: bool = False,
+    **options: Unpack[FoldOptions],
 ) -> FoldReport:
     """Writes the weighted sum of adapters, of rankfold's methods or of PEFT's, as one plain LoRA.
 
@@ -55,7 +49,7 @@ def combine(
         density: of those, the share of each update's entries that is kept, in (0, 1].
         seed: of DARE's choice of entries.
         base: the base model of all of them, where they name different ones.
-        profile, dtype, pad, rank, error, strict, force, progress: as in `fold_adapter`.
+        options: as in `fold_adapter`.
 
     Raises:
         RankfoldError: weights that do not fit, adapters of different bases or shapes, two different trained heads; and as
@@ -73,14 +67,7 @@ def combine(
         origin=in_words([(t.weight, t.name) for t in terms]),
         inputs=[adapter.path for adapter in read],
         base=base,
-        profile=profile,
-        dtype=dtype,
-        pad=pad,
-        rank=rank,
-        error=error,
-        strict=strict,
-        force=force,
-        progress=progress,
+        **options,
     )
 
 

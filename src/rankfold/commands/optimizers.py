@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 
 from rankfold.catalogue import ListedOptimizer, listed_optimizers
 from rankfold.commands.command import CommonOptions, option, positional
-from rankfold.errors import nearest
+from rankfold.errors import RankfoldError, nearest
 
 
 @dataclass(kw_only=True)
@@ -26,8 +25,7 @@ def run(options: Options) -> int:
         chosen = [row for row in found if row.name == options.name]
         if not chosen:
             hint = nearest(options.name, [row.name for row in found], "there are")
-            print(f"error: no optimizer is called '{options.name}'{hint}", file=sys.stderr)
-            return 1
+            raise RankfoldError(f"no optimizer is called '{options.name}'{hint}")
         return _options(chosen[0], options.json)
     if options.json:
         print(json.dumps([vars(row) for row in found], indent=2))

@@ -39,6 +39,7 @@ class Attached:
             handle.remove()
         self._handles.clear()
         for controller in self.controllers.values():
+            controller.release()
             for adapter in controller.adapters:  # from here on, a step is one without a controller
                 adapter.scheduled = False
                 vars(adapter).pop("_stepped_unscheduled", None)

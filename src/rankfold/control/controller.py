@@ -61,6 +61,9 @@ class Controller(Generic[A, C]):
         step and after clipping; None where there is none."""
         return None
 
+    def release(self) -> None:
+        """Called when it is detached: what it changed about the adapters, other than their values, is as before."""
+
     def load_state(self, state: dict[str, Any]) -> None:
         """Adopts a saved state; raises ValueError where it is another adapter's."""
         if state.get("sites") != self.state["sites"]:

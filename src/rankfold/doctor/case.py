@@ -16,6 +16,8 @@ from rankfold.io.weights import Header
 _PEFT = re.compile(r"^(?P<prefix>base_model\.model\.)?(?P<module>.+)\.lora_(?P<side>[AB])\.weight$")
 _LOOSE = re.compile(r"^(?P<module>.+)\.lora[_.](?P<side>[aAbB]|up|down)(\.weight)?$")
 _OURS = re.compile(r"^base_model\.model\.(?P<module>.+)\.lowrank_adapters\.(?P<side>up|down)$")
+#: PEFT adds both names to the modules_to_save of every classifier; a model has one of them.
+CLASSIFIERS = {"classifier", "score"}
 _SIDE = {"a": "a", "A": "a", "down": "a", "b": "b", "B": "b", "up": "b"}
 
 
@@ -105,6 +107,15 @@ class Case:
     @cached_property
     def _scales(self) -> dict[str, float]:
         return {}  # patterns are regular expressions, and every engine asks
+
+    @cached_property
+    def unsaved(self) -> list[str]:
+        """Names in modules_to_save of which there is no tensor; PEFT names both heads of classifiers where there is one."""
+        saved = self.others.get("saved", [])
+        absent = [m for m in self.settings.modules_to_save if not any(is_saved(n, [m]) for n in saved)]
+        if (set(self.settings.modules_to_save) - set(absent)) & CLASSIFIERS:
+            absent = [m for m in absent if m not in CLASSIFIERS]
+        return absent if self.file.tensors else []
 
     @cached_property
     def other_names(self) -> list[str]:

@@ -57,7 +57,9 @@ def judge(engine: Engine, case: Case) -> Verdict:
         return Verdict(engine, [Finding(Status.REFUSED, first.what, first.where, first.fix)])
     common: tuple[Rule, ...] = (_pickled,)
     if case.file.kind == "peft":
-        common += (rules.composite_names, *(() if engine.key == "peft" else _ELSEWHERE))
+        common += (rules.composite_names,)
+        common += () if engine.key == "peft" else (rules.start_from_base,)
+        common += () if engine.key in ("peft", "sglang") else (rules.adapter_names,)
         common += (_wrapped_gguf if engine.key in ("llama.cpp", "ollama") else _wrapped,)
     return Verdict(engine, [f for rule in (*common, *engine.rules[case.file.kind]) for f in rule(case)])
 
@@ -68,8 +70,6 @@ def _pickled(case: Case) -> Iterator[Finding]:
         yield Finding(Status.NOT_CHECKED, what, case.file.weights.name, f"rankfold doctor {case.file.path} --fix OUT")
 
 
-#: What every engine but PEFT makes of a PEFT folder.
-_ELSEWHERE: tuple[Rule, ...] = (rules.start_from_base, rules.adapter_names)
 _wrapped = rules.wrapper_keys(Status.IN_PART, "no module has these names, so none is applied")
 _wrapped_gguf = rules.wrapper_keys(Status.REFUSED, "the converter stops at names that it does not know")
 
@@ -133,7 +133,7 @@ ENGINES = (
     Engine(
         "vllm-old",
         "older vLLM",
-        "before 0.33",
+        "before 0.32",
         "source read",
         FORMATS["peft"],
         {
@@ -220,7 +220,13 @@ ENGINES = (
         "2026.4.1",
         "run",
         FORMATS["peft"],
-        {"peft": (_lora, rules.scales(rules.one, "lora_alpha", "use_rslora", "alpha_pattern", "rank_pattern"))},
+        {
+            "peft": (
+                _lora,
+                rules.not_checked("target_parameters"),
+                rules.scales(rules.one, "lora_alpha", "use_rslora", "alpha_pattern", "rank_pattern"),
+            )
+        },
     ),
     Engine(
         "mistral.rs",
@@ -232,7 +238,9 @@ ENGINES = (
             "peft": (
                 _lora,
                 rules.needs("r", "lora_alpha", "target_modules"),
-                rules.not_checked("use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save"),
+                rules.not_checked(
+                    "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save", "target_parameters"
+                ),
                 engine_rules.mistral_rs_base,
             )
         },
@@ -247,6 +255,7 @@ ENGINES = (
             "peft": (
                 _lora,
                 rules.needs("r", "lora_alpha", "target_modules"),
+                rules.not_checked("target_parameters"),
                 rules.scales(rules.one_scale_no_rslora, "use_rslora", "alpha_pattern", "rank_pattern"),
             )
         },

@@ -18,6 +18,7 @@ from rankfold.fold import native, peft_adapters
 from rankfold.fold.lora_tensors import Layout, check_kinds
 from rankfold.fold.profiles import uniform
 from rankfold.fold.source import Source
+from rankfold.host.adapter import Site
 from rankfold.host.config import LowRankConfig
 from rankfold.kernel.factors import Factors
 
@@ -112,21 +113,16 @@ def _compressed(blocks: Sequence[Factors], rank: int) -> tuple[Sequence[Factors]
 def _fill(out: FoldedStateDict, source: Source, updates: dict[str, Sequence[Factors]], dtype: torch.dtype) -> None:
     """Writes every module's factors, rounded once, zeros behind them up to the rank."""
     layout = Layout(source.sites)
-    with torch.device("meta"):
-        shapes = {
-            s.name: Factors(torch.empty(out.rank, s.in_features), torch.empty(s.out_features, out.rank))
-            for s in source.sites
-        }
-        wanted = {key: tensor.shape for key, tensor in layout.tensors(shapes).items()}
-    device = next(iter(updates.values()))[0].up.device
-    written = set(wanted)
+    shapes = layout.tensors({site.name: _empty(site, out.rank) for site in source.sites})
+    devices = {layout.of[name]: blocks[0].up.device for name, blocks in updates.items() if blocks}
+    for key in out.keys() - shapes.keys():
+        del out[key]
+    for name in layout.stacks:
+        for key in layout.keys(name):
+            out[key] = _memory(out.get(key), shapes[key].shape, dtype, devices.get(name, next(iter(devices.values()))))
     for site in source.sites:
-        blocks, start = updates.get(site.name, ()), 0
-        keys = layout.keys(layout.of[site.name])
-        at = blocks[0].up.device if blocks else device
-        memory = {key: _memory(out, key, wanted[key], dtype, at) for key in keys}
-        down, up = layout.views(site.name, memory)
-        for block in blocks:
+        (down, up), start = layout.views(site.name, out), 0
+        for block in updates.get(site.name, ()):
             end = start + block.rank
             down[start:end] = block.down
             gain = block.scale if block.gate is None else block.gate * block.scale
@@ -134,16 +130,16 @@ def _fill(out: FoldedStateDict, source: Source, updates: dict[str, Sequence[Fact
             start = end
         down[start:].zero_()
         up[:, start:].zero_()
-    for key, head in source.heads.items():
-        out[key] = head.detach().to(dtype)
-        written.add(key)
-    for key in out.keys() - written:
-        del out[key]
+    out.update({key: head.detach().to(dtype) for key, head in source.heads.items()})
 
 
-def _memory(out: FoldedStateDict, key: str, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+def _empty(site: Site, rank: int) -> Factors:
+    with torch.device("meta"):
+        return Factors(torch.empty(rank, site.in_features), torch.empty(site.out_features, rank))
+
+
+def _memory(held: Tensor | None, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
     """The tensor of an earlier call where it fits, else a new one."""
-    held = out.get(key)
-    if held is None or held.shape != shape or held.dtype != dtype or held.device != device:
-        held = out[key] = torch.empty(shape, dtype=dtype, device=device)
-    return held
+    if held is not None and held.shape == shape and held.dtype == dtype and held.device == device:
+        return held
+    return torch.empty(shape, dtype=dtype, device=device)

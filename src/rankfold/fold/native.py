@@ -27,6 +27,7 @@ from rankfold.fold.source import (
     of_adapted_types,
     output_head,
     siblings,
+    vocabulary_of,
 )
 from rankfold.host import registry
 from rankfold.host.adapter import not_fixed
@@ -35,6 +36,7 @@ from rankfold.host.layer import AdaptedLayer
 from rankfold.host.parameter_layer import AdaptedParameters
 from rankfold.host.peft_api import names_of_experts
 from rankfold.host.tuner import LAYERS, SHARED, site_of
+from rankfold.io.adapter_names import without_copies
 from rankfold.io.adapters import labels_of, read_labels
 from rankfold.io.formats import Adapter
 from rankfold.io.weight_names import to_model
@@ -125,13 +127,18 @@ def _unlike_peft(base: Any) -> bool:
 def from_files(adapter: Adapter, base: str | None = None) -> Source:
     """Reads an adapter folder; arguments and errors as `weightless`."""
     model = weightless(adapter, base)
-    # PEFT saves the base's own weight with an adapted output head; it is no trained one
-    heads = {k: v for k, v in adapter.tensors.items() if not _is_ours(k) and ".base_layer." not in k}
+    heads = {k: v for k, v in without_copies(adapter.tensors).items() if not _is_ours(k)}
     # of the skeleton, the config knows the dtype of the weights it was saved with; its tensors do not
     dtype = getattr(model.get_base_model().config, "dtype", None) or torch.float32
-    source = from_model(model, heads=heads)
+    whole = vocabulary_of(model.get_base_model(), heads, adapter.config.modules_to_save or [])
+    source = from_model(model, heads={key: tensor for key, tensor in heads.items() if key not in whole})
     return replace(
-        source, config=adapter.config, dtype=dtype, folder=adapter.folder, labels=read_labels(adapter.folder)
+        source,
+        config=adapter.config,
+        dtype=dtype,
+        vocabulary=whole,
+        folder=adapter.folder,
+        labels=read_labels(adapter.folder),
     )
 
 

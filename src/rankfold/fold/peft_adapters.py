@@ -32,10 +32,11 @@ from rankfold.fold.source import (
     of_adapted_types,
     output_head,
     siblings,
+    vocabulary_of,
 )
 from rankfold.host.adapter import Site
 from rankfold.host.peft_api import BaseTunerLayer, in_out_features
-from rankfold.io.adapter_names import PREFIX, is_saved, mended, wrapped
+from rankfold.io.adapter_names import PREFIX, is_saved, mended, without_copies, wrapped
 from rankfold.io.adapters import labels_of, read_labels
 from rankfold.io.formats import Adapter
 from rankfold.io.weight_names import to_model
@@ -180,8 +181,9 @@ def from_files(adapter: Adapter, base: str | None = None) -> Source:
         layers = _layers(skeleton, "default")
         heads = _load(model, config, tensors, folder)
     stored = weight_reader(named, config.revision, skeleton)
-    source = _source(skeleton, config, "default", layers, stored, heads)
-    return _noted(replace(source, dtype=dtype, folder=folder, labels=read_labels(folder)), notes)
+    whole = vocabulary_of(skeleton, heads, _kept(config))
+    source = _source(skeleton, config, "default", layers, stored, {k: v for k, v in heads.items() if k not in whole})
+    return _noted(replace(source, dtype=dtype, folder=folder, vocabulary=whole, labels=read_labels(folder)), notes)
 
 
 def _tensors(adapter: Adapter) -> tuple[dict[str, Tensor], list[str]]:
@@ -202,8 +204,7 @@ def _tensors(adapter: Adapter) -> tuple[dict[str, Tensor], list[str]]:
         if odd
         else []
     )
-    # PEFT saves the base's own weight with an adapted output head; it is no trained one
-    return {names[key]: tensor for key, tensor in found.items() if ".base_layer." not in key}, notes
+    return without_copies({names[key]: tensor for key, tensor in found.items()}), notes
 
 
 def _has_all(model: nn.Module, modules: list[str]) -> bool:
@@ -260,16 +261,8 @@ def _load(model: nn.Module, config: PeftConfig, tensors: dict[str, Tensor], fold
             f"{missing[0]}; it is damaged, or of another base model (--base)"
         )
     heads = {key: tensor for key, tensor in tensors.items() if key not in expected}
-    foreign = [key for key in heads if not is_saved(key, _kept(config))]
-    own = model.state_dict()
-    for key in foreign:
-        if key in own and own[key].shape[:1] != tensors[key].shape[:1]:
-            rows, before = tensors[key].shape[0], own[key].shape[0]
-            raise RankfoldError(
-                f"{folder}: {key} has {rows} rows and the base's {before}: the vocabulary was resized for training, and no LoRA "
-                f"holds a whole embedding; resize the base (resize_token_embeddings({rows})), load the adapter with PEFT and "
-                "call merge_and_unload()"
-            )
+    whole = vocabulary_of(model.get_base_model(), heads, _kept(config))  # pyright: ignore[reportCallIssue]
+    foreign = [key for key in heads if key not in whole and not is_saved(key, _kept(config))]
     if foreign:
         raise RankfoldError(
             f"{folder} holds {len(foreign)} tensors that do not belong to its config on this base, such as {foreign[0]}; "

@@ -16,8 +16,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 import rankfold.methods  # noqa: F401  (registers the methods with PEFT)
 from rankfold.errors import RankfoldError
 from rankfold.host.adapter import Site, module_type
-from rankfold.io.adapter_names import is_saved
-from rankfold.io.models import ModelError, load_base, model_config, named_class, skeleton
+from rankfold.io.adapter_names import PREFIX, is_saved
+from rankfold.io.models import ModelError, load_base, model_config, named_class, quiet, skeleton
 from rankfold.kernel.factors import Factors
 from rankfold.tasks import table
 
@@ -42,6 +42,8 @@ class Source:
         experts: by adapted module's fused parameter the names of the modules that it once was, `{}` for the expert's index, where they are
             known.
         heads: tensors of modules_to_save, by their name in the checkpoint.
+        vocabulary: whole embeddings and output heads that PEFT saved beside the adapter, as it does where the vocabulary was
+            resized; only a merged model holds them.
         dtype: the base's.
         transposed: the base's weights are in × out (Conv1D).
         output_head: the adapted module that makes the logits, if there is one; no engine loads its LoRA.
@@ -62,6 +64,7 @@ class Source:
     dtype: torch.dtype
     transposed: bool
     output_head: str | None = None
+    vocabulary: dict[str, Tensor] = field(default_factory=dict)
     siblings: list[Site] = field(default_factory=list)
     folder: Path | None = None
     labels: list[str] = field(default_factory=list)
@@ -71,6 +74,11 @@ class Source:
     parameters: list[str] = field(default_factory=list)
     experts: dict[str, list[str]] = field(default_factory=dict)
     left_out: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def whole(self) -> dict[str, Tensor]:
+        """All that takes the place of weights of the base, by its name in the checkpoint."""
+        return {**self.heads, **self.vocabulary}
 
 
 def folding_device(tensor: Tensor) -> torch.device:
@@ -82,6 +90,13 @@ def output_head(base: nn.Module, adapted: Mapping[str, nn.Module]) -> str | None
     """Which of the adapted modules makes the logits of a language model."""
     head = getattr(base, "get_output_embeddings", lambda: None)()
     return next((name for name, module in adapted.items() if module is head or name.endswith("lm_head")), None)
+
+
+def vocabulary_of(base: nn.Module, heads: Mapping[str, Tensor], kept: list[str]) -> dict[str, Tensor]:
+    """Of the tensors beside an adapter, the embeddings and output heads that its modules_to_save does not name."""
+    ends = [getattr(base, f"get_{end}_embeddings", lambda: None)() for end in ("input", "output")]
+    names = {f"{PREFIX}{name}.weight" for name, module in base.named_modules() if any(module is end for end in ends)}
+    return {key: tensor for key, tensor in heads.items() if key in names and not is_saved(key, kept)}
 
 
 def of_adapted_types(sites: list[Site], adapted: list[str]) -> list[Site]:
@@ -211,7 +226,7 @@ def base_model(
         config: the adapter's.
         name: folder or hub id.
         dtype: of the weights; "auto" keeps the file's.
-        tensors: the adapter's, whose modules_to_save say how many labels a new head has.
+        tensors: the adapter's, whose modules_to_save say how many labels a new head has, and its embeddings how many words.
 
     Raises:
         OSError, ValueError: the weights cannot be had.
@@ -219,7 +234,14 @@ def base_model(
     base_config(name)  # says in a sentence what load_base would in a paragraph
     made = base_class(config, name)
     task = table.of_adapter(config.task_type, made.__name__)
-    return load_base(made, name, dtype, _labels(tensors, config) if task and task.new_head else None)
+    labels = _labels(tensors, config) if task and task.new_head else None
+    model = load_base(made, name, dtype, labels)
+    embeddings = getattr(model, "get_input_embeddings", lambda: None)()
+    key = next((f"{PREFIX}{n}.weight" for n, m in model.named_modules() if m is embeddings), "")
+    if key in tensors and len(tensors[key]) != len(embeddings.weight):
+        with quiet():
+            model.resize_token_embeddings(len(tensors[key]), mean_resizing=False)
+    return model
 
 
 def _labels(tensors: Mapping[str, Tensor], config: PeftConfig) -> int | None:

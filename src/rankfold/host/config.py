@@ -6,12 +6,14 @@ import copy
 import math
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from peft import PeftConfig
 from peft.utils import PeftType
 
 from rankfold.errors import RankfoldError
+from rankfold.host.card import say_what_loads_it
 from rankfold.host.field_types import field_types, fits, in_words
 from rankfold.host.lora_fields import LoraFields
 from rankfold.host.peft_api import get_pattern_key, peft_name
@@ -91,6 +93,10 @@ class LowRankConfig(PeftConfig, metaclass=LoraFields):
         default=None, metadata={"help": "Written by the controller: how far the schedule has run. Not for you to set."}
     )
 
+    grown: dict[str, int] | None = field(
+        default=None, metadata={"help": "Written on saving: the frozen rank of each module. Not for you to set."}
+    )
+
     #: Schemes of `init_lora_weights` beside true and false.
     inits: ClassVar[tuple[str, ...]] = ()
     #: The method's name in the registry; its PEFT type is this in upper case behind "RANKFOLD_".
@@ -145,6 +151,10 @@ class LowRankConfig(PeftConfig, metaclass=LoraFields):
     def default_targets(self) -> set[str] | None:
         """What to adapt where `target_modules` is None; None leaves it to PEFT's table of architectures."""
         return None
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        super().save_pretrained(save_directory, **kwargs)
+        say_what_loads_it(Path(save_directory), self.method, type(self).__module__)
 
     # What a plan and a comparison ask --------------------------------------------------------------------------------
 

@@ -19,6 +19,7 @@ from rankfold.peft_version import TESTED
 try:
     from peft import LoraModel
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+    from peft.optimizers.lorafa import LoraFAOptimizer
     from peft.tuners.tuners_utils import (
         _check_lora_target_modules_mamba,
         _get_in_out_features,
@@ -26,13 +27,16 @@ try:
         check_adapters_to_merge,
         onload_layer,
     )
+    from peft.utils import save_and_load
     from peft.utils.other import get_pattern_key
     from peft.utils.transformers_weight_conversion import (
         _MODEL_TO_CONVERSION_PATTERN,  # pyright: ignore[reportPrivateImportUsage]
         _MOE_TARGET_MODULE_MAPPING,
         _convert_peft_config_moe,
     )
-except ImportError as error:
+
+    _ = save_and_load._get_adapter_state_dict_key_prefixes
+except (ImportError, AttributeError) as error:
     raise ImportError(
         f"rankfold needs a name that PEFT {version('peft')} does not have ({error}); "
         f"install peft>={TESTED[0]},<{TESTED[1]}, the range it is tested with"
@@ -47,12 +51,14 @@ __all__ = [
     "PEFT_TYPE_TO_CONFIG_MAPPING",
     "PEFT_TYPE_TO_PREFIX_MAPPING",
     "PEFT_TYPE_TO_TUNER_MAPPING",
+    "LoraFAOptimizer",
     "add_peft_type",
     "check_adapters_to_merge",
     "check_as_lora",
     "get_pattern_key",
     "in_out_features",
     "include_all_linear_layers",
+    "keep_out_of_base_state",
     "name_fused_experts",
     "names_of_experts",
     "onload_layer",
@@ -98,6 +104,13 @@ def name_fused_experts(config: Any, model: Any) -> None:
         raise RankfoldError(f"{type(config).__name__}: target_modules: {error}") from error
     routers = {name for name in config.target_parameters if name.endswith(".weight")} if everything else set()
     config.target_parameters = sorted(set(config.target_parameters) - routers) or None
+
+
+def keep_out_of_base_state(name: str) -> None:
+    """Tells PEFT that what a base model has under `name` is an adapter's, so that `get_base_model_state_dict` and
+    `set_base_model_state_dict` leave it alone; PEFT looks for such state only inside tuner layers."""
+    theirs = save_and_load._get_adapter_state_dict_key_prefixes
+    save_and_load._get_adapter_state_dict_key_prefixes = lambda model: theirs(model) | {name}
 
 
 def peft_name(method: str) -> str:

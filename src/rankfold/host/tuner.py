@@ -9,6 +9,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 import torch.distributed as dist
 from accelerate import init_empty_weights
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
@@ -26,9 +27,12 @@ from rankfold.host.checkpoint import (
     LAYERS,
     PREFIX,
     SHARED,
+    check_adapter_name,
     check_checkpoint,
     check_scheduled,
     check_whole,
+    growing,
+    grown,
     owned,
     plain_name,
     short_keys,
@@ -42,6 +46,7 @@ from rankfold.host.parameter_layer import AdaptedParameters, ParameterAdapters
 from rankfold.host.peft_api import (
     check_as_lora,
     include_all_linear_layers,
+    keep_out_of_base_state,
     name_fused_experts,
     onload_layer,
     tie_modules_to_save,
@@ -52,6 +57,8 @@ from rankfold.host.targets import absent_names, parameter_sites
 from rankfold.host.tied import link_tied, warn_tied
 from rankfold.host.tied_adapter import TiedAdapter
 from rankfold.host.unreached import say, unreached
+
+keep_out_of_base_state(SHARED)
 
 
 @dataclass(frozen=True)
@@ -70,6 +77,17 @@ class Plan:
     keys: dict[str, str]
     parameters: dict[str, dict[str, list[Site]]]
     tied: set[str]
+
+    def places(self) -> Iterator[tuple[str, Site]]:
+        """Where in a state dict each site's tensors lie, without the adapter's name."""
+        fused = {
+            site.name: f"{plain_name(module)}.{LAYERS}.{parameter}.{i}"
+            for module, stacks in self.parameters.items()
+            for parameter, stack in stacks.items()
+            for i, site in enumerate(stack)
+        }
+        for site in self.sites.values():
+            yield fused.get(site.name, f"{site.name}.{LAYERS}"), site
 
 
 class LowRankTuner(BaseTuner):
@@ -124,7 +142,10 @@ class LowRankTuner(BaseTuner):
         adapter_cls = self.adapter_cls
         members: dict[str, list[Site]] = {}
         for site in sites.values():
-            group_key = None if site.name in tied else adapter_cls.group_key(config, site)
+            if site.name in tied:
+                continue
+            adapter_cls.check_site(config, site)
+            group_key = adapter_cls.group_key(config, site)
             if group_key is not None:
                 members.setdefault(group_key, []).append(site)
         groups = {key: Group(key, tuple(group)) for key, group in members.items()}
@@ -164,9 +185,12 @@ class LowRankTuner(BaseTuner):
     # Injection ------------------------------------------------------------------------------------------------------
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, state_dict=None, **kwargs: Any) -> None:
+        check_adapter_name(adapter_name)
         config: Any = self.peft_config[adapter_name]
         asked = config.target_modules
         self._plan = self.plan(config, model, state_dict)
+        if state_dict is not None:
+            self._check_given(config, adapter_name, model, state_dict)
         self.injected = getattr(self, "injected", set())  # adapters that were not loaded into or made active yet
         stale = getattr(unwrapped(model), SHARED, {})  # PEFT allows injecting a second time under one name
         if adapter_name in stale:
@@ -233,6 +257,22 @@ class LowRankTuner(BaseTuner):
         adapter.reset_parameters(config.init_lora_weights)
         return adapter
 
+    def _check_given(self, config: LowRankConfig, name: str, model: nn.Module, given: dict[str, Tensor]) -> None:
+        """Raises ValueError where the tensors that name the sites lack some of theirs: PEFT reads only which modules they name."""
+        expected: dict[str, Tensor] = {}
+        shared: dict[str, nn.Module | None] = {}
+        with torch.device("meta"):
+            for place, site in self._plan.places():
+                group = self._plan.groups.get(site.name)
+                if group is not None and group.key not in shared:
+                    shared[group.key] = state = self.adapter_cls.make_shared(config, group)
+                    tensors = {} if state is None else state.state_dict()
+                    expected |= {f"{SHARED}.{self._plan.keys[group.key]}.{k}": v for k, v in tensors.items()}
+                adapter = self.adapter_cls(config, site, None if group is None else shared[group.key])
+                expected |= {f"{place}.{k}": v for k, v in adapter.state_dict().items()}
+        found = {self._remove_adapter_name_from_key(plain_name(k), name): v for k, v in given.items()}
+        check_checkpoint(config, expected, {plain_name(k) for k in model.state_dict()}, found)
+
     def _create_and_replace(
         self, peft_config: Any, adapter_name, target, target_name, parent, current_key, parameter_name=None
     ) -> None:
@@ -279,8 +319,10 @@ class LowRankTuner(BaseTuner):
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
         by_group = getattr(unwrapped(self.model), SHARED, {})
-        if autocast_adapter_dtype and adapter_name in by_group:
-            for t in [*by_group[adapter_name].parameters(), *by_group[adapter_name].buffers()]:
+        shared = [by_group[adapter_name]] if adapter_name in by_group else []
+        own = [a for m in self.model.modules() if isinstance(m, AdaptedLayer) for a in m.adapters([adapter_name])]
+        for module in (*shared, *own) if autocast_adapter_dtype else ():
+            for t in (*module.parameters(), *module.buffers()):  # PEFT casts parameters, and what lies in its layers
                 if t.is_floating_point() and t.dtype.itemsize < 4:
                     t.data = t.data.float()
 
@@ -341,7 +383,7 @@ class LowRankTuner(BaseTuner):
                 with onload_layer(layer):
                     if new and not layer.merges_to_finite(new):
                         raise RankfoldError(
-                            f"NaNs detected in the merged weights at {name}. The adapters {new} seem to be broken"
+                            f"NaNs detected in the merged weights. The adapter {', '.join(new)} seems to be broken, at {name}"
                         )
 
     # Mixed batches ----------------------------------------------------------------------------------------------------
@@ -391,6 +433,7 @@ class LowRankTuner(BaseTuner):
         if not kept and dist.is_available() and dist.is_initialized() and dist.get_rank():
             return kept  # a state that was gathered on the first process alone
         check_whole(config, own, kept)
+        config.grown = grown(model, adapter_name) or None
         return kept
 
     @classmethod
@@ -412,8 +455,10 @@ class LowRankTuner(BaseTuner):
                 k if k.startswith("base_model.model.") else "base_model.model." + k: v for k, v in state_dict.items()
             }
         others = {"base_model.model." + k.removeprefix("base_model.model.") for k in model.state_dict()}
+        loose = growing(model, adapter_name)
+        sizes = {k: loose[name] for k, (key, _) in expected.items() if (name := plain_name(key)) in loose}
         try:
-            check_checkpoint(config, {k: v for k, (_, v) in expected.items()}, others, state_dict)
+            check_checkpoint(config, {k: v for k, (_, v) in expected.items()}, others, state_dict, sizes)
         except RankfoldError:
             tuner = getattr(model, "base_model", None)
             if isinstance(tuner, LowRankTuner) and adapter_name in tuner.injected and len(tuner.peft_config) > 1:

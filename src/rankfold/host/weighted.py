@@ -17,7 +17,7 @@ from torch import nn
 
 from rankfold.errors import RankfoldError
 from rankfold.host.adapter import Adapter
-from rankfold.host.checkpoint import plain_name
+from rankfold.host.checkpoint import check_adapter_name, plain_name
 from rankfold.host.config import LowRankConfig
 from rankfold.host.layer import AdaptedLayer
 from rankfold.kernel.factors import Factors
@@ -40,8 +40,7 @@ def check(
         raise RankfoldError(f"adapters={list(adapters)}: the model has {', '.join(configs)}")
     if name in configs:
         raise RankfoldError(f"adapter_name={name!r} exists; delete_adapter() it or choose another name")
-    if "." in name or hasattr(nn.ModuleDict(), name):
-        raise RankfoldError(f"adapter_name={name!r} is a name that torch keeps for itself; choose another")
+    check_adapter_name(name)
     if len(weights) != len(adapters) or not all(math.isfinite(w) for w in weights):
         raise RankfoldError(f"weights={list(weights)} must be {len(adapters)} finite numbers, one per adapter")
     if not vars(adapter_cls).get("stackable", False):

@@ -24,7 +24,8 @@ from rankfold.host.peft_api import LoraLayer
 from rankfold.inspect.inspection import Inspection, ModuleUpdate
 from rankfold.inspect.left_out import left_out, left_out_of
 from rankfold.io.adapter_names import mended
-from rankfold.io.formats import Adapter, read_adapter
+from rankfold.io.formats import Adapter as SavedAdapter
+from rankfold.io.formats import read_adapter
 from rankfold.kernel.factors import Factors
 
 #: The components of an update that are not zero, and how many the adapter has.
@@ -80,10 +81,11 @@ def _of_model(model: nn.Module, adapter_name: str) -> dict[str, Found]:
 
 
 def _ours(adapter: host.Adapter) -> tuple[Factors, int]:
-    return adapter.factors(), sum(block.rank for block in adapter.blocks())
+    factors = adapter.factors()
+    return factors, factors.rank
 
 
-def _of_peft_adapter(adapter: Adapter, config: LoraConfig, base: str | None) -> dict[str, Found]:
+def _of_peft_adapter(adapter: SavedAdapter, config: LoraConfig, base: str | None) -> dict[str, Found]:
     _check_plain(config)
     peft_adapters.check_start(config)
     if not is_plain(config):

@@ -30,7 +30,7 @@ class Candidate:
     """Two factors that a layer multiplies. One of them may be frozen, a buffer, or computed from something else.
 
     Args:
-        name: the layer's full name, and the adapter's where it is not "default".
+        name: of what is adapted (a layer, or one expert's matrix), and the adapter's where it is not "default".
         down, up: as in `Factors`.
         scale: what multiplies the product.
         gate: its trained diagonal, where it has one.
@@ -61,7 +61,7 @@ class Owned:
 def owned(name: str, module: nn.Module) -> Owned | None:
     """What the layer `module`, called `name`, declares; None for a module that is not an adapted layer."""
     if isinstance(module, AdaptedLayer):
-        return _of_ours(name, module)
+        return _of_ours(module)
     if isinstance(module, LoraLayer):
         return _of_peft(name, module)
     return None
@@ -71,7 +71,7 @@ def _called(name: str, adapter_name: str) -> str:
     return name if adapter_name == "default" else f"{name}[{adapter_name}]"
 
 
-def _of_ours(name: str, layer: AdaptedLayer) -> Owned:
+def _of_ours(layer: AdaptedLayer) -> Owned:
     found = Owned()
     for adapter_name, adapter in ((n, a) for n in layer.lowrank_adapters for a in layer.adapters([n])):
         if not any(True for _ in adapter.parameters()):  # tied: the embedding's
@@ -84,20 +84,13 @@ def _of_ours(name: str, layer: AdaptedLayer) -> Owned:
             found.leave(adapter, "its layer's update depends on the input")
             continue
         penalised = _penalised(adapter)
-        for block in adapter.blocks():
+        for block in adapter.update():
             gate = None if block.gate is None else _gate(block.gate)
             computed = block.gate is not None and gate is None  # no diagonal that could be read again at the next step
             if not computed and not pool & {id(block.down), id(block.up)}:
-                called = _called(
-                    f"{name}.{_within(adapter.site.name)}" if adapter.site.kind == "experts" else name, adapter_name
-                )
-                found.candidates.append(Candidate(called, block.down, block.up, block.scale, gate, penalised=penalised))
+                name, embedding = _called(adapter.site.name, adapter_name), adapter.site.kind == "embedding"
+                found.candidates.append(Candidate(name, block.down, block.up, block.scale, gate, embedding, penalised))
     return found
-
-
-def _within(expert: str) -> str:
-    """The end of an expert's name, from its index on."""
-    return ".".join(expert.split(".")[-2:])
 
 
 def _penalised(adapter: Adapter) -> str:

@@ -162,9 +162,13 @@ def _pair(c: Candidate, frozen_down: bool, joint: bool) -> Pair:
         )
     frozen = [n for n, t in (("down", c.down), ("up", c.up)) if not (t.requires_grad and isinstance(t, nn.Parameter))]
     if frozen and not (frozen_down and frozen == ["down"] and isinstance(c.down, nn.Parameter)):
+        fixes: list[str] = []
+        if isinstance(getattr(c, frozen[0]), nn.Parameter):  # else the method itself keeps it in a buffer
+            fixes = [f"make {frozen[0]}.requires_grad true"]
+            fixes += ["take LoraFa, which trains up alone"] if frozen == ["down"] else []
         raise RankfoldError(
-            f"{c.name}: {frozen[0]} is frozen and the other factor is not, so there is no pair to train; make "
-            f"{frozen[0]}.requires_grad true, take LoraFa (it trains up alone), or AdamW"
+            f"{c.name}: {frozen[0]} is frozen and the other factor is not, so there is no pair to train; "
+            + ", or ".join([*fixes, "take torch.optim.AdamW"])
         )
     assert isinstance(c.down, nn.Parameter)
     assert isinstance(c.up, nn.Parameter)

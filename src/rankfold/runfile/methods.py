@@ -21,6 +21,7 @@ SET_BY_THE_RUN = {
     "base_model_name_or_path",
     "revision",
     "inference_mode",
+    "grown",
 }
 
 

@@ -78,7 +78,7 @@ def _check_options(row: OptimizerRow, t: Training) -> list[Problem]:
 def _check_extra(row: OptimizerRow, t: Training) -> list[Problem]:
     """Arguments of TrainingArguments that the trainer would not read, so that none is ignored in silence."""
     problems = []
-    for key in t.extra.keys() & OF_TRANSFORMERS:
+    for key in sorted(t.extra.keys() & OF_TRANSFORMERS):
         option = OF_TRANSFORMERS[key]
         fix = f"use optimizer_options: {{{option}: ...}}" if option else "remove it"
         problems.append(

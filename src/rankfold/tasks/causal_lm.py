@@ -11,7 +11,7 @@ from rankfold.tasks.chats import carried, not_a_chat, tidy_all, token_ids, turns
 from rankfold.tasks.completions import options_of, pairs_of_chats, pairs_of_texts, same_beginning, whole_texts
 from rankfold.tasks.formats import advice, as_ours, refuse_undesired
 from rankfold.tasks.rows import DataError, Encoded, Rows
-from rankfold.tasks.task import Metric, Task
+from rankfold.tasks.task import LOSS, SHARE, Metric, Task
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -30,8 +30,8 @@ class CausalLm(Task):
     models = ("AutoModelForCausalLM",)
     peft_type = "CAUSAL_LM"
     metrics = {  # noqa: RUF012
-        "loss": Metric(greater_is_better=False),
-        "token_accuracy": Metric(greater_is_better=True, logged_as="mean_token_accuracy"),
+        "loss": Metric(greater_is_better=False, bounds=LOSS),
+        "token_accuracy": Metric(greater_is_better=True, logged_as="mean_token_accuracy", bounds=SHARE),
     }
     loss_of_labels = True
     weighted = True

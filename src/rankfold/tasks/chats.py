@@ -40,17 +40,13 @@ def options(row: dict[str, Any]) -> Options:
     return ({"tools": tools} if tools else {}) | (variables or {})
 
 
-def _plain(value: Any) -> Any:
-    """JSON read, and without the nulls that Arrow puts where other rows have a key."""
-    if isinstance(value, str):
+def _plain(value: Any, inside: bool = False) -> Any:
+    """JSON read, and without the nulls that Arrow puts where other rows have a key; texts inside stay what they are."""
+    if isinstance(value, str) and not inside:
         return json.loads(value) if value.strip() else None
     if isinstance(value, dict):
-        return {key: _plain_inside(part) for key, part in value.items() if part is not None}
-    return [_plain_inside(part) for part in value] if isinstance(value, list) else value
-
-
-def _plain_inside(value: Any) -> Any:
-    return value if isinstance(value, str) else _plain(value)
+        return {key: _plain(part, inside=True) for key, part in value.items() if part is not None}
+    return [_plain(part, inside=True) for part in value] if isinstance(value, list) else value
 
 
 def tidy(chat: Chat) -> Chat:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rankfold.errors import short
 from rankfold.tasks.classes import index_of
 from rankfold.tasks.rows import DataError, Encoded, Rows
-from rankfold.tasks.task import Metric, Task
+from rankfold.tasks.task import LOSS, SHARE, Metric, Task
 from rankfold.tasks.texts import tokens_of
 
 if TYPE_CHECKING:
@@ -29,9 +29,9 @@ class Classification(Task):
     peft_type = "SEQ_CLS"
     new_head = True
     metrics = {  # noqa: RUF012
-        "accuracy": Metric(greater_is_better=True),
-        "macro_f1": Metric(greater_is_better=True, of_rows=False),
-        "loss": Metric(greater_is_better=False),
+        "accuracy": Metric(greater_is_better=True, bounds=SHARE),
+        "macro_f1": Metric(greater_is_better=True, of_rows=False, bounds=SHARE),
+        "loss": Metric(greater_is_better=False, bounds=LOSS),
     }
     loss_of_batch = True  # BERT's kind takes any keyword but looks at none
     pipeline = "text-classification"

@@ -45,12 +45,11 @@ output: runs/compare-digits
         "667000",
     )
 
-    def folder(self, folder: Path) -> dict[str, Dataset] | None:
+    def folder(self, folder: Path) -> dict[str, Dataset]:
         inside = {name: folder / name for name in SPLITS if (folder / name).is_dir()}
         if "train" not in inside:
             inside = {"train": folder}
-        found = {name: class_folders(path) for name, path in inside.items()}
-        return {name: rows for name, rows in found.items() if rows is not None} or None
+        return {name: class_folders(path) for name, path in inside.items()}
 
     def placed(self, split: Dataset, names: dict[str, str], folder: Path) -> Dataset:
         column = names["image"]

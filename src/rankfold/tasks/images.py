@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 
-def class_folders(folder: Path) -> Dataset | None:
-    """The images in a folder with one folder for each class; None where it has no folder.
+def class_folders(folder: Path) -> Dataset:
+    """The paths of the images in a folder with one folder for each class.
 
     Raises:
-        DataError: a class without a file.
+        DataError: no folder in it, or a class without a file.
     """
     from datasets import Dataset
 
@@ -32,7 +32,11 @@ def class_folders(folder: Path) -> Dataset | None:
             raise DataError(f"folder '{entry}': the class '{entry.name}' has no image; add some or remove the folder")
         rows["image"] += map(str, files)
         rows["label"] += [entry.name] * len(files)
-    return Dataset.from_dict(rows) if classes else None
+    if not classes:
+        raise DataError(
+            f"folder '{folder}' has neither a folder of images for each class nor a file of rows called train.jsonl (or .parquet ...)"
+        )
+    return Dataset.from_dict(rows)
 
 
 def content(value: Any) -> bytes:

@@ -9,7 +9,7 @@ from rankfold.errors import short
 from rankfold.tasks.chats import Chat, carried, not_a_chat, tidy_all
 from rankfold.tasks.completions import options_of, pairs_of_chats, pairs_of_texts, same_beginning
 from rankfold.tasks.rows import DataError, Encoded, Rows
-from rankfold.tasks.task import Metric, Task
+from rankfold.tasks.task import LOSS, SHARE, Metric, Task
 from rankfold.text import examples
 
 if TYPE_CHECKING:
@@ -29,9 +29,11 @@ class Preference(Task):
     models = ("AutoModelForCausalLM",)
     peft_type = "CAUSAL_LM"
     metrics = {  # noqa: RUF012
-        "accuracy": Metric(greater_is_better=True, logged_as="rewards/accuracies"),
+        "accuracy": Metric(greater_is_better=True, logged_as="rewards/accuracies", bounds=SHARE),
         "margin": Metric(greater_is_better=True, logged_as="rewards/margins"),
-        "loss": Metric(greater_is_better=False, of_rows=False),  # some of TRL's losses are not a mean over rows
+        "loss": Metric(
+            greater_is_better=False, of_rows=False, bounds=LOSS
+        ),  # some of TRL's losses are not a mean over rows
     }
     passes = 2  # the model, then the reference
     pipeline = "text-generation"

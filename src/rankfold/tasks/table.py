@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 import pkgutil
 from pathlib import Path
 
@@ -37,6 +38,12 @@ def of_adapter(task_type: object, model_class: str = "") -> Task | None:
     if task_type is not None:
         return next((task for task in TASKS.values() if task.peft_type == getattr(task_type, "value", task_type)), None)
     return next((task for task in TASKS.values() if model_class.endswith(task.heads)), None)
+
+
+def bounds_of(metric: str) -> tuple[float, float]:
+    """The smallest and the largest value of a metric, which means the same in every task; none for one that no task has."""
+    known = (task.metrics[metric].bounds for task in TASKS.values() if metric in task.metrics)
+    return next(known, (-math.inf, math.inf))
 
 
 def columns() -> dict[str, str]:

@@ -7,6 +7,7 @@ is imported inside the methods.
 from __future__ import annotations
 
 import json
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,11 +30,16 @@ class Metric:
         greater_is_better: which of two values is better.
         logged_as: the trainer's name for it, where it is another.
         of_rows: it is a mean over rows, so a comparison can resample it.
+        bounds: the smallest and the largest value it can have; intervals end there.
     """
 
     greater_is_better: bool
     logged_as: str | None = None
     of_rows: bool = True
+    bounds: tuple[float, float] = (-math.inf, math.inf)
+
+
+SHARE, LOSS = (0.0, 1.0), (0.0, math.inf)
 
 
 class Task(ABC):

@@ -10,7 +10,7 @@ from rankfold.errors import short
 from rankfold.tasks.classes import index_of
 from rankfold.tasks.entities import are_marked, entities, precision_recall_f1
 from rankfold.tasks.rows import DataError, Encoded, Rows
-from rankfold.tasks.task import Metric, Task
+from rankfold.tasks.task import LOSS, SHARE, Metric, Task
 from rankfold.tasks.texts import tokens_of
 
 if TYPE_CHECKING:
@@ -30,11 +30,11 @@ class TokenClassification(Task):
     peft_type = "TOKEN_CLS"
     new_head = True
     metrics = {  # noqa: RUF012
-        "f1": Metric(greater_is_better=True, of_rows=False),
-        "precision": Metric(greater_is_better=True, of_rows=False),
-        "recall": Metric(greater_is_better=True),
-        "accuracy": Metric(greater_is_better=True),
-        "loss": Metric(greater_is_better=False),
+        "f1": Metric(greater_is_better=True, of_rows=False, bounds=SHARE),
+        "precision": Metric(greater_is_better=True, of_rows=False, bounds=SHARE),
+        "recall": Metric(greater_is_better=True, bounds=SHARE),
+        "accuracy": Metric(greater_is_better=True, bounds=SHARE),
+        "loss": Metric(greater_is_better=False, bounds=LOSS),
     }
     loss_of_batch = True
     weighted = True
@@ -59,13 +59,15 @@ output: runs/compare-tweet-entities
 
     def as_ours(self, split: Dataset, names: dict[str, str]) -> Dataset:
         """Columns as data sets of the hub call them: tokens, and tags that have one name such as ner_tags."""
-        columns = split.column_names
+        columns, ours = split.column_names, {}
         if names["words"] == "words" and "words" not in columns and "tokens" in columns:
-            split = split.rename_column("tokens", "words")
-        tags = [column for column in columns if column.endswith("_tags")]
-        if names["tags"] == "tags" and "tags" not in columns and len(tags) == 1:
-            split = split.rename_column(tags[0], "tags")
-        return split
+            ours["tokens"] = "words"
+        if names["tags"] == "tags" and "tags" not in columns:
+            tags = [column for column in columns if column.endswith("_tags")]
+            if len(tags) != 1:
+                return split
+            ours[tags[0]] = "tags"
+        return split.rename_columns(ours)
 
     def advice(self, columns: list[str]) -> str:
         tags = next((column for column in columns if column.endswith("_tags")), "...")
@@ -113,7 +115,9 @@ output: runs/compare-tweet-entities
         whole = [i for i, length in enumerate(lengths) if max_length is None or length <= max_length]
         lost = sum(len(table[i]["words"]) - sum(tag != -100 for tag in made[i]["labels"]) for i in whole)
         if lost:
-            rows.notes.append(f"{split}: {lost:,} words are not learnt, because the tokenizer makes no token of them")
+            rows.notes.append(
+                f"{split}: words that are not learnt, because the tokenizer makes no token of them: {lost:,}"
+            )
         return Encoded(made.remove_columns("length"), lengths)
 
     def learnable(self, rows: Dataset, kept: slice) -> Sequence[int]:

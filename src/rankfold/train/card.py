@@ -71,6 +71,11 @@ def model_card(prepared: Prepared, result: TrainResult) -> str:
         title, home = row.title, row.config.__module__
     module = "rankfold" if home.startswith("rankfold.") else home
     use = f"import {module}  # makes {title} known to PEFT\n" if ours else ""
+    plain = (
+        "`rankfold fold path/to/this/folder -o folded` makes a plain LoRA of it, which needs no rankfold.\n\n"
+        if ours
+        else ""
+    )
     return f"""---
 {yaml.safe_dump(front, sort_keys=False).strip()}
 ---
@@ -105,7 +110,7 @@ model = {model_class}.from_pretrained({prepared.place!r}{arguments})
 model = PeftModel.from_pretrained(model, "path/to/this/folder")
 ```
 
-## Made by
+{plain}## Made by
 
 ```
 {result.command}

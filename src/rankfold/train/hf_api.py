@@ -90,6 +90,12 @@ def loss_is_of_its_batch(trainer: Trainer) -> None:
     trainer.model_accepts_loss_kwargs = False
 
 
+def make_optimizer_by(trainer: Trainer, factory: Any, keywords: dict[str, Any]) -> None:
+    """Has the trainer make its optimiser as `factory()(model, **keywords)`. Not by its argument, which TRL's DPOTrainer lacks."""
+    require("transformers", trainer, "optimizer_cls_and_kwargs")
+    trainer.optimizer_cls_and_kwargs = (factory, keywords)
+
+
 #: What some models do to their logits besides the head's product; TRL's head knows how, ours does not.
 SCALED = ("final_logit_softcapping", "logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
 

@@ -128,9 +128,8 @@ def adapt(model: PreTrainedModel, config: PeftConfig, train_in_full: list[str], 
         ModelError: the method's config does not fit the model.
     """
     if train_in_full:
-        if (
-            getattr(model.config, "pad_token_id", 0) is None
-        ):  # a classifier of texts reads the last token that is not padding
+        # A classifier of texts reads the last token that is not padding; models of images have no such field.
+        if getattr(model.config, "pad_token_id", 0) is None:
             model.config.pad_token_id = getattr(processor, "pad_token_id", None)
         keep(config, train_in_full)
     modules = [name for name, _ in model.named_modules() if name]

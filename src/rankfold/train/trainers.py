@@ -18,7 +18,7 @@ from rankfold.errors import RankfoldError
 from rankfold.tasks.task import Task
 from rankfold.train.callbacks import NoStepTooMany, Progress, RankAllocation
 from rankfold.train.folder import saving
-from rankfold.train.hf_api import StepwiseTrainer, loss_is_of_its_batch, make_arguments
+from rankfold.train.hf_api import StepwiseTrainer, loss_is_of_its_batch, make_arguments, make_optimizer_by
 from rankfold.train.loss import score_labels_only
 from rankfold.train.optimizer import RunOptimizer
 from rankfold.train.prepare import Prepared
@@ -84,10 +84,11 @@ def make_trainer(
         eval_dataset=prepared.for_trainer("validation"),
         processing_class=prepared.processor,
         callbacks=[AdapterCallback(), NoStepTooMany(), *callbacks],
-        **({"optimizer_cls_and_kwargs": optimizer.for_trainer(model)} if optimizer else {}),
         **task.options(prepared.processor, prepared.rows.labels),
     )
     trainer.task = task
+    if optimizer is not None:
+        make_optimizer_by(trainer, *optimizer.for_trainer(model))
     if task.loss_of_batch:
         loss_is_of_its_batch(trainer)
     if task.loss_of_labels:

@@ -1,6 +1,6 @@
 """Profile `compact`: every module keeps its own rank, in `rank_pattern`.
 
-Its readers scale a module by lora_alpha / (its rank): PEFT, vLLM from 0.33 on and llama.cpp's converter. B is stored times rank/α, so that this comes out as 1. An `alpha_pattern` would be misread by some; none is written.
+Its readers scale a module by lora_alpha / (its rank): PEFT, vLLM from 0.32 on and llama.cpp's converter. B is stored times rank/α, so that this comes out as 1. An `alpha_pattern` would be misread by some; none is written.
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ def write(folded: Folded, folder: Path) -> Written:
         rank=largest,
         parameters=parameters,
         read=reader(folder, source, {name: ALPHA / rank for name, rank in ranks.items()}),
-        serve=loaders(source, {"vLLM ≥ 0.33": flags["vLLM"], "PEFT": flags["PEFT"]}),
+        serve=loaders(source, {"vLLM ≥ 0.32": flags["vLLM"], "PEFT": flags["PEFT"]}),
         notes=[
-            "where ranks differ by module, SGLang 0.5.23 refuses an adapter, and TGI, LoRAX, LMDeploy and vLLM before 0.33 scale it "
+            "where ranks differ by module, SGLang 0.5.23 refuses an adapter, and TGI, LoRAX, LMDeploy and vLLM before 0.32 scale it "
             "wrongly or refuse it; fold with --profile uniform for them"
         ],
     )

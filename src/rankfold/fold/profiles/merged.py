@@ -21,6 +21,7 @@ from rankfold.fold.source import base_model
 from rankfold.host.kinds import kind_of
 from rankfold.host.layer import Kind
 from rankfold.io.models import quiet
+from rankfold.io.weight_names import to_model
 from rankfold.io.weights import base_files, weight_reader
 from rankfold.kernel.factors import Factors
 
@@ -42,7 +43,7 @@ def write(folded: Folded, folder: Path) -> Written:
             delta = folded.factors[name].to(torch.float64).delta()  # out × in
             added = module.weight.double() + kind.in_weight_layout(delta, module.weight)
             module.weight = nn.Parameter(added.to(folded.dtype), requires_grad=False)
-        _load_heads(model, {k.removeprefix("base_model.model."): v for k, v in folded.source.heads.items()})
+        _load_heads(model, {k.removeprefix("base_model.model."): v for k, v in folded.source.whole.items()})
     model.to(folded.dtype)
     broken = next((n for n, p in model.named_parameters() if not torch.isfinite(p).all()), None)
     if broken:
@@ -86,7 +87,7 @@ def _base(folded: Folded) -> nn.Module:
         raise RankfoldError(
             "profile merged needs the weights of the base model, which is not known; give --base FOLDER"
         )
-    model = base_model(folded.source.config, folded.base, "auto", folded.source.heads)
+    model = base_model(folded.source.config, folded.base, "auto", folded.source.whole)
     base_files(folded.base, folded.source.config.revision)  # the proof reads them one by one
     if getattr(model, "is_quantized", False):
         raise RankfoldError(
@@ -100,6 +101,11 @@ def _adaptable(model: nn.Module, name: str) -> tuple[Any, Kind]:
     have one weight."""
     modules: dict[str, Any] = dict(model.named_modules())
     module = modules.get(name)
+    if module is None and to_model(model)(f"{name}.weight")[1]:
+        raise RankfoldError(
+            f"profile merged: {name} is one of several experts that this version of transformers fuses into one parameter, to which "
+            "it does not add; fold with --profile uniform, or load the adapter with PEFT and call merge_and_unload()"
+        )
     kind = None if module is None else kind_of(module)
     if module is None or kind is None:
         raise RankfoldError(f"profile merged: {type(model).__name__} has no layer {name!r}; was the adapter's another?")
@@ -122,6 +128,12 @@ def _load_heads(model: nn.Module, heads: Mapping[str, Tensor]) -> None:
             raise RankfoldError(
                 f"profile merged: {key}, which the adapter saved in modules_to_save, shares its weight with {other}, which "
                 "would change too; use --profile uniform, which PEFT loads"
+            )
+    for key, head in heads.items():
+        if key in own and own[key].shape != head.shape:
+            raise RankfoldError(
+                f"profile merged: the adapter's {key} is {tuple(head.shape)} and the base's {tuple(own[key].shape)}; give the base "
+                "it was trained on with --base FOLDER"
             )
     unknown = model.load_state_dict(heads, strict=False).unexpected_keys
     if unknown:
