@@ -97,7 +97,7 @@ def test_gradients_are_those_of_the_changed_weights(row: Row, family: str) -> No
         found = {}
         for name, one in experts(model).items():
             for parameter, stacks in one.lowrank_adapters["default"].items():  # pyright: ignore
-                delta = torch.stack([a.factors().delta() for a in stacks])
+                delta = torch.stack([torch.stack([b.delta() for b in a.blocks()]).sum(0) for a in stacks])
                 delta = delta.transpose(1, 2) if family == "gpt_oss" else delta  # the one that stores in × out
                 found[f"{name}.{parameter}"] = base.get_parameter(f"{name}.{parameter}") + delta
         return found
@@ -317,7 +317,8 @@ def test_counts_of_a_plan(row: Row) -> None:
     spent = cost(build("qwen3_moe"), configured(row))
     assert spent.trained == trained(adapt("qwen3_moe", configured(row)))
     assert spent.flops is not None
-    assert spent.folded_rank == row.facts.rank(configured(row), configured(row).r, 4)
+    if row.facts.method in ("lora", "rasa", "sora"):
+        assert spent.folded_rank == row.facts.rank(configured(row), configured(row).r, 4)
 
 
 def test_the_files_of_a_fold_are_pefts(tmp_path: Path) -> None:

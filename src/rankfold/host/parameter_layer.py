@@ -101,9 +101,11 @@ class AdaptedParameters(AdaptedLayer):
         weight = self.get_base_layer().get_parameter(name)
         deltas = []
         for adapters in self.of_parameter(name, names):
-            factors = [a.factors().detach() if detach else a.factors() for a in adapters]
-            wide = [f.to(torch.promote_types(f.up.dtype, torch.float32)) if detach else f for f in factors]
-            deltas.append(sum(f.delta() for f in wide[1:]) + wide[0].delta())
+            blocks = [
+                b.detach() if detach else b for a in adapters for b in a.blocks()
+            ]  # not factors(): some are constants
+            wide = [b.to(torch.promote_types(b.up.dtype, torch.float32)) if detach else b for b in blocks]
+            deltas.append(torch.stack([b.delta() for b in wide]).sum(0))
         if weight.ndim == 2:
             return deltas[0]
         delta = torch.stack(deltas)
