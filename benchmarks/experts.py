@@ -37,10 +37,11 @@ SIZES: dict[str, Any] = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "vocab_size": 64,
+    "head_dim": 64,
 }
 FAMILIES: dict[str, Any] = {
     "qwen3_moe": lambda e: hf.Qwen3MoeModel(
-        hf.Qwen3MoeConfig(**SIZES, moe_intermediate_size=128, num_experts=e, num_experts_per_tok=4, head_dim=64)
+        hf.Qwen3MoeConfig(**SIZES, moe_intermediate_size=128, num_experts=e, num_experts_per_tok=4)
     ),
     "mixtral": lambda e: hf.MixtralModel(
         hf.MixtralConfig(**SIZES, intermediate_size=512, num_local_experts=e, num_experts_per_tok=2)

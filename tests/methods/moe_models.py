@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import transformers as hf
+from models import VOCAB, Arch
 from torch import Tensor, nn
 
 _SMALL = {
@@ -14,7 +15,7 @@ _SMALL = {
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
     "num_key_value_heads": 1,
-    "vocab_size": 40,
+    "vocab_size": VOCAB,
     "pad_token_id": 0,
     "bos_token_id": 1,
     "eos_token_id": 2,
@@ -68,3 +69,6 @@ def build(family: str) -> nn.Module:
 @torch.no_grad()
 def out(model: nn.Module, ids: Tensor = IDS) -> Tensor:
     return model(ids).logits
+
+
+MOE = Arch("qwen3_moe", lambda: build("qwen3_moe"), ("q_proj", "o_proj"), "CAUSAL_LM")

@@ -97,7 +97,7 @@ def check_kinds(source: Source, profile: str) -> None:
             "PEFT loads"
         )
     parameters = [site.name for site in source.sites if site.kind in ("experts", "parameter")]
-    if parameters and profile != "uniform":
+    if parameters and profile not in ("uniform", "per_expert"):
         raise RankfoldError(
             f"target_parameters: profile {profile} has no place for {parameters[0]}; fold with profile uniform, or save what "
             "merge_and_unload() gives"

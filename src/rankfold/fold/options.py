@@ -8,13 +8,14 @@ from typing import TypedDict
 import torch
 
 from rankfold.errors import RankfoldError
-from rankfold.fold.profiles import compact, gguf, merged, mlx, uniform
+from rankfold.fold.profiles import compact, gguf, merged, mlx, per_expert, uniform
 from rankfold.fold.profiles.profile import Profile
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PROFILES: dict[str, Profile] = {
     "uniform": uniform.PROFILE,
     "compact": compact.PROFILE,
+    "per_expert": per_expert.PROFILE,
     "gguf": gguf.PROFILE,
     "mlx": mlx.PROFILE,
     "merged": merged.PROFILE,

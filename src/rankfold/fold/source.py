@@ -39,6 +39,8 @@ class Source:
         siblings: more sites, without an adapter, that SGLang wants beside those.
         modules: every module name of the base model.
         parameters: every parameter name of the base model, where parameters are adapted.
+        experts: by adapted module's fused parameter the names of the modules that it once was, `{}` for the expert's index, where they are
+            known.
         heads: tensors of modules_to_save, by their name in the checkpoint.
         vocabulary: whole embeddings and output heads that PEFT saved beside the adapter, as it does where the vocabulary was
             resized; only a merged model holds them.
@@ -70,6 +72,7 @@ class Source:
     notes: list[str] = field(default_factory=list)
     unlike_peft: list[str] = field(default_factory=list)
     parameters: list[str] = field(default_factory=list)
+    experts: dict[str, list[str]] = field(default_factory=dict)
     left_out: dict[str, float] = field(default_factory=dict)
 
     @property

@@ -20,6 +20,7 @@ from rankfold.errors import RankfoldError
 from rankfold.host.adapter import Adapter
 from rankfold.host.layer import AdaptedLayer, Kind
 from rankfold.host.peft_api import check_adapters_to_merge
+from rankfold.host.siblings import has_patched_forward
 from rankfold.kernel.linears import low_rank_linear
 
 
@@ -82,7 +83,7 @@ class AdaptedParameters(AdaptedLayer):
         if not active:
             return self.base_layer(*args, **kwargs)
         base = self.get_base_layer()
-        if is_routed(base) and base is self.base_layer and not torch.compiler.is_compiling():
+        if is_routed(base) and not (is_watched(base) or torch.compiler.is_compiling()):
             return self._routed(base, active, *args, *kwargs.values())
         if any(a.dropout for a in self.adapters(active)) and self.training:
             raise RankfoldError(
@@ -94,6 +95,10 @@ class AdaptedParameters(AdaptedLayer):
     def _changed(self, name: str, active: Sequence[str]) -> Tensor:
         """W + ΔW of all experts, differentiable."""
         weight = self.get_base_layer().get_parameter(name)
+        if weight.is_meta and not any(p.is_meta for p in self.adapters(active)[0].parameters()):
+            raise RankfoldError(
+                f"{name} of {type(self.get_base_layer()).__name__} is offloaded, where it cannot be adapted"
+            )
         return weight + self._delta(name, active).to(weight.dtype)
 
     def _delta(self, name: str, names: Sequence[str], detach: bool = False) -> Tensor:
@@ -101,9 +106,11 @@ class AdaptedParameters(AdaptedLayer):
         weight = self.get_base_layer().get_parameter(name)
         deltas = []
         for adapters in self.of_parameter(name, names):
-            factors = [a.factors().detach() if detach else a.factors() for a in adapters]
-            wide = [f.to(torch.promote_types(f.up.dtype, torch.float32)) if detach else f for f in factors]
-            deltas.append(sum(f.delta() for f in wide[1:]) + wide[0].delta())
+            blocks = [
+                b.detach() if detach else b for a in adapters for b in a.blocks()
+            ]  # not factors(): some are constants
+            wide = [b.to(torch.promote_types(b.up.dtype, torch.float32)) if detach else b for b in blocks]
+            deltas.append(torch.stack([b.delta() for b in wide]).sum(0))
         if weight.ndim == 2:
             return deltas[0]
         delta = torch.stack(deltas)
@@ -194,6 +201,12 @@ def is_routed(base: Any) -> bool:
     """Whether a module computes routed experts as transformers' `use_experts_implementation` describes it, on this process."""
     described = ("has_gate", "has_bias", "is_transposed", "has_post_expert_norm", "num_experts", "_apply_gate")
     return all(hasattr(base, name) for name in described) and not base._is_expert_parallel
+
+
+def is_watched(base: nn.Module) -> bool:
+    """Whether somebody hooked the module or its forward, and would not see experts that are computed without it."""
+    hooks = (base._forward_hooks, base._forward_pre_hooks, base._backward_hooks, base._backward_pre_hooks)
+    return has_patched_forward(base) or any(hooks)
 
 
 def in_by_out(base: Any) -> bool:

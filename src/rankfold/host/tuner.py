@@ -56,7 +56,7 @@ from rankfold.host.siblings import link_siblings, part_siblings
 from rankfold.host.targets import absent_names, parameter_sites
 from rankfold.host.tied import link_tied, warn_tied
 from rankfold.host.tied_adapter import TiedAdapter
-from rankfold.host.unreached import say, unreached
+from rankfold.host.unreached import say
 
 keep_out_of_base_state(SHARED)
 
@@ -142,8 +142,10 @@ class LowRankTuner(BaseTuner):
         adapter_cls = self.adapter_cls
         members: dict[str, list[Site]] = {}
         for site in sites.values():
+            if site.name in tied:
+                continue
             adapter_cls.check_site(config, site)
-            group_key = None if site.name in tied else adapter_cls.group_key(config, site)
+            group_key = adapter_cls.group_key(config, site)
             if group_key is not None:
                 members.setdefault(group_key, []).append(site)
         groups = {key: Group(key, tuple(group)) for key, group in members.items()}
@@ -205,7 +207,7 @@ class LowRankTuner(BaseTuner):
             if len(own) > 1:
                 warn_tied(own)
         _warn_fast_path(model)
-        say(unreached(model), asked)
+        say(model, asked)
         link_siblings(model, AdaptedLinear)
         if config.fuse_mlp:
             fuse_mlps(model, AdaptedLinear)

@@ -87,13 +87,17 @@ def in_words(found: Sequence[Unreached]) -> str:
     return f"no adapter on: {'; '.join(parts)}" if parts else ""
 
 
-def say(found: Sequence[Unreached], targets: object) -> None:
+def say(model: nn.Module, targets: object) -> None:
     """Tells whoever asked for all linear layers what that leaves: experts, which once were linear layers, by a warning, and
-    the rest once in the log. A list of names reaches what it names, but for experts.
+    the rest once in the log. A list of names reaches what it names, but for experts. Of a model without values, which is only
+    counted, a plan says it.
 
     Args:
         targets: `target_modules` as the user gave it.
     """
+    if any(p.is_meta for p in model.parameters()):
+        return
+    found = unreached(model)
     experts = any(one.kind == EXPERTS for one in found)
     if isinstance(targets, str) and targets.lower() == "all-linear":
         if experts:
