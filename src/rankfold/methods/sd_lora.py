@@ -78,9 +78,9 @@ class SdLoraConfig(LowRankConfig):
     )
 
     def __post_init__(self) -> None:
-        # JSON has no integer keys
-        self.rank_schedule = {int(k) if str(k).isdecimal() else k: v for k, v in (self.rank_schedule or {}).items()}
-        self.absorbed = self.absorbed or {}
+        self.rank_schedule, self.absorbed = self.rank_schedule or {}, self.absorbed or {}
+        if isinstance(self.rank_schedule, dict):  # JSON has no integer keys
+            self.rank_schedule = {int(k) if str(k).isdecimal() else k: v for k, v in self.rank_schedule.items()}
         super().__post_init__()
 
     def check(self) -> None:
