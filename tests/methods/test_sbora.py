@@ -217,14 +217,19 @@ def test_index_sets_of_a_file_that_do_not_fit(row: Row, broken: list[int]) -> No
 
 
 @pytest.mark.parametrize(
-    ("variant", "layers_", "wanted"),
-    [("fa", "llama3-8b", 25_165_824), ("fb", "llama3-8b", 31_457_280), ("fa", "llama-7b", 28_049_408)],
+    ("model", "types", "fa", "fb"),
+    [
+        ("llama-7b", "q k v up down", 28_049_408, 28_049_408),
+        ("llama3-8b", "q k v up down", 25_165_824, 31_457_280),
+        ("llama-7b", "q k v o gate up down", 43_515_904, 36_438_016),
+        ("llama3-8b", "q k v o gate up down", 44_040_192, 39_845_888),
+    ],
 )
-def test_parameters_of_the_readmes_models(variant: str, layers_: str, wanted: int) -> None:
-    """q, k, v, up, down at r = 32."""
-    h, kv, mlp = {"llama3-8b": (4096, 1024, 14336), "llama-7b": (4096, 4096, 11008)}[layers_]
-    shapes = [(h, h), (kv, h), (kv, h), (mlp, h), (h, mlp)]
-    config = SboraConfig(r=32, variant=variant)
-    with torch.device("meta"):
-        adapters = [Sbora(config, Site(str(i), inn, out)) for i, (out, inn) in enumerate(shapes)]
-    assert 32 * sum(p.numel() for a in adapters for p in a.parameters()) == wanted
+def test_parameters_of_the_readmes_models(model: str, types: str, fa: int, fb: int) -> None:
+    """At r = 32; with all seven types, QSBoRA's."""
+    h, kv, mlp = {"llama3-8b": (4096, 1024, 14336), "llama-7b": (4096, 4096, 11008)}[model]
+    shapes = {"q": (h, h), "k": (kv, h), "v": (kv, h), "o": (h, h), "gate": (mlp, h), "up": (mlp, h), "down": (h, mlp)}
+    for variant, wanted in (("fa", fa), ("fb", fb)):
+        config, sites = SboraConfig(r=32, variant=variant), [Site(t, *shapes[t][::-1]) for t in types.split()]
+        with torch.device("meta"):
+            assert 32 * sum(p.numel() for s in sites for p in Sbora(config, s).parameters()) == wanted

@@ -28,10 +28,11 @@ from torch import nn
 
 from rankfold import SdLoraConfig
 from rankfold.fold import fold_model
+from rankfold.host import registry
 from rankfold.kernel.factors import Factors
-from rankfold.methods.sd_lora import SdLora
-from rankfold.methods.sd_lora_tasks import absorb, next_task
-from rankfold.methods.sd_lora_tasks import fit as fit_by_past
+from rankfold.methods.sd_lora import absorb, next_task
+from rankfold.methods.sd_lora_adapter import SdLora
+from rankfold.methods.sd_lora_adapter import fit as fit_by_past
 
 
 def row(**fields: Any) -> Row:
@@ -155,7 +156,7 @@ def test_the_next_task_of_a_saved_adapter_is_that_of_the_live_one(tmp_path: Path
     loaded = PeftModel.from_pretrained(LLAMA.build(), tmp_path, is_trainable=True)
     for model in (live, loaded):
         torch.manual_seed(3)
-        next_task(model)
+        registry.get("sd_lora").next_task(model, "default")  # as a caller does that knows no method by name
         fit(LLAMA, model.train(), steps=2)
     assert_same(get_peft_model_state_dict(loaded), get_peft_model_state_dict(live))
     assert {n for n, p in loaded.named_parameters() if p.requires_grad} == {n for n, _ in adapter_parameters(loaded)}
@@ -283,6 +284,9 @@ def test_unknown_earlier_tasks(tmp_path: Path) -> None:
         ):
             use()
     later = after_tasks(2)
+    fresh = adapt(LLAMA, row(task=1), live=False)  # as a run does that starts from an adapter of its own task
+    set_peft_model_state_dict(fresh, get_peft_model_state_dict(later))
+    assert torch.equal(LLAMA.out(fresh), LLAMA.out(later))
     before = snapshot(later)
     with pytest.raises(ValueError, match="checkpoint of this sd_lora adapter"):
         set_peft_model_state_dict(later, get_peft_model_state_dict(adapt(LLAMA, row())))

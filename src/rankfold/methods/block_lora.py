@@ -10,9 +10,8 @@ summaries: both factors are split, B's blocks stand one behind the other along t
 
 OUR INTERPRETATION is everything else: `block_axis="rank"`, the reading above. The other reading, `block_axis="input"`, shares
 one block A_s (r × in/n) among n slices of the input, ΔW = s · B · [A_s … A_s] with B out × r: as many parameters, and a sum too,
-but B is not split. First values as LoRA's: A_s Kaiming, B_i = 0. s = α/√r of the
-whole r, which is the rule of CLIP-LoRA, the baseline that the paper compares with; use_rslora=False makes it α/r. Two blocks,
-since no number of blocks is known.
+but B is not split. First values as LoRA's: A_s Kaiming, B_i = 0. s = α/√r of the whole r, which is the rule of CLIP-LoRA, the
+baseline that the paper compares with; use_rslora=False makes it α/r. Two blocks, since no number of blocks is known.
 
 The arms B_i all get one and the same gradient. So from equal first values any optimiser that treats tensors apart keeps them
 equal, and training is that of a LoRA of rank r/n with a learning rate of B that is n times as high.

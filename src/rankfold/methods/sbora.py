@@ -60,8 +60,8 @@ class SboraConfig(LowRankConfig):
         """How many columns (FA) or rows (FB) the site's weight has."""
         return site.in_features if self.variant == "fa" else site.out_features
 
-    def index_at(self, site: Site) -> list[int]:
-        """The site's index set, in the order in which it was drawn; raises RankfoldError where it does not fit."""
+    def region_at(self, site: Site) -> slice:
+        """Which entries of the site's permutation are this region's; raises RankfoldError where it does not have them."""
         r, n = self.rank_at(site.name), self.available(site)
         first = self.region * r
         if first + r > n:
@@ -70,10 +70,14 @@ class SboraConfig(LowRankConfig):
                 f"SboraConfig: r={r} with region={self.region} exceeds {site.name}, whose weight has {n} {what}; "
                 f"choose r * (region + 1) <= {n}, for this module alone with rank_pattern"
             )
-        places = list(range(n))
+        return slice(first, first + r)
+
+    def index_at(self, site: Site) -> list[int]:
+        """The site's index set, in the order in which it was drawn; raises as `region_at`."""
+        region, places = self.region_at(site), list(range(self.available(site)))
         if self.draw == "random":
             random.Random(f"{self.seed}/{site.name}").shuffle(places)
-        return places[first : first + r]
+        return places[region]
 
 
 class Sbora(Adapter):
@@ -90,7 +94,7 @@ class Sbora(Adapter):
 
     @classmethod
     def group_key(cls, config: SboraConfig, site: Site) -> str | None:
-        config.index_at(site)  # for its errors, while nothing has been changed
+        config.region_at(site)  # for its errors, while nothing has been changed
         return None
 
     def reset_parameters(self, init: bool | str) -> None:

@@ -17,20 +17,19 @@ LibContinual keeps per layer too, survives the new start of α. `carry_alpha` an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+from torch.distributed.tensor import DTensor
 
 from rankfold.errors import RankfoldError
-from rankfold.host.adapter import Adapter, Group, Shared, Site, kaiming_
 from rankfold.host.config import LowRankConfig, is_number, is_whole
+from rankfold.host.layer import AdaptedLayer
 from rankfold.host.registry import Method, register
-from rankfold.kernel.factors import Factors
+from rankfold.methods.sd_lora_adapter import SdLora
 
-EPS = 1e-8
 #: α at the start of a task.
 FIRST_MAGNITUDE = {"paper": 1.0, "code": 0.8}
 
@@ -79,9 +78,9 @@ class SdLoraConfig(LowRankConfig):
     )
 
     def __post_init__(self) -> None:
-        # JSON has no integer keys
-        self.rank_schedule = {int(k) if str(k).isdecimal() else k: v for k, v in (self.rank_schedule or {}).items()}
-        self.absorbed = self.absorbed or {}
+        self.rank_schedule, self.absorbed = self.rank_schedule or {}, self.absorbed or {}
+        if isinstance(self.rank_schedule, dict):  # JSON has no integer keys
+            self.rank_schedule = {int(k) if str(k).isdecimal() else k: v for k, v in self.rank_schedule.items()}
         super().__post_init__()
 
     def check(self) -> None:
@@ -117,121 +116,84 @@ class SdLoraConfig(LowRankConfig):
         return FIRST_MAGNITUDE[self.norm] if self.magnitude is None else self.magnitude
 
 
-class Magnitudes(Shared):
-    """α of all tasks, for the whole network."""
+@torch.no_grad()
+def next_task(model: nn.Module, adapter_name: str = "default") -> SdLoraConfig:
+    """Ends the current task and begins the next one: freezes the directions, begins new ones, and starts the magnitudes anew.
 
-    def __init__(self, config: SdLoraConfig) -> None:
-        super().__init__()
-        self.alpha = nn.Parameter(torch.full((config.task + 1,), config.first_magnitude()))
+    The trained parameters are other tensors afterwards: make a new optimiser, and wrap for DDP or FSDP after this call.
 
-    def forward(self) -> Tensor:
-        """α; a call, so that accelerate's hooks fetch it where it is offloaded."""
-        return self.alpha
+    Args:
+        model: a PeftModel, or one into which the adapter was injected.
 
+    Returns:
+        The adapter's config from now on.
 
-class SdLora(Adapter):
-    """The components of all earlier directions stand one behind the other; for each, `past_task` is its task k, `past_norm` n_k and
-    `past_delta` δ_k. None of these exists before there is a direction."""
-
-    past_down: Tensor  # R × in
-    past_up: Tensor  # out × R
-    past_task: Tensor  # R, int64
-    past_norm: Tensor  # R
-    past_delta: Tensor  # R
-
-    def __init__(self, config: SdLoraConfig, site: Site, shared: Magnitudes) -> None:
-        super().__init__(config, site, shared)
-        self.rules = config
-        self.r, self.scaling = config.rank_in(config.task, site.name), 1.0
-        self.down = nn.Parameter(torch.empty(self.r, site.in_features))  # A_t
-        self.up = nn.Parameter(torch.empty(site.out_features, self.r))  # B_t
-        tasks = torch.tensor(config.past_tasks(site.name), dtype=torch.int64)
-        #: Whether the earlier directions have their values, which only a file and `next_task` can give.
-        self.knows_past = not len(tasks)
-        if len(tasks):
-            rank = len(tasks)
-            down, up = torch.zeros(rank, site.in_features), torch.zeros(site.out_features, rank)
-            self.remember(down, up, tasks, torch.ones(rank), torch.zeros(rank))
-
-    def remember(self, *past: Tensor) -> None:
-        for name, tensor in zip(("down", "up", "task", "norm", "delta"), past, strict=True):
-            self.register_buffer(f"past_{name}", tensor)
-
-    @property
-    def has_past(self) -> bool:
-        return "past_task" in self._buffers
-
-    @classmethod
-    def group_key(cls, config: SdLoraConfig, site: Site) -> str | None:
-        return "magnitudes"
-
-    @classmethod
-    def make_shared(cls, config: SdLoraConfig, group: Group) -> Magnitudes:
-        return Magnitudes(config)
-
-    def reset_parameters(self, init: bool | str) -> None:
-        kaiming_(self.down)
-        if init:
-            nn.init.zeros_(self.up)
+    Raises:
+        RankfoldError: no such adapter; earlier directions that are not known; merged, sharded or non-finite weights. Nothing is
+            changed then.
+    """
+    config, adapters = _adapters(model, adapter_name)
+    if config.kd:
+        for adapter in adapters:
+            adapter.absorb()
+    absorbed = {name: list(tasks) for name, tasks in config.absorbed.items()}
+    for adapter in adapters:
+        if adapter.up.any():
+            adapter.freeze()
         else:
-            kaiming_(self.up)
+            absorbed.setdefault(adapter.site.name, []).append(config.task)
+    new = config.changed(task=config.task + 1, absorbed=absorbed)
+    model.peft_config[adapter_name] = new  # pyright: ignore[reportIndexIssue, reportArgumentType]
+    for adapter in adapters:
+        adapter.start(new)
+    adapters[0].shared.start(new)
+    return new
 
-    def blocks(self) -> Sequence[Factors]:
-        if not self.knows_past:
+
+@torch.no_grad()
+def absorb(model: nn.Module, adapter_name: str = "default") -> dict[str, float]:
+    """KD after a task: gives every current direction that the earlier ones can stand in for to them, and makes it zero.
+
+    `next_task` does it as well. Call it before that where the task's model is evaluated, saved or folded.
+
+    Returns:
+        The residual of the fit by module; directions have norm 1 (at most 1 with norm="code").
+
+    Raises:
+        RankfoldError: an adapter without `kd`; as `next_task`.
+    """
+    config, adapters = _adapters(model, adapter_name)
+    if not config.kd:
+        raise RankfoldError("SdLoraConfig: kd=False must be true for an adapter whose directions may be dropped")
+    found = {adapter.site.name: adapter.absorb() for adapter in adapters}
+    return {name: residual for name, residual in found.items() if residual is not None}
+
+
+def _adapters(model: nn.Module, name: str) -> tuple[SdLoraConfig, list[SdLora]]:
+    """The config and the adapters of one name; raises RankfoldError where they cannot be frozen."""
+    configs: dict[str, Any] = getattr(model, "peft_config", {})
+    config = configs.get(name)
+    if not isinstance(config, SdLoraConfig):
+        raise RankfoldError(
+            f"adapter_name={name!r} must be an SD-LoRA of the model, which has {', '.join(configs) or 'none'}; give the "
+            "PeftModel itself, and not what wraps it"
+        )
+    layers = [m for m in model.modules() if isinstance(m, AdaptedLayer) and name in m.lowrank_adapters]
+    if any(name in layer.merged_adapters for layer in layers):
+        raise RankfoldError(f"adapter_name={name!r} is merged; call unmerge_adapter() first")
+    adapters: list[Any] = [a for layer in layers for a in layer.adapters([name])]
+    for adapter in adapters:
+        tensors = (adapter.down, adapter.up, adapter.shared.alpha)
+        if any(isinstance(t, DTensor) for t in tensors):
             raise RankfoldError(
-                f"SdLoraConfig: task={self.rules.task}, but the earlier directions at {self.site.name} are not known; load the "
-                "adapter of the task before with PeftModel.from_pretrained(..., is_trainable=True) and call "
-                "rankfold.methods.sd_lora_tasks.next_task(model)"
+                f"{adapter.site.name} is sharded (FSDP2); save the whole model, load it, and go on there"
             )
-        alpha = self.shared().to(self.down.device)
-        current = alpha[self.rules.task]
-        if self.rules.normalise_current:
-            current = current / self.norm("paper")
-        blocks = [Factors(self.down, self.up, current.repeat(self.r))]
-        if self.has_past:
-            gate = (alpha[self.past_task] + self.past_delta) / self.past_norm
-            blocks.insert(0, Factors(self.past_down, self.past_up, gate))
-        return blocks
-
-    def norm(self, form: str) -> Tensor:
-        """n_t of the current direction, at least 1e-8, in float32 or wider; ‖BA‖_F out of two r × r products."""
-        wide = torch.promote_types(self.up.dtype, torch.float32)
-        up, down = self.up.to(wide), self.down.to(wide)
-        if form == "code":
-            return (up.norm() * down.norm()).clamp_min(EPS)
-        return ((up.T @ up) * (down @ down.T)).sum().clamp_min(EPS**2).sqrt()
-
-    def start(self, config: SdLoraConfig) -> None:
-        """A new current direction, of the rank of the config's task."""
-        self.config = self.rules = config
-        self.r, trained = config.rank_in(config.task, self.site.name), self.up.requires_grad
-        self.down = nn.Parameter(self.down.new_empty(self.r, self.site.in_features), trained)
-        self.up = nn.Parameter(self.up.new_empty(self.site.out_features, self.r), trained)
-        self.reset_parameters(True)
-        self.tensor_names = tuple(self.state_dict())
-
-    # Files and casts --------------------------------------------------------------------------------------------------
-
-    def check_state(self, state: dict[str, Tensor]) -> None:
-        if self.has_past and state["past_task"].tolist() != self.rules.past_tasks(self.site.name):
+        if not all(torch.isfinite(t).all() for t in tensors):
             raise RankfoldError(
-                f"The checkpoint of this sd_lora adapter has the directions of tasks {state['past_task'].unique().tolist()} at "
-                f"{self.site.name}, which its config (task={self.rules.task}, absorbed={self.rules.absorbed}) does not say"
+                f"{adapter.site.name} has NaN or infinity: the task diverged, and no task can follow it"
             )
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        super()._load_from_state_dict(state_dict, prefix, *args)
-        self.knows_past = self.knows_past or prefix + "past_task" in state_dict
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Earlier directions are kept as they are when a model is cast to half precision."""
-        frozen = {id(b) for b in self._buffers.values()}
-
-        def keep_past_wide(t: Tensor) -> Tensor:
-            out = fn(t)
-            return t.to(out.device) if id(t) in frozen and out.dtype.itemsize < 4 else out
-
-        return super()._apply(keep_past_wide, recurse)
+        adapter.blocks()  # raises where the earlier directions are not known
+    return config, adapters
 
 
 SD_LORA = register(
@@ -243,5 +205,6 @@ SD_LORA = register(
         config=SdLoraConfig,
         adapter=SdLora,
         folds_at="sum of r_k",
+        next_task=next_task,
     )
 )
