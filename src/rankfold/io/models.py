@@ -49,7 +49,7 @@ def locate(name: str) -> str:
             raise ModelError(f"model.name: the folder '{name}' has no config.json, so it is not a saved model")
         return str(path)
     if path.is_file() or name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise ModelError(f"model.name: '{name}' is no folder with a saved model and no GGUF file")
+        raise ModelError(f"model.name: '{name}' is neither a folder with a saved model nor a GGUF file")
     return name
 
 
