@@ -22,7 +22,19 @@ COMMANDS = (
 #: Packages of an extra, by the name that is imported, and what needs them.
 EXTRAS = {
     **dict.fromkeys(
-        ("pydantic", "yaml", "trl", "datasets", "matplotlib", "sklearn", "scipy", "jinja2", "psutil", "filelock"),
+        (
+            "pydantic",
+            "yaml",
+            "trl",
+            "datasets",
+            "matplotlib",
+            "PIL",
+            "sklearn",
+            "scipy",
+            "jinja2",
+            "psutil",
+            "filelock",
+        ),
         "train",
     ),
     "gguf": "gguf",

@@ -126,11 +126,11 @@ def test_what_is_expected_is_one_sentence(error: Exception, sentence: str, monke
 
 
 def test_every_extra_is_named_for_its_packages():
-    """By the name that is imported, which differs for two of them."""
+    """By the name that is imported, which differs for three of them."""
     about = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"][
         "optional-dependencies"
     ]
-    imported = {"pyyaml": "yaml", "scikit-learn": "sklearn"}
+    imported = {"pyyaml": "yaml", "scikit-learn": "sklearn", "pillow": "PIL"}
     stated = {}
     for extra in ("train", "gguf", "ray"):
         names = (re.split(r"[\[<>=]", package)[0] for package in about[extra])

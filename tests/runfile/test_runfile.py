@@ -66,7 +66,8 @@ def test_every_problem_at_once_with_line_path_value_and_nearest(tmp_path):
     text = GOOD.replace("learning_rate", "learning_rat").replace("batch_size: 16", "batch_size: 0")
     text = text.replace("task: classification", "task: clasification").replace("epochs: 1", "epochs: yes")
     assert complaints(tmp_path, text + "trainin: {}\n") == [
-        "run.yaml:2: task: 'clasification' is not one of 'causal-lm', 'classification'; did you mean 'classification'?",
+        "run.yaml:2: task: 'clasification' is not one of 'causal-lm', 'classification', 'image-classification', 'preference', "
+        "'token-classification'; did you mean 'classification'?",
         "run.yaml:6: training.learning_rat: unknown key (value 0.001); did you mean 'learning_rate'?",
         "run.yaml:7: training.epochs: 'yes' is not a number or null",
         "run.yaml:8: training.batch_size: 0 is not allowed, should be greater than 0",
