@@ -35,7 +35,12 @@ from rankfold import ColaConfig, PlainLoraConfig, RacLoraConfig, XgbLoraConfig, 
 from rankfold.kernel.factors import Factors
 
 RESULTS = Path(__file__).parent / "results" / "chains.json"
-SHAPE = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3}
+SHAPE: dict[str, Any] = {
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+}
 NEVER = 10**9  # optimiser steps of a link: no knot is tied while steps are timed
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 BASELINE = "LoRA"
@@ -46,7 +51,7 @@ class Steps:
 
     def __init__(self, config: Any, args: argparse.Namespace) -> None:
         torch.manual_seed(0)
-        base = LlamaModel(LlamaConfig(vocab_size=32, num_hidden_layers=args.layers, use_cache=False, **SHAPE))
+        base: Any = LlamaModel(LlamaConfig(vocab_size=32, num_hidden_layers=args.layers, use_cache=False, **SHAPE))
         config.target_modules = "all-linear"
         self.device = torch.device(args.device)
         model: Any = get_peft_model(base.to(self.device, DTYPES[args.dtype]), config)
@@ -63,11 +68,8 @@ class Steps:
     def with_links(self, links: int, compacted: bool) -> Steps:
         for a in self.adapters:
             rank, site = links * a.r, a.site
-            a.add_link(
-                Factors(
-                    *(torch.randn(s, device=self.device) for s in ((rank, site.in_features), (site.out_features, rank)))
-                )
-            )
+            down = torch.randn(rank, site.in_features, device=self.device)
+            a.add_link(Factors(down, torch.randn(site.out_features, rank, device=self.device)))
             if compacted:
                 a.compact()
         attach(self.model, self.optimizer)

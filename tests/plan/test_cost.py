@@ -50,6 +50,9 @@ def built(name: str, config: PeftConfig, shake: bool = True) -> PeftModel:
         for p in model.parameters():
             if p.requires_grad and shake:
                 p.add_(torch.randn_like(p) * 0.1)
+        for name, b in model.named_buffers():
+            if ".links_" in name and shake:  # which a plan counts as trained already
+                b.add_(torch.randn_like(b) * 0.1)
     return model
 
 

@@ -140,8 +140,7 @@ def draw_links(found: Inspection, path: Path) -> None:
     check_picture(path)
     steps, norms = [link.step for link in found.links], [link.norm for link in found.links]
     ranks = list(accumulate(link.rank for link in found.links))
-    title = f"{found.name}: {found.method}, {len(steps)} finished links, norm of their sum and the live pair {found.norm:.3g}"
-    figure = _figure((6.4, 4.2), title)
+    figure = _figure((6.4, 4.2), f"{found.name}: {found.method}, {len(steps)} finished links")
     above, below = figure.subplots(2, 1, sharex=True)
     starts = [0, *steps[:-1]]
     widths = [0.9 * (end - start) for start, end in zip(starts, steps, strict=True)]

@@ -67,6 +67,7 @@ class DeltaLora(Chain):
     """`links_down` and `links_up` are the snapshot, B^κ and A^κ."""
 
     config: DeltaLoraConfig
+    written: Tensor
 
     def __init__(self, config: DeltaLoraConfig, site: Site, shared: nn.Module | None = None) -> None:
         super().__init__(config, site, shared)
