@@ -283,7 +283,7 @@ def test_the_command(base: Path, tmp_path: Path, capsys) -> None:
     folder, out = str(adapter(base, tmp_path, "dora")), str(tmp_path / "out")
     with warnings.catch_warnings():
         assert main(["fold", folder, "-o", out]) == 1
-        assert "error: peft:dora: its update is no product of small matrices" in capsys.readouterr().err
+        assert "error: peft:dora: its update is not a product of small matrices" in capsys.readouterr().err
         assert main(["fold", folder, "-o", out, "--rank", "8", "--strict"]) == 1
         assert "error: strict=0.01: the relative error of model." in capsys.readouterr().err
         assert not Path(out).exists()

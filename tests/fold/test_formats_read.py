@@ -148,6 +148,8 @@ def test_what_of_mlx_is_refused(llama: Path, tmp_path: Path) -> None:
     for changed, message in (
         ({**tensors, "model.norm.weight": torch.ones(32)}, "not pairs of lora_a and lora_b: model.norm.weight"),
         ({k: v for k, v in tensors.items() if k != f"{Q}.lora_b"}, "not pairs"),
+        ({f"{Q}.lora_a": torch.ones(4), f"{Q}.lora_b": torch.ones(4, 32)}, "only those of linear layers"),
+        ({f"{Q}.lora_a": torch.ones(32, 0), f"{Q}.lora_b": torch.ones(0, 32)}, "not of one rank above 0"),
         ({f"{Q}.lora_a": torch.ones(4, 4, 32), f"{Q}.lora_b": torch.ones(4, 32, 4)}, "fused experts"),
     ):
         save_file(changed, tmp_path / "mlx" / "adapters.safetensors")
@@ -195,6 +197,10 @@ def test_a_gguf_lora(family: str, kind: str, tmp_path: Path) -> None:
     assert (found - 3 * dense).norm() < (1e-6 if kind == "F32" else 1e-2) * 3 * dense.norm()
     with pytest.raises(RankfoldError, match="give the base with --base"):
         fold_adapter(path, tmp_path / "out")
+    wide = {**SMALL, "hidden_size": 64, "head_dim": 16}
+    (Qwen3Config(**wide) if family == "qwen3" else LlamaConfig(**wide)).save_pretrained(tmp_path / "wide")
+    with pytest.raises(RankfoldError, match=r"rows and the layer of base=.*; give the base it was trained on"):
+        fold_adapter(path, tmp_path / "out", base=str(tmp_path / "wide"))
     (tmp_path / "cut.gguf").write_bytes(path.read_bytes()[:-300])
     with pytest.raises(RankfoldError, match=r"truncated|cannot be read"):
         fold_adapter(tmp_path / "cut.gguf", tmp_path / "out", base=str(tmp_path / "base"))
@@ -311,11 +317,24 @@ def test_what_of_diffusion_is_refused(unet: Path, llama: Path, tmp_path: Path) -
         ({f"{key}.hada_w1_a": torch.ones(2, 2)}, r"\(hada"),
         ({f"{key}.dora_scale": torch.ones(8, 1)}, r"\(dora_scale\)"),
         ({f"{key}.lora_down.weight": torch.ones(2, 8, 1, 1)}, "not of convolutions"),
-        ({f"{key}.lora_down.weight": torch.ones(3, 8)}, "two ranks"),
+        ({f"{key}.lora_down.weight": torch.ones(3, 8)}, "not of one rank"),
+        ({f"{key}.alpha": torch.ones(3)}, r"has the shape \(3,\); it must be one number"),
         ({f"{key}.lora_up.weight": None}, "lacks the other factor"),
     ):
         changed = {**tensors, **changes}
         save_file({k: v for k, v in changed.items() if v is not None}, file)
         with pytest.raises(RankfoldError, match=message):
             fold_adapter(file, out, base=str(unet))
+    save_file(tensors, file)
+    clash = {"mid.block.weight": torch.ones(8, 8), "mid_block.weight": torch.ones(8, 8)}
+    save_file(clash, unet / "diffusion_pytorch_model.safetensors")
+    with pytest.raises(RankfoldError, match=r"do not tell its modules mid.block and mid_block apart"):
+        fold_adapter(file, out, base=str(unet))
     assert not out.exists()
+
+
+def test_a_file_of_another_name_is_not_peft_s(adapter: Path, tmp_path: Path) -> None:
+    (tmp_path / "lora.safetensors").write_bytes((adapter / "adapter_model.safetensors").read_bytes())
+    (tmp_path / "adapter_config.json").write_bytes((adapter / "adapter_config.json").read_bytes())
+    with pytest.raises(RankfoldError, match="is a file; give the folder"):
+        fold_adapter(tmp_path / "lora.safetensors", tmp_path / "out")

@@ -472,6 +472,21 @@ def test_a_used_config_begins_without_links(tmp_path: Any) -> None:
     assert not any(delta.any() for delta in deltas(again))
 
 
+def test_a_link_that_learned_nothing_is_kept() -> None:
+    """In a warm-up from 0 the first link may be zero; a resumed run must not take it for room that was never used."""
+    model = adapted(ColaConfig(r=2, link_steps=1, links_limit=100))
+    optimizer = adamw(model, lr=0.0)
+    attach(model, optimizer, total_steps=3)
+    train(model, optimizer, [0])
+    again = adapted(ColaConfig(r=2, link_steps=1, links_limit=100), seed=9)
+    set_peft_model_state_dict(again, get_peft_model_state_dict(model))
+    fresh = adamw(again)
+    fresh.load_state_dict(optimizer.state_dict())
+    attach(again, fresh, total_steps=3)
+    train(again, fresh, [1])
+    assert [a.frozen_rank for a in adapters(again)] == [4, 4]
+
+
 def test_a_chain_goes_on_behind_another(tmp_path: Any) -> None:
     """A second run from the adapter of the first draws other values, and keeps the first one's links."""
     model, *_ = run(RacLoraConfig(r=1, links=2), 4)
@@ -567,3 +582,21 @@ def test_fold_of_a_chain_in_stock_peft(tmp_path: Any) -> None:
     folded = PeftModel.from_pretrained(LLAMA.build(), str(tmp_path / "out")).eval()  # pyright: ignore[reportArgumentType]
     assert type(folded.peft_config["default"]).__name__ == "LoraConfig"
     torch.testing.assert_close(LLAMA.out(folded), LLAMA.out(model), rtol=1e-4, atol=1e-5)
+
+
+# Optimisers of our own ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["LoraPlus", "LoraPro", "LoraRite", "Riemannian", "LoraFa"])
+def test_pair_optimisers_forget_the_pair_at_a_knot(name: str) -> None:
+    import rankfold.optim
+
+    model = adapted(ColaConfig(r=2, links=2))
+    optimizer = getattr(rankfold.optim, name)(model, lr=0.01)
+    attach(model, optimizer, total_steps=6)
+    losses = train(model, optimizer, range(6))
+    assert all(loss < 10 for loss in losses)
+    assert [a.frozen_rank for a in adapters(model)] == [2, 2]
+    for adapter in adapters(model):
+        steps = optimizer.state[adapter.up].get("step")
+        assert steps is None or int(steps) == 3

@@ -200,6 +200,16 @@ def test_what_else_knows_lora_by_type_is_refused(row: Row, tmp_path: Path) -> No
         peft.PeftMixedModel.from_pretrained(LLAMA.build(), tmp_path)
 
 
+@first_rows
+def test_a_field_of_lora_that_is_assigned_is_refused(row: Row) -> None:
+    config = row.config(LLAMA)
+    config.use_dora = False  # pyright: ignore
+    get_peft_model(LLAMA.build(), config)
+    config.use_dora = True  # pyright: ignore
+    with pytest.raises(RankfoldError, match="use_dora=True is not supported"):
+        get_peft_model(LLAMA.build(), config)
+
+
 # States and names --------------------------------------------------------------------------------------------------------
 
 
@@ -262,6 +272,19 @@ def test_names_that_torch_keeps_for_itself(name: str) -> None:
             model.add_adapter(name, row.config(LLAMA))
     assert list(model.peft_config) == ["default"]
     assert snapshot(model).keys() == before.keys()
+
+
+def test_tied_embeddings_that_are_trained_part_at_a_merge() -> None:
+    """As with PEFT's LoRA without ensure_weight_tying: PEFT warns twice, and the merged model computes the same."""
+    with pytest.warns(UserWarning, match="tie_word_embeddings=True"):
+        model = get_peft_model(TIED.build(), RASA_ROW.config(TIED, modules_to_save=["embed_tokens"]))
+    with torch.no_grad():
+        model.base_model.model.model.embed_tokens.modules_to_save["default"].weight.add_(1.0)
+    before = TIED.out(model)
+    with pytest.warns(UserWarning, match="no longer tied"):
+        merged = model.merge_and_unload()
+    assert not merged.config.tie_word_embeddings
+    torch.testing.assert_close(TIED.out(merged), before, rtol=1e-4, atol=1e-5)
 
 
 # Mixed batches and cards --------------------------------------------------------------------------------------------------

@@ -14,11 +14,14 @@ from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForC
 
 from rankfold import (
     AdaSvdConfig,
+    BlockLoraConfig,
     CoraConfig,
     DynamicDoraConfig,
     PlainLoraConfig,
     RacLoraConfig,
     RasaConfig,
+    SboraConfig,
+    SdLoraConfig,
     SoraConfig,
     attach,
 )
@@ -260,8 +263,21 @@ def test_computed_factors_are_plain(monkeypatch: pytest.MonkeyPatch) -> None:
 
     model = adapted(PlainLoraConfig(r=4, target_modules=TARGETS))
     monkeypatch.setattr(Lora, "blocks", lambda self: (Factors(self.down * 2, self.up),))
-    with pytest.raises(RankfoldError, match="no trainable pair"):
+    with pytest.raises(RankfoldError, match=r"no trainable pair of LoRA factors \(computed from other parameters"):
         pairs(model)
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        (BlockLoraConfig, r"no trainable pair of LoRA factors \(computed from other parameters"),
+        (SdLoraConfig, r"no trainable pair of LoRA factors \(computed from other parameters"),
+        (SboraConfig, "is frozen and the other factor is not"),
+    ],
+)
+def test_methods_without_pairs(config: Any, says: str) -> None:
+    with pytest.raises(RankfoldError, match=says):
+        LoraRite(adapted(config(r=4, target_modules=TARGETS)))
 
 
 @pytest.mark.parametrize("model", [[], None, [torch.zeros(2)], {"params": []}], ids=str)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from contextlib import nullcontext
 from typing import Any
 
@@ -11,7 +12,7 @@ from one_pair import A0, B0, GS, give, loss, pair
 from small_llama import TARGETS, adapted, batch, train, trained
 from torch import Tensor, nn
 
-from rankfold import ColaConfig, SoraConfig, attach
+from rankfold import ColaConfig, SoraConfig, XgbLoraConfig, attach
 from rankfold.errors import RankfoldError
 from rankfold.optim import LoraFa, LoraPlus, LoraPro, LoraRite, Riemannian
 from rankfold.optim.create import create
@@ -312,10 +313,14 @@ def test_a_controller_runs(name: str) -> None:
     assert all(torch.isfinite(p).all() for p in trained(model).values())
 
 
+CHAINS = [ColaConfig(r=4, links=2, target_modules=TARGETS), XgbLoraConfig(r=4, link_steps=2, layers_drawn=2, target_modules=TARGETS)]  # fmt: skip
+
+
+@pytest.mark.parametrize("config", CHAINS, ids=["cola", "xgblora"])
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_a_chain_of_links_runs(name: str) -> None:
+def test_a_chain_of_links_runs(name: str, config: Any) -> None:
     """A knot drops the state of a pair; the next link's is its own."""
-    model = adapted(ColaConfig(r=4, links=2, target_modules=TARGETS))
+    model = adapted(copy.deepcopy(config))
     optimizer = create(name, model, 0.003)
     attached = attach(model, optimizer, total_steps=4)
     train(model, optimizer, range(4))

@@ -16,10 +16,13 @@ from tiny import write_jsonl
 from rankfold import cli
 from rankfold.compare.file import parse as parse_compare
 from rankfold.compare.scores import RowScores, row_scores
+from rankfold.compare.trial_file import TrialLine
+from rankfold.compare.trial_process import measure
 from rankfold.fold import fold_adapter
 from rankfold.runfile.load import load, parse
 from rankfold.runfile.problems import RunFileError
 from rankfold.tasks import table
+from rankfold.train.data import load_rows
 from rankfold.train.run import evaluate, train
 
 Values = dict[str, Any]
@@ -159,6 +162,39 @@ def test_row_scores_are_the_metric(task: str, values: Values):
     assert len(seen) == 2 * len(names)
     for name, scores, metric in seen:
         assert scores.mean == pytest.approx(metric, abs=1e-5), name
+
+
+@every
+def test_a_trial_of_a_comparison(task: str, values: Values, tmp_path: Path):
+    metric = "recall" if task == "token-classification" else "accuracy"
+    values["training"] |= {"keep_best": False, "metric": metric, "max_steps": 4}
+    folder = tmp_path / "out" / "trials" / "x"
+    values["output"] = str(folder / "run")
+    line = TrialLine(
+        id="x",
+        label="RaSA",
+        method="rasa",
+        rate=0.02,
+        seed=0,
+        status="failed",
+        greater_is_better=True,
+        config={},
+        run=values,
+        metric=metric,
+        command="",
+    )
+    folder.mkdir(parents=True)
+    done = measure(line, folder, until=1)
+    assert (done.status, done.steps) == ("done", 4)
+    rows = load_rows(parse(values)).splits["test"]
+    assert done.items is not None
+    assert len(done.items) == len(rows)
+    weights = done.weights or [1.0] * len(done.items)
+    assert done.test == pytest.approx(sum(w * i for w, i in zip(weights, done.items, strict=True)) / sum(weights))
+    assert done.validation is not None
+    assert done.before is not None
+    assert [step for step, _ in done.curve["validation"]] == [4]
+    assert done.parameters["folded"]
 
 
 @every

@@ -11,7 +11,7 @@ import pytest
 import torch
 from datasets import Dataset
 from tiny import byte_tokenizer, write_jsonl
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainerCallback
 from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.dpo_trainer import DPOTrainer
 
@@ -181,6 +181,34 @@ def test_tokens_are_not_made_again(llama: Path, tmp_path: Path, monkeypatch: pyt
         "output": str(tmp_path / "run"),
     }
     assert train(parse(values), say=lambda _: None).after.keys() == {"accuracy", "margin", "loss"}
+
+
+def test_a_schedule_resumes_beside_its_reference(llama: Path, tmp_path: Path):
+    """Killed while ranks are cut; the reference lies in the checkpoint too."""
+    source = write_jsonl(tmp_path / "rows.jsonl", [PLAIN | {"prompt": f"{i}?"} for i in range(24)])
+    schedule = {"r": 4, "target_r": 2, "tinit": 1, "tfinal": 1, "deltaT": 1}
+    values: dict[str, Any] = {
+        "task": TASK.name,
+        "model": str(llama),
+        "method": {"name": "adalora", "target_modules": ["q_proj", "v_proj"], **schedule},
+        "data": {"source": str(source), "test": 0.3},
+        "training": {"max_steps": 8, "batch_size": 4, "learning_rate": 0.05, "evaluate_every": 4},
+    }
+
+    class Kill(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 6:
+                raise KeyboardInterrupt
+
+    whole = train(parse(values, [f"output={tmp_path / 'whole'}"]), say=lambda _: None)
+    with pytest.raises(KeyboardInterrupt):
+        train(parse(values, [f"output={tmp_path / 'killed'}"]), say=lambda _: None, callbacks=[Kill()])
+    resumed = train(parse(values, [f"output={tmp_path / 'killed'}"]), resume=True, say=lambda _: None)
+    assert (resumed.resumed_at, resumed.ranks, resumed.ranks_at_start) == (4, 2 * 4, 4 * 4)
+    assert resumed.after == whole.after
+    one, two = (read_tensors(result.adapter_path) for result in (whole, resumed))
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[key], two[key]) for key in one)
 
 
 def test_the_reference_of_a_run_is_the_adapter_it_starts_from(llama: Path, tmp_path: Path):

@@ -121,7 +121,7 @@ def test_a_new_task_goes_everywhere(tagging: Task, bert: Path, words: Path, tmp_
     assert cli.main(["init", str(file), "--task", "tagging"]) == 0
     assert cli.main(["validate", str(file)]) == 0
     assert cli.main(["validate", str(file), "training.metric=accuracy"]) == 1
-    assert "'accuracy' is no metric of tagging; known: loss, right" in capsys.readouterr().err
+    assert "'accuracy' is not a metric of tagging; known: loss, right" in capsys.readouterr().err
     changed = overrides(bert, words, tmp_path)
     assert cli.main(["train", str(file), *changed, "--dry-run"]) == 0
     assert "head 34" in " ".join(capsys.readouterr().out.split())

@@ -51,7 +51,7 @@ def extract(
     """
     if options.get("rank") is None and options.get("error") is None:
         raise RankfoldError(
-            "the change of a full fine-tune is no product of small matrices; say how large the LoRA may be with --rank N, or "
+            "the change of a full fine-tune is not a product of small matrices; say how large the LoRA may be with --rank N, or "
             "how near it must come with --error 0.1"
         )
     pair = ModelPair(str(base), str(tuned))

@@ -76,7 +76,7 @@ def open_adapter(path: Path) -> AdapterFile:
 
     Raises:
         FileNotFoundError: nothing is there.
-        ValueError: it is no adapter. A damaged adapter is no error, its problems are in the result.
+        ValueError: it is not an adapter. A damaged adapter raises nothing: its problems are in the result.
     """
     if not path.exists():
         raise FileNotFoundError(f"'{path}' does not exist; give an adapter's folder or its file of weights")

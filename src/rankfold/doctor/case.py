@@ -51,7 +51,7 @@ class Case:
 
     Args:
         pairs: of every module, complete or not.
-        others: names of the tensors that are no factor, by their role: "embedding", "magnitude", "bias", "base_layer",
+        others: names of the tensors that are not factors, by their role: "embedding", "magnitude", "bias", "base_layer",
             "saved" (named in modules_to_save), "vocabulary" (embed_tokens or lm_head whole), "tokens", "norm", "alpha",
             "parameter" (factors of target_parameters), "foreign".
         base: what is known of the base model.
@@ -153,7 +153,7 @@ def layer_of(module: str) -> int | None:
 
 
 def _of_parameter(name: str, settings: Settings) -> bool:
-    """Whether a factor is of a parameter that `target_parameters` names, as fused experts are: it is no matrix of a module."""
+    """Whether a factor is of a parameter that `target_parameters` names, as fused experts are: it is not the weight of a module."""
     module = name.removeprefix(PREFIX).rpartition(".lora_")[0]
     while module.endswith(".base_layer"):
         module = module.removesuffix(".base_layer")

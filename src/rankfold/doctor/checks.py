@@ -49,7 +49,7 @@ def pairing(case: Case) -> Iterator[Finding]:
         )
     flat = [p.module for p in case.pairs if any(h and len(h.shape) < 2 for h in (p.a, p.b))]
     if flat:
-        yield Finding(Status.PROBLEM, f"factors that are no matrices: {examples(flat)}", flat[0], "save it again")
+        yield Finding(Status.PROBLEM, f"factors that are not matrices: {examples(flat)}", flat[0], "save it again")
     empty = [p.module for p in case.pairs if p.a and p.a.shape and p.a.shape[0] == 0]
     if empty:
         yield Finding(

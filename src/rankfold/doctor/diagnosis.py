@@ -95,7 +95,7 @@ def diagnose(path: str | Path, base: str | Path | None = None, engines: Sequence
 
     Raises:
         FileNotFoundError: nothing is there.
-        ValueError: it is no adapter, an engine is unknown, or `base` has no config.json. A damaged adapter raises
+        ValueError: it is not an adapter, an engine is unknown, or `base` has no config.json. A damaged adapter raises
             nothing, its problems are the result.
     """
     unknown = sorted(set(engines) - {e.key for e in ENGINES})

@@ -142,7 +142,7 @@ def gguf_file(case: Case) -> Iterator[Finding]:
     for key, wanted in (("general.type", "adapter"), ("adapter.type", "lora")):
         value = case.file.config.get(key)
         if value != wanted:
-            what = f"{key}={short_repr(value)} must be {wanted!r}; this is no LoRA"
+            what = f"{key}={short_repr(value)} must be {wanted!r}; this is not a LoRA"
             yield Finding(Status.REFUSED, what, key, "convert the adapter with convert_lora_to_gguf.py")
     bad = [n for n in case.other_names if not n.endswith("_norm.weight")]
     if bad:

@@ -210,7 +210,7 @@ def _write(
     chosen, strict = PROFILES[options.profile], options.strict
     to = source.dtype if options.dtype is None else DTYPES[options.dtype]
     if to not in DTYPES.values():
-        to = torch.float32  # a quantised base: its integers are no dtype for factors
+        to = torch.float32  # a quantised base: factors are not stored as its integers
 
     if source.output_head and options.profile in ("gguf", "mlx"):
         raise RankfoldError(
@@ -282,7 +282,7 @@ def _fold(
         raise RankfoldError(f"{name}: its update is not finite; that training diverged, use an earlier checkpoint")
     if isinstance(trained, Tensor) and not limit:
         raise RankfoldError(
-            f"{source.method}: its update is no product of small matrices, so a LoRA can only come near it; say how near "
+            f"{source.method}: its update is not a product of small matrices, so a LoRA can only come near it; say how near "
             "with --error 0.01, or how large with --rank N"
         )
     exact = Factors(trained[:0], trained[:, :0]) if isinstance(trained, Tensor) else lowered(trained)

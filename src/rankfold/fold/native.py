@@ -130,7 +130,7 @@ def from_files(adapter: Adapter, base: str | None = None) -> Source:
     heads = {k: v for k, v in without_copies(adapter.tensors).items() if not _is_ours(k)}
     # of the skeleton, the config knows the dtype of the weights it was saved with; its tensors do not
     dtype = getattr(model.get_base_model().config, "dtype", None) or torch.float32
-    whole = vocabulary_of(model.get_base_model(), heads, adapter.config.modules_to_save or [])
+    whole = vocabulary_of(model.get_base_model(), heads, check_foldable(adapter.config).modules_to_save or [])
     source = from_model(model, heads={key: tensor for key, tensor in heads.items() if key not in whole})
     return replace(
         source,

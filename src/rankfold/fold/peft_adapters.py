@@ -47,7 +47,7 @@ _CONVERT = "fold what save_pretrained(path_initial_model_for_weight_conversion=â
 #: Fields of any config that make it more than an update of linear weights, and what to do.
 FIELDS = {
     "lora_bias": f"it trains a bias, which engines do not load; {_MERGE} or train with lora_bias=False",
-    "target_parameters": f"it adapts parameters that are no linear modules; {_MERGE}",
+    "target_parameters": f"it adapts parameters that are not linear modules; {_MERGE}",
     "layer_replication": f"it makes new layers, which engines do not load; {_MERGE}",
     "trainable_token_indices": f"it trains embeddings; {_MERGE} or train without",
     "alora_invocation_tokens": "activated LoRA depends on where in the text it is; serve it with an engine that has aLoRA",

@@ -236,7 +236,7 @@ def base_model(
     task = table.of_adapter(config.task_type, made.__name__)
     labels = _labels(tensors, config) if task and task.new_head else None
     model = load_base(made, name, dtype, labels)
-    embeddings = getattr(model, "get_input_embeddings", lambda: None)()
+    embeddings: Any = getattr(model, "get_input_embeddings", lambda: None)()
     key = next((f"{PREFIX}{n}.weight" for n, m in model.named_modules() if m is embeddings), "")
     if key in tensors and len(tensors[key]) != len(embeddings.weight):
         with quiet():

@@ -147,6 +147,10 @@ class Adapter(nn.Module):
         """First values. `init` is the config's `init_lora_weights`: True as the paper says, False random everywhere
         (an update that is not zero, for tests), or a scheme that the method names."""
 
+    def check_state(self, state: dict[str, Tensor]) -> None:
+        """Raises ValueError where a file's tensors, by their names here, have the right shapes and still cannot be an adapter's;
+        called before any is loaded."""
+
     def factors(self) -> Factors:
         """The whole update as one pair; raises RankfoldError where it is not a fixed matrix."""
         if not self.fixed:

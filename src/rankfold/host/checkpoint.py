@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from rankfold.errors import RankfoldError
+from rankfold.host.adapter import Adapter
 from rankfold.host.config import LowRankConfig
 from rankfold.host.layer import AdaptedLayer
 
@@ -67,10 +68,11 @@ def owned(model: nn.Module, adapter_name: str) -> set[str]:
 def growing(model: nn.Module, adapter_name: str) -> dict[str, int]:
     """The state-dict keys of an adapter's tensors that have grown to any size, and the dimension in which they do."""
     return {
-        f"{plain_name(name)}.{LAYERS}.{adapter_name}.{key}": dim
+        ".".join(filter(None, (plain_name(name), LAYERS, adapter_name, path, key))): dim
         for name, module in model.named_modules()
-        if isinstance(module, AdaptedLayer)
-        for adapter in module.adapters([adapter_name])
+        if isinstance(module, AdaptedLayer) and adapter_name in module.lowrank_adapters
+        for path, adapter in module.lowrank_adapters[adapter_name].named_modules()  # one, or one per expert
+        if isinstance(adapter, Adapter)
         for key, dim in adapter.growing.items()
     }
 

@@ -15,7 +15,7 @@ from peft.utils import PeftType
 from rankfold.errors import RankfoldError
 from rankfold.host.card import say_what_loads_it
 from rankfold.host.field_types import field_types, fits, in_words
-from rankfold.host.lora_fields import LoraFields
+from rankfold.host.lora_fields import LoraFields, without_lora_fields
 from rankfold.host.peft_api import get_pattern_key, peft_name
 
 
@@ -122,6 +122,7 @@ class LowRankConfig(PeftConfig, metaclass=LoraFields):
 
     def check(self) -> None:
         """Raises ValueError for a field of another type or out of its range. Methods extend it."""
+        without_lora_fields(type(self), vars(self))  # one may have been assigned
         for name, hint in field_types(type(self)).items():
             self.require(name, getattr(self, name), fits(getattr(self, name), hint), in_words(hint))
         init = self.init_lora_weights

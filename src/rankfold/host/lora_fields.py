@@ -33,13 +33,19 @@ class LoraFields(type):
     """Metaclass of the configs: looks at keyword arguments before the dataclass's own __init__ refuses them with a bare TypeError."""
 
     def __call__(cls, *args: Any, **given: Any) -> Any:
-        own = {f.name for f in dataclasses.fields(cls)} if dataclasses.is_dataclass(cls) else set()
-        for name in [n for n in given if n in _OF_LORA and n not in own]:
-            value = given.pop(name)
-            if value and value != _default(_OF_LORA[name]):
-                why = _WHY.get(name, "no method of rankfold has it; use peft.LoraConfig")
-                raise RankfoldError(f"{cls.__name__}: {name}={value!r} is not supported: {why}")
-        return super().__call__(*args, **given)
+        return super().__call__(*args, **without_lora_fields(cls, given))
+
+
+def without_lora_fields(config: type, given: dict[str, Any]) -> dict[str, Any]:
+    """What a config is given or has, without the fields that only LoraConfig has; raises RankfoldError where one is set."""
+    own = {f.name for f in dataclasses.fields(config)} if dataclasses.is_dataclass(config) else set()
+    foreign = [name for name in given if name in _OF_LORA and name not in own]
+    for name in foreign:
+        value = given[name]
+        if value and value != _default(_OF_LORA[name]):
+            why = _WHY.get(name, "no method of rankfold has it; use peft.LoraConfig")
+            raise RankfoldError(f"{config.__name__}: {name}={value!r} is not supported: {why}")
+    return {name: value for name, value in given.items() if name not in foreign}
 
 
 def _default(field: dataclasses.Field) -> Any:

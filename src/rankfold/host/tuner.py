@@ -79,14 +79,14 @@ class Plan:
     tied: set[str]
 
     def places(self) -> Iterator[tuple[str, Site]]:
-        """Where in a state dict each site's tensors lie, without the adapter's name."""
+        """Where in a state dict the tensors lie of each site that has some, without the adapter's name."""
         fused = {
             site.name: f"{plain_name(module)}.{LAYERS}.{parameter}.{i}"
             for module, stacks in self.parameters.items()
             for parameter, stack in stacks.items()
             for i, site in enumerate(stack)
         }
-        for site in self.sites.values():
+        for site in (site for name, site in self.sites.items() if name not in self.tied):
             yield fused.get(site.name, f"{site.name}.{LAYERS}"), site
 
 
@@ -260,6 +260,7 @@ class LowRankTuner(BaseTuner):
     def _check_given(self, config: LowRankConfig, name: str, model: nn.Module, given: dict[str, Tensor]) -> None:
         """Raises ValueError where the tensors that name the sites lack some of theirs: PEFT reads only which modules they name."""
         expected: dict[str, Tensor] = {}
+        sizes: dict[str, int] = {}
         shared: dict[str, nn.Module | None] = {}
         with torch.device("meta"):
             for place, site in self._plan.places():
@@ -270,8 +271,9 @@ class LowRankTuner(BaseTuner):
                     expected |= {f"{SHARED}.{self._plan.keys[group.key]}.{k}": v for k, v in tensors.items()}
                 adapter = self.adapter_cls(config, site, None if group is None else shared[group.key])
                 expected |= {f"{place}.{k}": v for k, v in adapter.state_dict().items()}
+                sizes |= {f"{place}.{k}": dim for k, dim in adapter.growing.items()}
         found = {self._remove_adapter_name_from_key(plain_name(k), name): v for k, v in given.items()}
-        check_checkpoint(config, expected, {plain_name(k) for k in model.state_dict()}, found)
+        check_checkpoint(config, expected, {plain_name(k) for k in model.state_dict()}, found, sizes)
 
     def _create_and_replace(
         self, peft_config: Any, adapter_name, target, target_name, parent, current_key, parameter_name=None
@@ -459,6 +461,7 @@ class LowRankTuner(BaseTuner):
         sizes = {k: loose[name] for k, (key, _) in expected.items() if (name := plain_name(key)) in loose}
         try:
             check_checkpoint(config, {k: v for k, (_, v) in expected.items()}, others, state_dict, sizes)
+            _check_states(model, adapter_name, {plain_name(key): state_dict[k] for k, (key, _) in expected.items()})
         except RankfoldError:
             tuner = getattr(model, "base_model", None)
             if isinstance(tuner, LowRankTuner) and adapter_name in tuner.injected and len(tuner.peft_config) > 1:
@@ -471,6 +474,16 @@ class LowRankTuner(BaseTuner):
         if isinstance(tuner := getattr(model, "base_model", None), LowRankTuner):
             tuner.injected.discard(adapter_name)
         return {expected[k][0] if k in expected else k: v for k, v in state_dict.items()}
+
+
+def _check_states(model: nn.Module, adapter_name: str, found: dict[str, Tensor]) -> None:
+    """Asks every adapter about its own tensors of a file, which are given by their keys in the model."""
+    for name, layer in model.named_modules():
+        if isinstance(layer, AdaptedLayer):
+            dot = f"{plain_name(name)}." if plain_name(name) else ""
+            for adapter in layer.adapters([adapter_name]):
+                own = {key: found[f"{dot}{LAYERS}.{adapter_name}.{key}"] for key in adapter.tensor_names}
+                adapter.check_state(own)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

@@ -61,7 +61,7 @@ def check(
     if heads is not None:
         raise RankfoldError(
             f"add_weighted_adapter: {heads!r} has a trained head (modules_to_save={configs[heads].modules_to_save}), of which there "
-            f"is no sum; {COMBINE} and keeps the head where there is one"
+            f"is not a sum; {COMBINE} and keeps the head where there is one"
         )
 
 

@@ -21,7 +21,7 @@ from rankfold.host.config import LowRankConfig
 from rankfold.host.layer import AdaptedLayer
 from rankfold.host.parameter_layer import AdaptedParameters
 from rankfold.host.peft_api import LoraLayer
-from rankfold.inspect.inspection import Inspection, ModuleUpdate
+from rankfold.inspect.inspection import Inspection, Link, ModuleUpdate
 from rankfold.inspect.left_out import left_out, left_out_of
 from rankfold.io.adapter_names import mended
 from rankfold.io.formats import Adapter as SavedAdapter
@@ -126,8 +126,11 @@ def _check_plain(config: LoraConfig) -> None:
 def _inspection(name: str, config: PeftConfig, updates: dict[str, Found], notes: tuple[str, ...]) -> Inspection:
     if not updates:
         raise RankfoldError(f"{name}: it has no linear layer with this adapter")
-    method = registry.get(config.method).title if isinstance(config, LowRankConfig) else "LoRA (PEFT)"
-    return Inspection(name, method, tuple(_update(module, *found) for module, found in updates.items()), notes)
+    found = tuple(_update(module, *one) for module, one in updates.items())
+    if not isinstance(config, LowRankConfig):
+        return Inspection(name, "LoRA (PEFT)", found, notes)
+    links = tuple(Link(**link) for link in (config.schedule or {}).get("links", ()))
+    return Inspection(name, registry.get(config.method).title, found, notes, links)
 
 
 def _update(module: str, factors: Factors, start: int) -> ModuleUpdate:

@@ -49,7 +49,7 @@ def locate(name: str) -> str:
             raise ModelError(f"model.name: the folder '{name}' has no config.json, so it is not a saved model")
         return str(path)
     if path.is_file() or name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise ModelError(f"model.name: '{name}' is no folder with a saved model and no GGUF file")
+        raise ModelError(f"model.name: '{name}' is neither a folder with a saved model nor a GGUF file")
     return name
 
 
@@ -65,7 +65,7 @@ def model_config(place: str | Path, **options: Any) -> PretrainedConfig:
     path = Path(place).expanduser()
     if path.suffix == ".gguf" and path.is_file():  # transformers reads no tensor for this
         place, options = path.parent, {**options, "gguf_file": path.name, "local_files_only": True}
-    with reading(place):
+    with reading(path):
         try:
             return AutoConfig.from_pretrained(place, **{"trust_remote_code": False, **options})
         except ValueError as error:
@@ -77,34 +77,36 @@ def model_config(place: str | Path, **options: Any) -> PretrainedConfig:
 @contextmanager
 def reading(place: str | Path) -> Iterator[None]:
     """Whatever transformers raises on what a model's folder holds, as a ModelError that says why."""
-    _check_values(Path(place).expanduser() / "config.json")
+    content = _content(Path(place).expanduser() / "config.json")
+    classes = content.get("architectures")
+    if classes is not None and not (isinstance(classes, list) and all(isinstance(name, str) for name in classes)):
+        raise ModelError(f"architectures={short_repr(classes)} must be a list of names")
     try:
         yield
     except ModelError:
         raise
     except Exception as error:  # transformers, and what checks the fields of its configs, raise anything on a value
-        raise ModelError(_reason(error)) from error
+        zero = next((f"{key}={content[key]}" for key in _SIZES if content.get(key) == 0), None)
+        raise ModelError(f"{zero} must be a positive number" if zero else _reason(error)) from error
 
 
-#: Of a config, numbers that shapes are made of.
-_SIZES = ("hidden_size", "num_attention_heads", "num_key_value_heads", "num_hidden_layers", "intermediate_size")
+#: Of a config, numbers that others are divided by or that shapes are made of.
+_SIZES = ("hidden_size", "num_attention_heads", "num_key_value_heads", "num_hidden_layers")
 
 
-def _check_values(path: Path) -> None:
-    """Raises ModelError for what of a local config.json fails far from where it stands; what is not JSON, transformers names."""
+def _content(path: Path) -> dict[str, Any]:
+    """Of a local config.json; {} where there is none, or none that is JSON, which transformers says.
+
+    Raises:
+        ModelError: it is not an object, which transformers takes for an unknown model.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
-        return
+        return {}
     if not isinstance(content, dict):
         raise ModelError(f"it holds {short_repr(content)} where an object is expected")
-    for key in _SIZES:
-        value = content.get(key)
-        if isinstance(value, int | float) and value <= 0:
-            raise ModelError(f"{key}={value} must be a positive number")
-    classes = content.get("architectures")
-    if classes is not None and not (isinstance(classes, list) and all(isinstance(name, str) for name in classes)):
-        raise ModelError(f"architectures={short_repr(classes)} must be a list of names")
+    return content
 
 
 def _reason(error: BaseException | None) -> str:

@@ -27,11 +27,18 @@ class Chain(Adapter):
     links_down: Tensor
     links_up: Tensor
 
+    @property
+    def planned_links(self) -> int:
+        """Finished links to count where nothing is trained; `LowRankConfig.planned` sets it."""
+        return vars(self.config).get("planned_links", 0)
+
     def __init__(self, config: LowRankConfig, site: Site, shared: nn.Module | None = None) -> None:
         super().__init__(config, site, shared)
         self.down = nn.Parameter(torch.empty(self.r, site.in_features))  # A
         self.up = nn.Parameter(torch.empty(site.out_features, self.r))  # B
-        rank = (config.grown or {}).get(site.name, 0)  # for loaders that ask for every size beforehand
+        # For loaders that ask for every size beforehand; and for a plan, which counts a whole chain
+        planned = min(self.planned_links * self.r, site.in_features, site.out_features)
+        rank = (config.grown or {}).get(site.name, planned)
         self.register_buffer("links_down", torch.zeros(rank, site.in_features))  # A_1; A_2; …, R × in
         self.register_buffer("links_up", torch.zeros(site.out_features, rank))  # B_1 B_2 …, out × R
 
@@ -98,7 +105,7 @@ class Chain(Adapter):
 
     def drop_empty_links(self) -> None:
         """Gives up the room that a used config kept for links which this adapter never had."""
-        if self.frozen_rank and not self.links_up.any():
+        if not self.has_history and not self.links_up.any():
             self.links_down, self.links_up = self.links_down[:0].clone(), self.links_up[:, :0].clone()
 
     def compact(self, error: float = 0.0) -> float:

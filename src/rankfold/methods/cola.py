@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -60,6 +60,10 @@ class ColaConfig(ChainConfig):
         good = ranks is None or all(1 <= rank <= self.r for rank in ranks)
         self.require("link_ranks", ranks, good, f"a list of ranks in 1..r={self.r}")
         self.require("link_ranks", ranks, ranks is None or len(ranks) == links, f"one rank for each of links={links}")
+
+    def with_rank(self, n: int) -> Self:
+        """The ranks that links step down to stay as they are, but never exceed r."""
+        return self.changed(r=n, link_ranks=self.link_ranks and [min(rank, n) for rank in self.link_ranks])
 
 
 class Cola(Chain):

@@ -49,6 +49,13 @@ class DeltaLoraConfig(LowRankConfig):
         default=False, metadata={"help": "Add up the increments, a dense float32 matrix per module; for reference."}
     )
 
+    @classmethod
+    def planned(cls, **fields: Any) -> DeltaLoraConfig:
+        """Counts the snapshot."""
+        config = cls(**fields)
+        vars(config)["planned_links"] = int(not config.literal)
+        return config
+
     def check(self) -> None:
         super().check()
         self.require("lora_dropout", self.lora_dropout, not self.lora_dropout, "0: Delta-LoRA's update of W needs it")

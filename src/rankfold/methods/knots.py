@@ -64,6 +64,9 @@ class ChainConfig(LowRankConfig):
     )
     seed: int = field(default=0, metadata={"help": "Seed of the first values of every link but the first."})
 
+    note: ClassVar[str | None] = (
+        "trains one link at a time; file and fold are those of the whole chain, without re-factoring"
+    )
     #: What is set where none of links, link_steps and link_shares is.
     default_length: ClassVar[dict[str, int]] = {"links": 3}
 
@@ -85,6 +88,13 @@ class ChainConfig(LowRankConfig):
         self.require("link_shares", shares, good, "numbers > 0 that add up to 1")
         self.require("rewarm_steps", self.rewarm_steps, self.rewarm_steps >= 0, "an integer >= 0")
         self.require("links_error", self.links_error, 0 <= self.links_error < 1, "a number in [0, 1)")
+
+    @classmethod
+    def planned(cls, **fields: Any) -> ChainConfig:
+        """Counts all links where their number is known."""
+        config = cls(**fields)
+        vars(config)["planned_links"] = (expected_links(config) or 1) - 1
+        return config
 
 
 def expected_links(config: ChainConfig) -> int | None:

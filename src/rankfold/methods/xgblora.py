@@ -46,6 +46,14 @@ class XgbLoraConfig(ChainConfig):
         default=None, metadata={"help": "Layers that each booster trains; default a third of them."}
     )
 
+    note: ClassVar[str | None] = (
+        "counted with one booster of every layer; one trains layers_drawn of them, and all of them add up"
+    )
+
+    @classmethod
+    def fields_at(cls, r: int) -> dict[str, int]:
+        return {"r": 1}  # a booster's, whatever the others have
+
     def check(self) -> None:
         super().check()
         n = self.layers_drawn

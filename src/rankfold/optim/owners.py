@@ -87,6 +87,8 @@ def _of_ours(layer: AdaptedLayer) -> Owned:
         for block in adapter.update():
             gate = None if block.gate is None else _gate(block.gate)
             computed = block.gate is not None and gate is None  # no diagonal that could be read again at the next step
+            if computed or any(t.requires_grad and not isinstance(t, nn.Parameter) for t in (block.down, block.up)):
+                found.leave(adapter, "computed from other parameters at each forward")
             if not computed and not pool & {id(block.down), id(block.up)}:
                 name, embedding = _called(adapter.site.name, adapter_name), adapter.site.kind == "embedding"
                 found.candidates.append(Candidate(name, block.down, block.up, block.scale, gate, embedding, penalised))

@@ -136,7 +136,7 @@ def _check_training(run: RunFile) -> list[Problem]:
     if t.epochs is not None and t.max_steps is not None:
         problem("max_steps", f"{t.max_steps} contradicts epochs: {t.epochs:g}; give one of the two")
     if t.metric is not None and t.metric not in task.metrics:
-        problem("metric", f"'{t.metric}' is no metric of {run.task}{nearest(t.metric, task.metrics, 'known')}")
+        problem("metric", f"'{t.metric}' is not a metric of {run.task}{nearest(t.metric, task.metrics, 'known')}")
     if isinstance(t.evaluate_every, int) and t.evaluate_every < 1:
         problem("evaluate_every", f"{t.evaluate_every} is not allowed, should be greater than 0")
     if t.early_stopping and not run.keeps_best:

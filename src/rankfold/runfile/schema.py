@@ -73,7 +73,8 @@ class Columns(BaseModel):
 class Data(Section):
     source: str | None = Field(
         default=None,
-        description="A bundled name, a JSONL, CSV or Parquet file, a folder with train.jsonl (...), or a datasets name.",
+        description="A bundled name, a JSONL, CSV or Parquet file, a folder with train.jsonl (...) or with a folder of images for "
+        "each class, or a datasets name.",
     )
     subset: str | None = Field(default=None, description="Configuration of a `datasets` name that has several.")
     train: str | None = Field(

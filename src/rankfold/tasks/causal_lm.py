@@ -46,7 +46,6 @@ class CausalLm(Task):
     )
     pipeline = "text-generation"
     counts_rows = False
-    heads = ("ForCausalLM", "LMHeadModel")
     start = {  # noqa: RUF012
         "model": {"name": "smollm2-135m-instruct"},
         "data": {"source": "phonemes", "max_validation": 500, "max_test": 500},
@@ -64,6 +63,10 @@ output: runs/compare-phonemes
         "2,442,240",
         "2460000",
     )
+
+    @property
+    def heads(self) -> tuple[str, ...]:
+        return (*super().heads, "LMHeadModel")  # as GPT-2's and XLM's are called
 
     def as_ours(self, split: Dataset, names: dict[str, str]) -> Dataset:
         if any(names.get(role, role) != role for role in self.columns):

@@ -53,7 +53,7 @@ output: runs/compare-digits
 
     def placed(self, split: Dataset, names: dict[str, str], folder: Path) -> Dataset:
         column = names["image"]
-        if column not in split.column_names or not isinstance(split[0][column], str):
+        if getattr(split.features.get(column), "dtype", None) != "string":
             return split
         return split.map(lambda row: {column: row[column] and str(folder / row[column])})
 

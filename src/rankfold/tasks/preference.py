@@ -70,7 +70,7 @@ output: runs/compare-preferences
         # The prompt as text beside whole chats: they begin with it, or it is their first message.
         if len(split[0][chosen]) > 1:
             return split.remove_columns(prompt)
-        return split.map(lambda row: {prompt: [{"role": "user", "content": row[prompt]}]})
+        return split.map(lambda row: {prompt: row[prompt] and [{"role": "user", "content": row[prompt]}]})
 
     def carried(self, split: Dataset, names: dict[str, str], kind: tuple[str, ...]) -> tuple[str, ...]:
         return carried(split, names.get("chosen", "chosen"))
@@ -96,7 +96,7 @@ output: runs/compare-preferences
                 f"{name}: some of the columns {', '.join(kind)} are text and some are chats; make them alike"
             )
         split = tidy_all(split, kind)
-        same = [i for i, row in enumerate(split) if row["chosen"] == row["rejected"]]
+        same = [i for i, (c, r) in enumerate(zip(split["chosen"], split["rejected"], strict=True)) if c == r]
         if len(same) == len(split):
             raise DataError(f"{name}: chosen and rejected are the same in every row, so there is nothing to prefer")
         if same:

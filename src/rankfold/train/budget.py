@@ -54,7 +54,7 @@ def count(model: nn.Module) -> Budget:
             head, adapter = (head + p.numel(), adapter) if in_full else (head, adapter + p.numel())
         else:
             base_bytes += size
-            base += 0 if ".original_module." in name else p.numel()  # the head's untouched copy is no second head
+            base += 0 if ".original_module." in name else p.numel()  # the head's untouched copy is not a second head
     return Budget(base, adapter, head, base_bytes, trained_bytes)
 
 

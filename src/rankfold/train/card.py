@@ -62,7 +62,7 @@ def model_card(prepared: Prepared, result: TrainResult) -> str:
     model_class = prepared.task.models[0]
     arguments = f", id2label={dict(enumerate(rows.labels))}" if rows.labels else ""
     classes = f"| classes | {', '.join(rows.labels)} |\n" if rows.labels else ""
-    ranks = f"| ranks kept | {result.ranks:,} of {result.ranks_at_start:,} |\n" if result.ranks_at_start else ""
+    ranks = "".join(f"| {name} | {value} |\n" for name, value in result.ranks_row())
     title, home = run.method.name, "rankfold."
     if ours:
         from rankfold.host import registry

@@ -78,7 +78,7 @@ def _find(data: Data, task: Task) -> dict[str, Dataset]:
             splits[name] = inside["train"]
         else:
             raise DataError(
-                f"data.{name}: '{wanted}' is no file ({', '.join(SUFFIXES)}) and no split of {data.source}"
+                f"data.{name}: '{wanted}' is neither a file ({', '.join(SUFFIXES)}) nor a split of {data.source}"
                 f"{nearest(wanted, found, 'its splits')}"
             )
     if "train" not in splits:
@@ -111,7 +111,7 @@ def _source(name: str, subset: str | None, task: Task, read: Callable[[Path], Da
         loaded = load_dataset(name, subset)
     except Exception as e:  # whatever the hub, the network or a loading script can raise
         raise DataError(
-            f"data.source: '{name}' is no local file or folder and no bundled data set"
+            f"data.source: '{name}' is neither a local file or folder nor a bundled data set"
             f"{nearest(name, bundled.DATASETS, 'bundled')}; as a datasets name it cannot be loaded: {e}"
         ) from e
     if not isinstance(loaded, DatasetDict):

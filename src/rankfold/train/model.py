@@ -203,7 +203,7 @@ def _from(auto: Any, model: Model, place: str, **options: Any) -> Any:
         if place != model.name or Path(place).is_dir():
             raise ModelError(f"model.name: '{model.name}' cannot be read ({place}): {e}") from e
         raise ModelError(
-            f"model.name: '{model.name}' is no folder, no GGUF file and no bundled model"
+            f"model.name: '{model.name}' is not a folder, a GGUF file or a bundled model"
             f"{nearest(model.name, bundled.MODELS, 'bundled')}; as a hub id it cannot be loaded: {e}"
         ) from e
 

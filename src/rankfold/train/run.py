@@ -63,7 +63,7 @@ def train(
 
     Raises:
         RunFileError, FolderError, DataError, ModelError: before anything is written.
-        DivergedError: the loss is no number. SaveError: a checkpoint cannot be written.
+        DivergedError: the loss is not a number. SaveError: a checkpoint cannot be written.
     """
     state = processes()
     say = say if state.is_main_process else _silent

@@ -18,7 +18,7 @@ from rankfold.errors import RankfoldError
 from rankfold.tasks.task import Task
 from rankfold.train.callbacks import NoStepTooMany, Progress, RankAllocation
 from rankfold.train.folder import saving
-from rankfold.train.hf_api import StepwiseTrainer, loss_is_of_its_batch, make_arguments, make_optimizer_by
+from rankfold.train.hf_api import StepwiseTrainer, loss_is_of_its_batch, make_arguments, make_optimizer_by, require
 from rankfold.train.loss import score_labels_only
 from rankfold.train.optimizer import RunOptimizer
 from rankfold.train.prepare import Prepared
@@ -58,6 +58,7 @@ def careful(trainer: type) -> type[CarefulTrainer]:
     """A trainer's class, transformers' own or one of TRL's, made a CarefulTrainer."""
     if trainer is Trainer:
         return CarefulTrainer
+    require("trl", trainer, "_prepare_dataset")
     return type(f"Careful{trainer.__name__}", (CarefulTrainer, trainer), {})
 
 

@@ -55,11 +55,13 @@ class Adapter:
 
 @dataclass(frozen=True)
 class Pair:
-    """The factors of one module: down is r × in, up is out × r, and the update is scale · up · down."""
+    """The factors of one module: down is r × in, up is out × r, and the update is scale · up · down, where scale is alpha / r if
+    there is an alpha."""
 
     down: Tensor
     up: Tensor
-    scale: float
+    alpha: float | None = None
+    scale: float = 1.0
 
 
 def plain_lora(path: Path, pairs: Mapping[str, Pair], base: str | None, notes: list[str], **config: Any) -> Adapter:
@@ -80,12 +82,14 @@ def plain_lora(path: Path, pairs: Mapping[str, Pair], base: str | None, notes: l
                 f"{path}: the factors of {module} are {shapes[0]} and {shapes[1]}; only those of linear layers are read, "
                 "and not of convolutions or fused experts"
             )
-        if pair.down.shape[0] != pair.up.shape[1]:
-            raise RankfoldError(f"{path}: {module} has factors {shapes[0]} and {shapes[1]}, which are of two ranks")
+        if pair.down.shape[0] != pair.up.shape[1] or not len(pair.down):
+            raise RankfoldError(
+                f"{path}: {module} has factors {shapes[0]} and {shapes[1]}, which are not of one rank above 0"
+            )
     if not pairs:
         raise RankfoldError(f"{path} holds no factor of a LoRA")
     ranks = {module: pair.down.shape[0] for module, pair in pairs.items()}
-    alphas = {module: pair.scale * ranks[module] for module, pair in pairs.items()}
+    alphas = {m: pair.scale * ranks[m] if pair.alpha is None else pair.alpha for m, pair in pairs.items()}
     r, alpha = (Counter(found.values()).most_common(1)[0][0] for found in (ranks, alphas))
     tensors = {}
     for module, pair in pairs.items():

@@ -55,7 +55,7 @@ def read(place: Place, base: str | None) -> Adapter:
         notes.append(f"left out: the LoRAs of {', '.join(others)}, which are other models; fold each with its --base")
     read = plain_lora(path, pairs, base, notes)
     stated = _stated(path, model)
-    return read if stated is None else replace(read, config=_with(stated, read.config))
+    return read if stated is None else replace(read, config=_with(stated, read.config, path))
 
 
 def _is_kohya(model: str) -> bool:
@@ -94,8 +94,9 @@ def _pair(module: str, parts: dict[str, Tensor], path: Path) -> Pair:
         raise RankfoldError(
             f"{path}: {module} has {', '.join(parts)} and lacks the other factor; the file is incomplete"
         )
-    # kohya counts an alpha of 0 as none
-    return Pair(down, up, (float(alpha) / down.shape[0] if alpha is not None else 1.0) or 1.0)
+    if alpha is not None and alpha.numel() != 1:
+        raise RankfoldError(f"{path}: the alpha of {module} has the shape {tuple(alpha.shape)}; it must be one number")
+    return Pair(down, up, None if alpha is None else float(alpha) or None)  # kohya counts an alpha of 0 as none
 
 
 def _module_names(base: str) -> dict[str, str]:
@@ -106,7 +107,7 @@ def _module_names(base: str) -> dict[str, str]:
             f"base={base!r} is a pipeline of several models; give one of them, such as {folder / 'unet'}"
         )
     try:
-        names = [name for name, _ in skeleton(model_config(base)).named_parameters()]
+        names = [name for name, _ in skeleton(model_config(base)).named_parameters(remove_duplicate=False)]
     except ModelError as error:  # a model of diffusers: its files have its own names
         names = [name for file in sorted(folder.glob("*.safetensors")) for name in read_headers(file)]
         if not names:
@@ -114,7 +115,11 @@ def _module_names(base: str) -> dict[str, str]:
                 f"base={base!r}: {error}, and it has no safetensors whose names could be read"
             ) from None
     modules = [name.removesuffix(".weight") for name in names if name.endswith(".weight")]
-    return {module.replace(".", "_"): module for module in modules} | {module: module for module in modules}
+    flat: dict[str, str] = {}
+    for module in modules:
+        if (other := flat.setdefault(module.replace(".", "_"), module)) != module:
+            raise RankfoldError(f"base={base!r}: kohya's names do not tell its modules {other} and {module} apart")
+    return flat | {module: module for module in modules}
 
 
 def _only_model(models: Models, path: Path) -> str:
@@ -156,7 +161,7 @@ def _stated(path: Path, model: str) -> dict[str, Any] | None:
         raise RankfoldError(f"{path}: its {METADATA} is not valid: {error}") from None
 
 
-def _with(stated: dict[str, Any], config: Any) -> LoraConfig:
+def _with(stated: dict[str, Any], config: Any, path: Path) -> LoraConfig:
     """The stated ranks and scales on the modules that were found."""
     keys = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "lora_bias")
     try:
@@ -167,4 +172,4 @@ def _with(stated: dict[str, Any], config: Any) -> LoraConfig:
             inference_mode=True,
         )
     except (TypeError, ValueError) as error:
-        raise RankfoldError(f"its {METADATA} is not a config of PEFT's: {first_line(error)}") from None
+        raise RankfoldError(f"{path}: its {METADATA} is not a config of PEFT's: {first_line(error)}") from None

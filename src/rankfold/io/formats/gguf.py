@@ -15,7 +15,7 @@ from rankfold.io.formats.place import Place
 from rankfold.io.gguf_file import GgufHeader, read_header
 from rankfold.io.gguf_names import ARCHITECTURES, need_gguf, row_order, stored_names
 from rankfold.io.models import ModelError, model_config, skeleton
-from rankfold.text import examples, first_line, short_repr
+from rankfold.text import first_line, short_repr
 
 
 def read(place: Place, base: str | None) -> Adapter:
@@ -38,22 +38,28 @@ def read(place: Place, base: str | None) -> Adapter:
     if base is None:
         raise RankfoldError(f"{path}: a GGUF file has names and rows of its own; give the base with --base FOLDER")
     config = _config(base, header, path)
-    linears = [n for n, m in skeleton(config, (AutoModelForCausalLM,)).named_modules() if isinstance(m, nn.Linear)]
-    modules = {stored: module for module, stored in stored_names(linears, config).items()}
+    layers = {n: m for n, m in skeleton(config, (AutoModelForCausalLM,)).named_modules() if isinstance(m, nn.Linear)}
+    modules = {stored: module for module, stored in stored_names(list(layers), config).items()}
     tensors = _values(path)
-    alpha = float(header.metadata.get("adapter.lora.alpha") or 0)
+    alpha = header.metadata.get("adapter.lora.alpha") or None
+    if not isinstance(alpha, float | None):
+        raise RankfoldError(f"{path}: adapter.lora.alpha={short_repr(alpha)} must be a number")
     pairs = {}
     for stored in dict.fromkeys(name.rpartition(".lora_")[0] or name for name in tensors):
         module, down, up = modules.get(stored), *(tensors.get(f"{stored}.lora_{side}") for side in "ab")
-        if module is None or down is None or up is None:
-            why = (
-                "has no such layer in its blocks" if down is not None and up is not None else "needs lora_a and lora_b"
-            )
+        if down is None or up is None:
+            raise RankfoldError(f"{path}: {stored} has not both lora_a and lora_b; convert the adapter again")
+        if module is None:
             raise RankfoldError(
-                f"{path}: {examples([n for n in tensors if n.startswith(stored)])}: base={base!r} {why}"
+                f"{path}: base={base!r} has no layer {stored} in its blocks; give the base it was trained on"
             )
-        order = row_order(module, len(up), config)
-        pairs[module] = Pair(down, up if order is None else up[order.argsort()], alpha / len(down) if alpha else 1.0)
+        layer = layers[module]
+        if up.ndim == 2 and len(up) != layer.out_features:
+            raise RankfoldError(
+                f"{path}: {stored} has {len(up)} rows and the layer of base={base!r} {layer.out_features}; give the base it was trained on"
+            )
+        order = row_order(module, len(up), config) if up.ndim == 2 else None
+        pairs[module] = Pair(down, up if order is None else up[order.argsort()], alpha)
     note = [
         f"read as a GGUF LoRA, alpha {alpha:g}" if alpha else "read as a GGUF LoRA without alpha, so every scale is 1"
     ]

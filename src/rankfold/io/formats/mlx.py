@@ -44,13 +44,17 @@ def read(place: Place, base: str | None) -> Adapter:
         known = {f"{name}{end}" for end in (".lora_a", ".lora_b", ".m") for name in downs.keys() & ups.keys()}
         odd = sorted(tensors.keys() - known) or sorted(tensors)
         raise RankfoldError(f"{place.weights}: tensors that are not pairs of lora_a and lora_b: {examples(odd)}")
-    pairs = {name: Pair(downs[name].mT, ups[name].mT, scale) for name in downs}
+    pairs = {name: Pair(_turned(downs[name]), _turned(ups[name]), scale=scale) for name in downs}
     model = written.get("model")
     base = base or (model if isinstance(model, str) else None)
     note = [f"read as an adapter of mlx-lm, scale {scale:g}"]
     read = plain_lora(place.folder, pairs, base, note, task_type="CAUSAL_LM", use_dora=kind == "dora")
     read.tensors.update({f"{PREFIX}{name}.lora_magnitude_vector": m for name, m in magnitudes.items()})
     return read
+
+
+def _turned(matrix: Tensor) -> Tensor:
+    return matrix.T if matrix.ndim == 2 else matrix  # any other is refused with its shape
 
 
 def _ending(tensors: dict[str, Tensor], end: str) -> dict[str, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rankfold.io.adapters import read_config, read_tensors
+from rankfold.io.adapters import PICKLED, WEIGHTS, read_config, read_tensors
 from rankfold.io.formats.adapter import Adapter
 from rankfold.io.formats.config_keys import check_keys
 from rankfold.io.formats.place import Place
@@ -11,7 +11,8 @@ from rankfold.io.weights import read_headers
 
 def read(place: Place, base: str | None) -> Adapter:
     """The folder as it is; raises RankfoldError for one that is damaged, or whose config has keys that may change the update."""
-    config = read_config(place.folder)
+    named = place.weights is None or place.weights.name in (WEIGHTS, PICKLED)
+    config = read_config(place.folder if named else place.path)  # which says that a file of another name is not enough
     tensors = read_tensors(place.weights or place.folder)
     return Adapter(place.folder, config, tensors, [*_widened(place), *check_keys(place.folder, config)])
 

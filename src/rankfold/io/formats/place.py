@@ -92,7 +92,7 @@ def _of_file(path: Path) -> Place | None:
         kind = _of_names(_names(path))
     else:
         return None
-    return Place(kind, path.parent, path, alone=kind == "diffusers")
+    return Place(kind, path.parent, path, alone=kind == "diffusers" or (kind == "peft" and path.name not in WEIGHTS))
 
 
 def _of_names(names: Iterable[str]) -> str:
