@@ -342,7 +342,9 @@ def test_gguf_without_its_package(llama: Path, tmp_path: Path, monkeypatch: pyte
 
 
 def test_an_unknown_profile(llama: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="profile='onnx' must be one of uniform, compact, gguf, mlx, merged"):
+    with pytest.raises(
+        ValueError, match="profile='onnx' must be one of uniform, compact, per_expert, gguf, mlx, merged"
+    ):
         fold_model(live(llama, rasa()), tmp_path / "out", profile="onnx")
     assert list(tmp_path.iterdir()) == []
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from rankfold import CoraConfig, PlainLoraConfig, RasaConfig, attach
+from rankfold.doctor import diagnose
 from rankfold.errors import RankfoldError
 from rankfold.fold import fold_model, fold_state_dict
 from rankfold.host import parameter_layer, registry
@@ -352,6 +353,16 @@ def test_one_lora_per_expert_under_their_old_names(family: str, tmp_path: Path) 
     assert names == {f"{e}.{p}.lora_{side}.weight" for e in range(4) for p in projections for side in "AB"}
     stock = PeftModel.from_pretrained(build(family), tmp_path).eval()  # pyright: ignore[reportArgumentType]
     torch.testing.assert_close(out(stock), out(model), rtol=1e-4, atol=1e-5)
+
+
+def test_doctor_reads_both_folds(tmp_path: Path) -> None:
+    build("olmoe").save_pretrained(tmp_path / "base")  # pyright: ignore[reportCallIssue]
+    model = adapt("olmoe", lora(target_modules=["q_proj", "k_proj", "v_proj"]))
+    for profile in ("uniform", "per_expert"):
+        fold_model(model, tmp_path / profile, profile=profile)
+        found = diagnose(str(tmp_path / profile), str(tmp_path / "base"), ["vllm", "peft"])
+        assert not found.problems, profile
+        assert found.healthy == (profile == "per_expert")  # vLLM takes fused ones for some classes only
 
 
 def test_per_expert_needs_all_of_them_and_their_names(tmp_path: Path) -> None:

@@ -158,6 +158,8 @@ def _of_parameter(name: str, settings: Settings) -> bool:
     while module.endswith(".base_layer"):
         module = module.removesuffix(".base_layer")
     owners = [target.rpartition(".")[0] for target in settings.target_parameters]
+    if "" in owners and not settings.targets(module):  # a parameter's bare name, of whatever module has it
+        return True
     return bool(module) and any(owner and (module == owner or module.endswith(f".{owner}")) for owner in owners)
 
 
