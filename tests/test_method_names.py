@@ -25,7 +25,9 @@ ALLOWED = {
 
 NAMES = [row.name for row in registry.find() if row.name != "lora"]
 CONFIGS = [row.config.__name__ for row in registry.find()]
-MODULES = [path.stem for path in (SRC / "methods").glob("*.py") if path.stem not in ("__init__", "lora", "gated")]
+#: Files of `methods/` that several methods have in common; their names are plain words.
+COMMON = ("__init__", "lora", "gated", "chain", "knots")
+MODULES = [path.stem for path in (SRC / "methods").glob("*.py") if path.stem not in COMMON]
 #: Whole words, but not what is PEFT's: `peft:adalora`. Plain "lora" is also a word of file formats and of PEFT's keys, so it
 #: counts only where it is given or compared as a name: `"name": "lora"`, `method == "lora"`.
 WORDS = re.compile(

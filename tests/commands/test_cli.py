@@ -21,7 +21,7 @@ from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 import rankfold
 from rankfold import cli
 from rankfold.errors import RankfoldError
-from rankfold.fold import STRICT
+from rankfold.fold.options import STRICT
 
 
 @pytest.fixture
@@ -179,7 +179,7 @@ def test_wrong_usage_is_status_2(arguments: list[str], capsys: pytest.CaptureFix
 
 
 def test_methods(capsys: pytest.CaptureFixture[str]):
-    assert cli.main(["methods", "ra*", "--json"]) == 0
+    assert cli.main(["methods", "ras*", "--json"]) == 0
     (row,) = json.loads(capsys.readouterr().out)
     assert (row["name"], row["paper"], row["foldable"], row["config"]) == ("rasa", "2503.12576", True, "RasaConfig")
     assert cli.main(["methods"]) == 0
@@ -190,6 +190,20 @@ def test_methods(capsys: pytest.CaptureFixture[str]):
     assert "no method matches 'zzz*'" in capsys.readouterr().err
     assert cli.main(["methods", "zzz*", "--json"]) == 1
     assert json.loads(capsys.readouterr().out) == []
+
+
+def test_optimizers(capsys: pytest.CaptureFixture[str]):
+    assert cli.main(["optimizers"]) == 0
+    listed = capsys.readouterr().out
+    assert "lora_rite" in listed
+    assert "2410.20625" in listed
+    assert cli.main(["optimizers", "lora_pro"]) == 0
+    assert "x_mode" in capsys.readouterr().out
+    assert cli.main(["optimizers", "lora_plus", "--json"]) == 0
+    row = json.loads(capsys.readouterr().out)
+    assert {o["name"]: o["default"] for o in row["options"]}["ratio"] == 16.0
+    assert cli.main(["optimizers", "lora_por"]) == 1
+    assert "no optimizer is called 'lora_por'; did you mean 'lora_pro'?" in capsys.readouterr().err
 
 
 def test_init(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -223,7 +237,7 @@ def test_fold_is_called_with_its_options(monkeypatch: pytest.MonkeyPatch, capsys
     monkeypatch.setattr("rankfold.fold.fold_adapter", fold_adapter, raising=False)
     assert cli.main(["fold", "a", "-o", "b", "--dtype", "bfloat16", "--no-probe", "--rank", "8", "--strict"]) == 0
     [(adapter, out, options)] = calls
-    assert (adapter, out) == (Path("a"), Path("b"))
+    assert (adapter, out) == ("a", "b")
     expected = {"base": None, "profile": "uniform", "dtype": "bfloat16", "pad": "serve", "probe": False, "force": False}
     compression = {"rank": 8, "error": None, "calibration": None, "strict": STRICT}
     assert options.items() >= {**expected, **compression, "progress": True}.items()

@@ -138,7 +138,7 @@ def assert_untouched(killed: Path, whole: Path) -> None:
     toy.assert_same(one, two)
 
 
-@pytest.mark.parametrize("method", ["sora", "adalora", "dynamic_dora", "rasa"])
+@pytest.mark.parametrize("method", ["sora", "adalora", "dynamic_dora", "rasa", "rac_lora", "xgblora", "delta_lora"])
 def test_killed_at_random(method: str, tmp_path: Path) -> None:
     seed = random.randrange(2**32)
     print(f"seed {seed}")  # pytest shows it where the test fails

@@ -14,7 +14,15 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from rankfold import AdaSvdConfig, DynamicDoraConfig, RasaConfig, SoraConfig
+from rankfold import (
+    AdaSvdConfig,
+    DeltaLoraConfig,
+    DynamicDoraConfig,
+    RacLoraConfig,
+    RasaConfig,
+    SoraConfig,
+    XgbLoraConfig,
+)
 from rankfold.host.adapter import Adapter
 from rankfold.host.config import LowRankConfig
 from rankfold.host.linear_layer import AdaptedLinear
@@ -29,9 +37,13 @@ SHORT: dict[str, dict[str, Any]] = {
     "adalora": {"r": 4, "target_r": 2, "tinit": 1, "tfinal": 3, "deltaT": 2},
     "dynamic_dora": {"r": 4, "target_r": 2, "interval": 2, "start": 0.15, "end": 0.3},
     "rasa": {"r": 4, "shared_rank": 1},
+    "rac_lora": {"r": 2, "links": 4},
+    "xgblora": {"link_steps": 2, "layers_drawn": 1},
+    "delta_lora": {"r": 4, "start_step": 2, "lora_dropout": 0.0},
 }
 CLASSES: dict[str, type[LowRankConfig]] = {
-    "sora": SoraConfig, "adalora": AdaSvdConfig, "dynamic_dora": DynamicDoraConfig, "rasa": RasaConfig
+    "sora": SoraConfig, "adalora": AdaSvdConfig, "dynamic_dora": DynamicDoraConfig, "rasa": RasaConfig,
+    "rac_lora": RacLoraConfig, "xgblora": XgbLoraConfig, "delta_lora": DeltaLoraConfig,
 }  # fmt: skip
 SCHEDULED = ["sora", "adalora", "dynamic_dora"]
 

@@ -10,9 +10,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from models import ARCHS, Arch
+from moe_models import MOE
 from peft import get_peft_model_state_dict
 from safetensors.torch import save_file
-from table import FIRST, ROWS, Row, adapt, adapter_parameters
+from table import FIRST, ROWS, Row, adapt, adapter_buffers, adapter_parameters
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import fully_shard
@@ -23,13 +24,28 @@ from rankfold import attach
 
 STEPS = 3
 #: case name → what it runs; the parent reads the same table
-CASES: dict[str, tuple[str, Arch, Row]] = {
-    f"{how}-{arch}-{row}": (how, ARCHS[arch], row)
-    for how in ("ddp", "ddp_checkpointed", "fsdp")
-    for arch in ("llama", "gpt2")
-    for row in ROWS
-    if (arch == "llama" and how != "ddp_checkpointed") or row in FIRST
-}
+CASES: dict[str, tuple[str, Arch, Row]] = (
+    {
+        f"{how}-{arch}-{row}": (how, ARCHS[arch], row)
+        for how in ("ddp", "ddp_checkpointed", "fsdp")
+        for arch in ("llama", "gpt2")
+        for row in ROWS
+        if (arch == "llama" and how != "ddp_checkpointed") or row in FIRST
+    }
+    | {
+        f"ddp_unused-{row}": ("ddp_unused", ARCHS["llama"], replace(row, kwargs={**row.kwargs, "layers_drawn": 1}))
+        for row in FIRST
+        if row.facts.method == "xgblora"
+    }
+    | {  # an expert may meet a token on one process, on both or on none
+        f"ddp_unused-experts-{row}": (
+            "ddp_unused",
+            MOE,
+            replace(row, kwargs={**row.kwargs, "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}),
+        )
+        for row in FIRST[:2]
+    }
+)
 
 
 def cutting(row: Row) -> Row:
@@ -54,8 +70,9 @@ def train(arch: Arch, model: nn.Module, ranks: tuple[int, ...]) -> dict[str, Ten
         loss.backward()
         found[f"loss.{step}"] = loss.detach().clone()
         if step == 0:
-            found |= {f"grad.{clean(n)}": whole(p.grad) for n, p in adapter_parameters(model) if p.numel()}
+            found |= {f"grad.{clean(n)}": whole(p.grad) for n, p in adapter_parameters(model) if p.grad is not None}
         optimizer.step()
+    found |= {f"frozen.{clean(n)}": b.clone() for n, b in adapter_buffers(model).items()}
     return found | {f"last.{clean(n)}": whole(p) for n, p in adapter_parameters(model)}
 
 
@@ -82,7 +99,7 @@ def run(how: str, arch: Arch, row: Row, rank: int) -> dict[str, Tensor]:
     model = start(arch, row, rank)
     if how == "ddp_checkpointed":
         model.get_base_model().activation_checkpointing_enable({"use_reentrant": False})
-    return train(arch, DistributedDataParallel(model), (rank,))
+    return train(arch, DistributedDataParallel(model, find_unused_parameters=how == "ddp_unused"), (rank,))
 
 
 if __name__ == "__main__":

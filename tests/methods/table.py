@@ -24,6 +24,7 @@ from rankfold import attach
 from rankfold.host import registry
 from rankfold.host.config import LowRankConfig
 from rankfold.host.linear_layer import AdaptedLinear
+from rankfold.kernel.factors import Factors
 from rankfold.methods.cora_subspace import content_hash, write_subspace
 
 State = dict[str, Tensor]
@@ -238,6 +239,85 @@ CORA = Facts(
     needs=_basis,
 )
 
+#: Components of the finished link that `stir` gives every chain.
+LINK = 2
+
+
+def _chain_delta(config: Any, r: int, alpha: float, own: State, _: State) -> Tensor:
+    return scale(config, r, alpha) * (own["up"] @ own["down"] + own["links_up"] @ own["links_down"])
+
+
+# Chains are tested with a finished link, and tie one more knot in every run of 2 steps or more. Their own tests are in test_chains.py.
+COLA = Facts(
+    method="cola",
+    count=lambda config, r, out, inn, layers: layers * r * (inn + out),
+    rank=lambda config, r, layers: r + LINK,
+    delta=_chain_delta,
+    variants={
+        "default": {"r": 4, "links": 2, "allow_unscheduled": True},
+        "dropout": {"r": 4, "links": 2, "lora_alpha": 12, "lora_dropout": 0.3, "allow_unscheduled": True},
+    },
+    bad=(
+        ({"links": 0}, "links=0"),
+        ({"links": 2, "link_steps": 5}, "link_steps=5"),
+        ({"link_shares": [0.5, 0.6]}, "link_shares=[0.5, 0.6]"),
+        ({"links": 2, "link_ranks": [8, 4, 2]}, "link_ranks=[8, 4, 2]"),
+        ({"r": 4, "links": 2, "link_ranks": [8, 4]}, "link_ranks=[8, 4]"),
+        ({"rewarm_steps": -1}, "rewarm_steps=-1"),
+        ({"restart_schedule": "step"}, "restart_schedule='step'"),
+        ({"links_error": 1.0}, "links_error=1.0"),
+        ({"links_limit": 0}, "links_limit=0"),
+        ({"preset": "x"}, "preset='x'"),
+    ),
+)
+RAC_LORA = Facts(
+    method="rac_lora",
+    count=lambda config, r, out, inn, layers: layers * r * (out if config.side == "right" else inn),
+    rank=lambda config, r, layers: r + LINK,
+    delta=_chain_delta,
+    variants={
+        "default": {"r": 4, "links": 2, "allow_unscheduled": True},
+        "left": {"r": 4, "links": 2, "side": "left", "sketch": "orthonormal", "allow_unscheduled": True},
+    },
+    bad=(
+        ({"side": "top"}, "side='top'"),
+        ({"sketch": "uniform"}, "sketch='uniform'"),
+        ({"sketch_std": 0.0}, "sketch_std=0.0"),
+        ({"solver": "newton"}, "solver='newton'"),
+        ({"solver": "exact_gd", "link_steps": 2}, "link_steps=2"),
+        ({"solver": "exact_gd", "lora_dropout": 0.1}, "lora_dropout=0.1"),
+    ),
+)
+XGBLORA = Facts(
+    method="xgblora",
+    count=lambda config, r, out, inn, layers: layers * r * (inn + out),
+    rank=lambda config, r, layers: r + LINK,
+    delta=_chain_delta,
+    # Every layer is drawn, so that every tensor moves; the draws are in test_xgblora.py
+    variants={"default": {"link_steps": 2, "allow_unscheduled": True}},
+    bad=(({"layers_drawn": 0}, "layers_drawn=0"), ({"link_steps": 0}, "link_steps=0")),
+    needs=lambda arch: {"layers_drawn": {"t5": 4, "mlp": 3}.get(arch.name, 3)},
+)
+
+
+def _delta_lora_delta(config: Any, r: int, alpha: float, own: State, _: State) -> Tensor:
+    now, then = own["up"] @ own["down"], own["links_up"] @ own["links_down"]
+    return scale(config, r, alpha) * ((1 + config.delta_weight) * now - config.delta_weight * then)
+
+
+DELTA_LORA = Facts(
+    method="delta_lora",
+    count=lambda config, r, out, inn, layers: layers * r * (inn + out),
+    rank=lambda config, r, layers: r + LINK,
+    delta=_delta_lora_delta,
+    variants={"default": {"r": 4, "start_step": 0, "allow_unscheduled": True}},
+    bad=(
+        ({"lora_dropout": 0.1}, "lora_dropout=0.1"),
+        ({"delta_weight": -1.0}, "delta_weight=-1.0"),
+        ({"start_step": -1}, "start_step=-1"),
+    ),
+)
+
 
 def _sbora_delta(config: Any, r: int, alpha: float, own: State, _: State) -> Tensor:
     out, inn = own["shape"].int().tolist()
@@ -322,7 +402,9 @@ SD_LORA = Facts(
     model_wide=1,
 )
 
-TABLE = [LORA, RASA, SORA, ADALORA, DYNAMIC_DORA, CORA, SBORA, BLOCK_LORA, SD_LORA]
+TABLE = [
+    LORA, RASA, SORA, ADALORA, DYNAMIC_DORA, CORA, COLA, RAC_LORA, XGBLORA, DELTA_LORA, SBORA, BLOCK_LORA, SD_LORA,
+]  # fmt: skip
 ROWS = [Row(facts, variant, kwargs) for facts in TABLE for variant, kwargs in facts.variants.items()]
 FIRST = [next(row for row in ROWS if row.facts is facts) for facts in TABLE]
 
@@ -366,11 +448,15 @@ def second(model: PeftModel, arch: Arch, row: Row, name: str = "other", **change
 
 
 def stir(model: nn.Module, name: str = "default", seed: int = 2) -> None:
-    """Adds noise to every tensor of one adapter."""
+    """Adds noise to every parameter of one adapter, and a finished link where it has such."""
     g = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for _, p in adapter_parameters(model, name):
             p += (0.2 * torch.randn(p.shape, generator=g)).to(p)
+        for adapter in (a for layer in layers(model).values() for a in layer.adapters([name]) if a.growing):
+            shapes = (LINK, adapter.site.in_features), (adapter.site.out_features, LINK)
+            down, up = ((0.2 * torch.randn(shape, generator=g)).to(adapter.up) for shape in shapes)  # pyright: ignore[reportArgumentType]
+            adapter.add_link(Factors(down, up))  # pyright: ignore[reportCallIssue]
 
 
 def fit(arch: Arch, model: nn.Module, steps: int, lr: float = 0.01) -> None:
@@ -391,7 +477,7 @@ def adapter_parameters(model: nn.Module, name: str = "default") -> list[tuple[st
 
 
 def adapter_buffers(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
-    """An adapter's own frozen tensors."""
+    """An adapter's own frozen tensors; training may change them where it goes from one link to the next."""
     return {n: b for n, b in model.named_buffers() if f"lowrank_adapters.{name}." in n}
 
 

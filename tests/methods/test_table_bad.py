@@ -58,10 +58,8 @@ BAD_ON_A_MODEL: list[tuple[Arch, dict[str, Any], type[Exception], str]] = [
     (LLAMA, {"target_modules": []}, ValueError, "target_modules"),
     (LLAMA, {"target_modules": ["q_proj"], "exclude_modules": ["q_proj"]}, ValueError, "exclude_modules"),
     (LLAMA, {"target_modules": ["q_proj"], "layers_to_transform": [9]}, ValueError, "layers_to_transform.*9"),
-    (LLAMA, {"target_modules": ["embed_tokens"]}, TypeError, "target_modules: model.embed_tokens is a Embedding"),
     (LLAMA, {"target_modules": ["q_proj", "norm"]}, TypeError, "target_modules: model.norm is a LlamaRMSNorm"),
     (LLAMA, {"target_modules": ["self_attn"]}, TypeError, "self_attn is a LlamaAttention, and only linear"),
-    (MLP, {"target_modules": ["q_proj", "conv"]}, TypeError, "target_modules: conv is a Conv2d"),
     (MLP, {"target_modules": ["norm"]}, TypeError, "target_modules: norm is a LayerNorm"),
     (MLP, {"target_modules": "blocks"}, TypeError, "target_modules: blocks is a ModuleList"),
 ]

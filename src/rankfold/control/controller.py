@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Any, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -36,6 +36,9 @@ class Controller(Generic[A, C]):
         ValueError: a schedule that does not fit `total_steps`.
     """
 
+    #: Whether `extra_loss` depends on the factors. An optimiser that reads the update's gradient off theirs cannot be used then.
+    penalises_factors: ClassVar[bool] = False
+
     def __init__(self, config: C, adapters: Sequence[A], total_steps: int | None) -> None:
         self.config, self.adapters, self.total_steps = config, list(adapters), total_steps
         #: Everything that must survive a kill: plain values, and tensors in float32 or wider. It travels in the optimiser's
@@ -57,6 +60,9 @@ class Controller(Generic[A, C]):
         """A regulariser of the parameters alone. Its gradient is added just before the optimiser's step, once per real
         step and after clipping; None where there is none."""
         return None
+
+    def release(self) -> None:
+        """Called when it is detached: what it changed about the adapters, other than their values, is as before."""
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Adopts a saved state; raises ValueError where it is another adapter's."""

@@ -22,3 +22,9 @@ def zero_(p: Tensor, out: Tensor) -> None:
         p.mul_(distribute_tensor((~out).to(p.dtype), p.device_mesh, p.placements, src_data_rank=None))
     else:
         p[out] = torch.zeros((), dtype=p.dtype, device=p.device)
+
+
+def fill_(p: Tensor, values: Tensor) -> None:
+    """Copies `values` (whole, of p's shape, the same on every process) into `p`."""
+    values = values.to(p.device, p.dtype)
+    p.copy_(distribute_tensor(values, p.device_mesh, p.placements, src_data_rank=None) if isinstance(p, DTensor) else values)  # fmt: skip

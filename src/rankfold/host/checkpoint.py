@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from rankfold.errors import RankfoldError
+from rankfold.host.adapter import Adapter
 from rankfold.host.config import LowRankConfig
 from rankfold.host.layer import AdaptedLayer
 
@@ -20,6 +21,15 @@ WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 def plain_name(name: str) -> str:
     """Removes what torch.compile, FSDP and activation checkpointing put into a module's name or a key."""
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)
+
+
+def check_adapter_name(name: str) -> None:
+    """Raises RankfoldError for a name that cannot be a key of the ModuleDict that holds a layer's adapters."""
+    if not name or "." in name or name in WRAPPERS or hasattr(nn.ModuleDict(), name):
+        raise RankfoldError(
+            f"adapter_name={name!r} cannot name an adapter: it is empty, has a dot, or is a name that torch keeps for itself "
+            "(such as 'half', 'keys' and 'pop'); choose another"
+        )
 
 
 def short_keys(keys: list[str]) -> dict[str, str]:
@@ -45,14 +55,38 @@ def owned(model: nn.Module, adapter_name: str) -> set[str]:
     own: set[str] = set()
     for name, module in model.named_modules():
         dot = f"{plain_name(name)}." if plain_name(name) else ""
-        if isinstance(module, AdaptedLayer):
-            for adapter in module.adapters([adapter_name]):
-                own |= {f"{dot}{LAYERS}.{adapter_name}.{key}" for key in adapter.tensor_names}
+        if isinstance(module, AdaptedLayer) and adapter_name in module.lowrank_adapters:
+            keys: tuple[str, ...] = module.lowrank_adapters[adapter_name].tensor_names  # pyright: ignore[reportAssignmentType]
+            own |= {f"{dot}{LAYERS}.{adapter_name}.{key}" for key in keys}
         shared = module._modules.get(SHARED)
         if isinstance(shared, nn.ModuleDict) and adapter_name in shared:
             for group, state in shared[adapter_name].items():  # pyright: ignore[reportCallIssue]
                 own |= {f"{dot}{SHARED}.{adapter_name}.{group}.{key}" for key in state.tensor_names}
     return own
+
+
+def growing(model: nn.Module, adapter_name: str) -> dict[str, int]:
+    """The state-dict keys of an adapter's tensors that have grown to any size, and the dimension in which they do."""
+    return {
+        ".".join(filter(None, (plain_name(name), LAYERS, adapter_name, path, key))): dim
+        for name, module in model.named_modules()
+        if isinstance(module, AdaptedLayer) and adapter_name in module.lowrank_adapters
+        for path, adapter in module.lowrank_adapters[adapter_name].named_modules()  # one, or one per expert
+        if isinstance(adapter, Adapter)
+        for key, dim in adapter.growing.items()
+    }
+
+
+def grown(model: nn.Module, adapter_name: str) -> dict[str, int]:
+    """The size that such tensors have now, by module; without those that are still empty."""
+    sizes = {
+        adapter.site.name: adapter.get_buffer(key).shape[dim]
+        for module in model.modules()
+        if isinstance(module, AdaptedLayer)
+        for adapter in module.adapters([adapter_name])
+        for key, dim in adapter.growing.items()
+    }
+    return {name: size for name, size in sizes.items() if size}
 
 
 def check_whole(config: LowRankConfig, own: set[str], found: dict[str, Tensor]) -> None:
@@ -89,7 +123,11 @@ def check_scheduled(model: nn.Module, config: LowRankConfig, adapter_name: str) 
 
 
 def check_checkpoint(
-    config: LowRankConfig, expected: dict[str, Tensor], others: set[str], found: dict[str, Tensor]
+    config: LowRankConfig,
+    expected: dict[str, Tensor],
+    others: set[str],
+    found: dict[str, Tensor],
+    growing: dict[str, int],
 ) -> None:
     """Raises ValueError for a checkpoint that lacks tensors, has foreign ones, other shapes, or NaN or infinity.
 
@@ -97,6 +135,7 @@ def check_checkpoint(
         expected: the adapter's tensors as it is now, by their key in a file.
         others: keys of the model's other tensors, which may be in a file too (a head, resized embeddings).
         found: the file's.
+        growing: which of the adapter's may have any size, and in which dimension.
     """
     what = f"this {config.method} adapter"
     ours = {k: v for k, v in found.items() if k in expected or k not in others}
@@ -108,11 +147,15 @@ def check_checkpoint(
             f"The checkpoint of {what} {' and '.join(filter(None, [lacks, has]))}: it is incomplete, or was trained on "
             "another base model or with another config. Check base_model_name_or_path and target_modules."
         )
+    sizes: dict[str, int] = {}
     for key, tensor in ours.items():
-        if tensor.shape != expected[key].shape:
+        needed = list(expected[key].shape)
+        if (dim := growing.get(key)) is not None and tensor.ndim == len(needed):
+            needed[dim] = sizes.setdefault(key.rpartition(".")[0], tensor.shape[dim])
+        if list(tensor.shape) != needed:
             raise RankfoldError(
                 f"The checkpoint of {what} has {key} of shape {tuple(tensor.shape)}, but this model and config need "
-                f"{tuple(expected[key].shape)}: another base model, rank or set of target_modules."
+                f"{tuple(needed)}: another base model, rank or set of target_modules."
             )
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise RankfoldError(

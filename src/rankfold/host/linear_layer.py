@@ -53,7 +53,7 @@ class AdaptedLinear(AdaptedLayer):
         base, adapters = self.base_layer, self.adapters(self.active_adapters)
         if not adapters or not all(a.fixed for a in adapters) or (weight := _plain_weight(base)) is None:
             return None
-        return Member(weight.T if self.transposed else weight, base.bias, [a.term() for a in adapters])  # pyright: ignore[reportArgumentType]
+        return Member(weight.T if self.transposed else weight, base.bias, [t for a in adapters for t in a.terms()])  # pyright: ignore[reportArgumentType]
 
 
 def _plain_weight(base: nn.Module) -> Tensor | None:

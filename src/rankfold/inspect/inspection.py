@@ -61,6 +61,21 @@ class ModuleUpdate:
 
 
 @dataclass(frozen=True)
+class Link:
+    """A finished link of a chain, as its knot recorded it.
+
+    Args:
+        step: after which it was tied.
+        rank: of all modules together.
+        norm: ‖ΔW‖_F of the link alone, of all modules together.
+    """
+
+    step: int
+    rank: int
+    norm: float
+
+
+@dataclass(frozen=True)
 class Inspection:
     """An adapter, looked at.
 
@@ -69,12 +84,14 @@ class Inspection:
         method: what the adapter is.
         updates: in the model's order.
         left_out: what else the adapter trains, and is not shown.
+        links: of a chain, those that are finished, in their order.
     """
 
     name: str
     method: str
     updates: tuple[ModuleUpdate, ...]
     left_out: tuple[str, ...] = ()
+    links: tuple[Link, ...] = ()
 
     @cached_property
     def grid(self) -> Grid:
@@ -105,7 +122,8 @@ class Inspection:
         whole = {
             key: getattr(self, key) for key in ("name", "method", "rank", "start", "norm", "parameters", "left_out")
         }
-        return to_json({**whole, "updates": updates})
+        links = {"links": [asdict(link) for link in self.links]} if self.links else {}
+        return to_json({**whole, **links, "updates": updates})
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
-from itertools import pairwise, zip_longest
+from itertools import accumulate, pairwise, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +132,29 @@ def draw_history(found: RankHistory, path: Path) -> None:
     bar.set_label("rank", fontsize=9, color=INK)
     bar.ax.tick_params(labelsize=8)
     bar.outline.set_visible(False)
+    figure.savefig(path, dpi=140)
+
+
+def draw_links(found: Inspection, path: Path) -> None:
+    """Draws the norm of each finished link of a chain, and how their ranks add up, over the steps of their knots."""
+    check_picture(path)
+    steps, norms = [link.step for link in found.links], [link.norm for link in found.links]
+    ranks = list(accumulate(link.rank for link in found.links))
+    title = f"{found.name}: {found.method}, {len(steps)} finished links, norm of their sum and the live pair {found.norm:.3g}"
+    figure = _figure((6.4, 4.2), title)
+    above, below = figure.subplots(2, 1, sharex=True)
+    starts = [0, *steps[:-1]]
+    widths = [0.9 * (end - start) for start, end in zip(starts, steps, strict=True)]
+    middles = [(start + end) / 2 for start, end in zip(starts, steps, strict=True)]
+    above.bar(middles, norms, widths, color="#d98b4a")
+    above.set_ylabel("norm of the link", fontsize=9, color=INK)
+    below.step([0, *steps], [0, *ranks], where="post", color="#4878a8", linewidth=1.8)
+    below.set_ylabel("summed rank", fontsize=9, color=INK)
+    below.set_xlabel("step", fontsize=9, color=INK)
+    for axes in (above, below):
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.25)
+        _plain(axes)
     figure.savefig(path, dpi=140)
 
 

@@ -48,8 +48,19 @@ def show_adapter(found: Inspection, width: int = 80) -> Group:
         _title("by kind: rank least–most, medians of the others"),
         _by_kind(found),
         Text(summary),
+        *_links(found, width),
         *(Text(f"not shown: {what}") for what in found.left_out),
     )
+
+
+def _links(found: Inspection, width: int) -> Iterator[Text]:
+    if found.links:
+        first, last = found.links[0], found.links[-1]
+        yield Text(
+            f"{len(found.links)} finished links, of rank {sum(link.rank for link in found.links):,} together, tied after steps "
+            f"{first.step:,} to {last.step:,}; norm of each from {short_number(first.norm)} to {short_number(last.norm)}:"
+        )
+        yield Text(bars([link.norm for link in found.links], width - 2))
 
 
 def _by_kind(found: Inspection) -> Table:

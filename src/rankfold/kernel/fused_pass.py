@@ -53,6 +53,15 @@ class FusedPass:
         downs = [self.tensors[slot.down] for term in self.slots for own in term for slot in own]
         return any(t is not None and t.requires_grad for t in (*downs, *self.weights))
 
+    def kept_hidden(self, hidden: Sequence[Tensor]) -> list[Tensor | None]:
+        """h of every term as the backward needs it: not where every `up` and gate of the term is frozen."""
+        slots = [[slot for own in term for slot in own] for term in self.slots]
+        read = [[self.tensors[i] for slot in term for i in (slot.up, slot.gate)] for term in slots]
+        return [
+            h if any(t is not None and t.requires_grad for t in term) else None
+            for h, term in zip(hidden, read, strict=True)
+        ]
+
     def merges(self, member: int, tokens: int) -> bool:
         """Whether multiplying by W + ΔW is faster than by W and the factors, and as exact: in float32 and up, without dropout,
         for many tokens."""
@@ -155,7 +164,7 @@ class FusedPass:
     def backward(
         self,
         flat: Tensor | None,
-        hidden: Sequence[Tensor],
+        hidden: Sequence[Tensor | None],
         grads: Sequence[Tensor | None],
         need_x: bool,
         needed: Sequence[bool],
@@ -166,14 +175,15 @@ class FusedPass:
 
         Args:
             flat: N × in, the input again; None where not `reads_input`.
-            hidden: h of each term.
+            hidden: h of each term, as `kept_hidden`.
             grads: g of each member, … × out, or None.
             needed: which of the tensors want their gradient.
         """
-        like = next((t for t in (*hidden, flat, *grads) if t is not None), None)
         found: list[Tensor | None] = [None] * len(needed)
-        if like is None or all(g is None for g in grads):
+        rows = [g.reshape(-1, g.shape[-1]) for g in grads if g is not None]
+        if not rows:
             return None, found
+        like = next(t for t in (*hidden, flat, *rows) if t is not None)
         live = {i: g.reshape(-1, g.shape[-1]).to(like.dtype) for i, g in enumerate(grads) if g is not None}
         for i, g in live.items():
             if needed[i] and flat is not None:
@@ -211,7 +221,7 @@ class FusedPass:
     def _grad_hidden(
         self,
         flat: Tensor | None,
-        hidden: Sequence[Tensor],
+        hidden: Sequence[Tensor | None],
         live: dict[int, Tensor],
         leads_to_x: bool,
         needed: Sequence[bool],
@@ -223,7 +233,7 @@ class FusedPass:
             leads_to_x or (flat is not None and any(needed[slot.down] for i in live for slot in self.slots[t][i]))
             for t in terms
         ]
-        parts = [_split(h, self.ranks[t]) for t, h in enumerate(hidden)]
+        parts = [() if h is None else _split(h, self.ranks[t]) for t, h in enumerate(hidden)]
         ghs: list[list[Tensor]] = [[] for _ in terms]
         scales: list[list[float]] = [[] for _ in terms]
         for i, g in live.items():

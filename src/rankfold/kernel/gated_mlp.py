@@ -78,7 +78,8 @@ class _GatedMlp(torch.autograd.Function):
             (y,), hidden_down = last.forward(product, scratch, overwrite=True)
         ctx.activation, ctx.layout, ctx.layout_down, ctx.count = activation, layout, layout_down, count
         kept_x = x if first.reads_input else None
-        ctx.save_for_backward(kept_x, e, u, *hidden, *hidden_down, *first.kept, *last.kept)
+        kept_hidden = (*first.kept_hidden(hidden), *last.kept_hidden(hidden_down))
+        ctx.save_for_backward(kept_x, e, u, *kept_hidden, *first.kept, *last.kept)
         ctx.shape = x.shape
         return restore_shape(y, x.shape)
 

@@ -5,7 +5,8 @@ What it does that a chain of modules does not (measurements in docs/performance.
 * x is saved once, as the tensor its producer and its sibling layers already hold (where autocast must cast it, as the one
   copy that all siblings share), and not at all where every `down` is frozen;
 * siblings – q, k and v – are one node: one down-projection, one mask, one pass over the input's gradient (host/siblings.py);
-* the r-wide product h is kept (N·r elements), so the backward needs no second look at x·downᵀ;
+* the r-wide product h is kept (N·r elements), so the backward needs no second look at x·downᵀ; not that of a term whose `up` and
+  gate are frozen;
 * products, sums and scales run as fused_pass.py says;
 * dropout costs what it drops (dropout.py).
 
@@ -169,7 +170,7 @@ class _LowRankLinears(torch.autograd.Function):
             outputs, hidden = fused.forward(x.reshape(-1, x.shape[-1]), ctx.scratch)
         ctx.layout, ctx.shape = layout, x.shape
         ctx.set_materialize_grads(False)  # one of the members may be left unused
-        ctx.save_for_backward(x if fused.reads_input else None, *hidden, *fused.kept)
+        ctx.save_for_backward(x if fused.reads_input else None, *fused.kept_hidden(hidden), *fused.kept)
         return tuple([restore_shape(y, x.shape) for y in outputs])
 
     @staticmethod

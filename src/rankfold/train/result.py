@@ -21,7 +21,7 @@ class TrainResult:
         others: by split, what else was measured after training.
         total, trainable, adapter, head: parameters; `head` is what is trained in full beside the adapter.
         stored, stored_bytes: of the saved adapter.
-        ranks, ranks_at_start: of all modules together, where the method chooses them while it trains; else None.
+        ranks, ranks_at_start: of all modules together, where the method changes them while it trains; else None.
         resumed_at: the step this session began with, or None for a run in one go.
         seconds: spent in optimiser steps of this session.
         best_step: of the checkpoint that was kept, or None for the last one.
@@ -69,16 +69,27 @@ class TrainResult:
             for name, value in self.after.items()
         ]
 
+    def ranks_row(self) -> list[tuple[str, str]]:
+        """What became of the ranks, as a heading and a value; nothing where no schedule changes them."""
+        if not self.ranks_at_start or self.ranks is None:
+            return []
+        if self.ranks > self.ranks_at_start:
+            return [("ranks", f"{self.ranks:,}, grown from {self.ranks_at_start:,}")]
+        return [("ranks kept", f"{self.ranks:,} of {self.ranks_at_start:,}")]
+
     def lines(self) -> list[tuple[str, str]]:
         """The result in words: pairs of a heading and a value."""
-        speed = f"{self.tokens_per_second:,.0f} tokens a second"
-        if table.get(self.task).counts_rows:
-            speed = f"{self.samples_per_second:,.1f} rows a second, {speed}"
+        task, speeds = table.get(self.task), []
+        if task.counts_rows:
+            speeds.append(f"{self.samples_per_second:,.1f} rows a second")
+        if task.max_length:
+            speeds.append(f"{self.tokens_per_second:,.0f} tokens a second")
+        speed = ", ".join(speeds)
         scores = [(f"{self.measured_on} {name}", f"{before} -> {after}") for name, before, after in self.scores()]
         return [
             *scores,
             ("trained", f"{self.trainable:,} parameters (adapter {self.adapter:,}, head {self.head:,})"),
-            *([("ranks kept", f"{self.ranks:,} of {self.ranks_at_start:,}")] if self.ranks_at_start else []),
+            *self.ranks_row(),
             ("stored", f"{self.stored:,} parameters, {size(self.stored_bytes)}"),
             (
                 "steps",
