@@ -6,6 +6,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import moe_models
 import pytest
 import torch
 from models import LLAMA
@@ -21,6 +22,7 @@ from table import (
     layers,
     second,
     snapshot,
+    stir,
     stock_lora,
 )
 from test_table import det
@@ -172,6 +174,20 @@ def test_folded_after_several_tasks(tmp_path: Path) -> None:
     assert report.worst.frobenius < 1e-6
     folded = PeftModel.from_pretrained(LLAMA.build(), tmp_path / "folded")
     torch.testing.assert_close(LLAMA.out(folded), LLAMA.out(model), rtol=1e-4, atol=1e-5)
+
+
+def test_experts_go_from_task_to_task_too(tmp_path: Path) -> None:
+    both = ["experts.gate_up_proj", "experts.down_proj"]
+    config = SdLoraConfig(r=2, target_modules=["o_proj"], target_parameters=both)
+    model = get_peft_model(moe_models.build("qwen3_moe"), config)  # pyright: ignore[reportArgumentType]
+    stir(model)
+    next_task(model)
+    stir(model)
+    wanted = moe_models.out(model.eval())
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(moe_models.build("qwen3_moe"), tmp_path)
+    assert any("experts" in k and k.endswith("past_up") for k in get_peft_model_state_dict(again))
+    assert torch.equal(moe_models.out(again.eval()), wanted)
 
 
 def test_carry_alpha() -> None:

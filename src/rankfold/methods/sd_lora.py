@@ -132,7 +132,7 @@ def next_task(model: nn.Module, adapter_name: str = "default") -> SdLoraConfig:
         RankfoldError: no such adapter; earlier directions that are not known; merged, sharded or non-finite weights. Nothing is
             changed then.
     """
-    config, adapters = _adapters(model, adapter_name)
+    config, layers, adapters = _adapters(model, adapter_name)
     if config.kd:
         for adapter in adapters:
             adapter.absorb()
@@ -146,6 +146,9 @@ def next_task(model: nn.Module, adapter_name: str = "default") -> SdLoraConfig:
     model.peft_config[adapter_name] = new  # pyright: ignore[reportIndexIssue, reportArgumentType]
     for adapter in adapters:
         adapter.start(new)
+    for layer in layers:
+        held: Any = layer.lowrank_adapters[adapter_name]
+        held.tensor_names = tuple(held.state_dict())
     adapters[0].shared.start(new)
     return new
 
@@ -162,15 +165,15 @@ def absorb(model: nn.Module, adapter_name: str = "default") -> dict[str, float]:
     Raises:
         RankfoldError: an adapter without `kd`; as `next_task`.
     """
-    config, adapters = _adapters(model, adapter_name)
+    config, _, adapters = _adapters(model, adapter_name)
     if not config.kd:
         raise RankfoldError("SdLoraConfig: kd=False must be true for an adapter whose directions may be dropped")
     found = {adapter.site.name: adapter.absorb() for adapter in adapters}
     return {name: residual for name, residual in found.items() if residual is not None}
 
 
-def _adapters(model: nn.Module, name: str) -> tuple[SdLoraConfig, list[SdLora]]:
-    """The config and the adapters of one name; raises RankfoldError where they cannot be frozen."""
+def _adapters(model: nn.Module, name: str) -> tuple[SdLoraConfig, list[AdaptedLayer], list[SdLora]]:
+    """The config, the layers and the adapters of one name, those of tied heads left out; raises RankfoldError where they cannot be frozen."""
     configs: dict[str, Any] = getattr(model, "peft_config", {})
     config = configs.get(name)
     if not isinstance(config, SdLoraConfig):
@@ -181,7 +184,7 @@ def _adapters(model: nn.Module, name: str) -> tuple[SdLoraConfig, list[SdLora]]:
     layers = [m for m in model.modules() if isinstance(m, AdaptedLayer) and name in m.lowrank_adapters]
     if any(name in layer.merged_adapters for layer in layers):
         raise RankfoldError(f"adapter_name={name!r} is merged; call unmerge_adapter() first")
-    adapters: list[Any] = [a for layer in layers for a in layer.adapters([name])]
+    adapters = [a for layer in layers for a in layer.adapters([name]) if isinstance(a, SdLora)]
     for adapter in adapters:
         tensors = (adapter.down, adapter.up, adapter.shared.alpha)
         if any(isinstance(t, DTensor) for t in tensors):
@@ -193,7 +196,7 @@ def _adapters(model: nn.Module, name: str) -> tuple[SdLoraConfig, list[SdLora]]:
                 f"{adapter.site.name} has NaN or infinity: the task diverged, and no task can follow it"
             )
         adapter.blocks()  # raises where the earlier directions are not known
-    return config, adapters
+    return config, layers, adapters
 
 
 SD_LORA = register(

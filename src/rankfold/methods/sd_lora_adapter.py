@@ -148,7 +148,6 @@ class SdLora(Adapter):
         self.down = nn.Parameter(self.down.new_empty(self.r, self.site.in_features), trained)
         self.up = nn.Parameter(self.up.new_empty(self.site.out_features, self.r), trained)
         self.reset_parameters(True)
-        self.tensor_names = tuple(self.state_dict())
 
     # Files and casts --------------------------------------------------------------------------------------------------
 
