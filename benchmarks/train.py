@@ -37,6 +37,8 @@ def main() -> None:
     parser.add_argument("--dropout", type=float, default=0.05)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--json", type=Path, default=Path(__file__).parent / "results" / "train.json")
+    parser.add_argument("--optimizer", default="adamw_torch", help="of rankfold's run, as in a run file")
+    parser.add_argument("--optimizer-options", type=json.loads, default={}, metavar="JSON")
     parser.add_argument("--one", choices=RUNS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
@@ -61,7 +63,7 @@ def main() -> None:
 
 
 class Clock:
-    """The time of every step and the memory before the first."""
+    """The time of every step, that of the optimiser in it, and the memory before the first."""
 
     def __new__(cls) -> Any:
         from transformers import TrainerCallback
@@ -70,7 +72,13 @@ class Clock:
             ends: list[float]
 
             def on_train_begin(self, *_: Any, **__: Any) -> None:
-                self.ends, self.before = [], resident()
+                self.ends, self.in_optimizer, self.before = [], [], resident()
+
+            def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
+                self.begun = time.perf_counter()
+
+            def on_optimizer_step(self, *_: Any, **__: Any) -> None:
+                self.in_optimizer.append(time.perf_counter() - self.begun)
 
             def on_step_end(self, *_: Any, **__: Any) -> None:
                 self.ends.append(time.perf_counter())
@@ -88,7 +96,13 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
         clock, tokens = RUNS[args.one](args, Path(folder))
     steps = [b - a for a, b in zip(clock.ends, clock.ends[1:], strict=False)][2:]
     peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {"step_s": statistics.median(steps), "peak_mib": (peak - clock.before) / 2**20, "tokens": tokens}
+    optimizer = statistics.median(clock.in_optimizer[3:])
+    return {
+        "step_s": statistics.median(steps),
+        "optimizer_s": optimizer,
+        "peak_mib": (peak - clock.before) / 2**20,
+        "tokens": tokens,
+    }
 
 
 def run_file(args: argparse.Namespace, folder: Path) -> Any:
@@ -100,7 +114,13 @@ def run_file(args: argparse.Namespace, folder: Path) -> Any:
             "task": "causal-lm",
             "data": {"source": "phonemes", "max_train": args.batch * args.steps, "max_validation": 1, "max_test": 1},
             "method": {"name": "lora", "lora_dropout": args.dropout, **ADAPTER},
-            "training": {"max_steps": args.steps, "batch_size": args.batch, "learning_rate": 1e-3},
+            "training": {
+                "max_steps": args.steps,
+                "batch_size": args.batch,
+                "learning_rate": 1e-3,
+                "optimizer": args.optimizer,
+                "optimizer_options": args.optimizer_options,
+            },
             "output": str(folder / "run"),
         }
     )
@@ -109,6 +129,7 @@ def run_file(args: argparse.Namespace, folder: Path) -> Any:
 def rankfold(args: argparse.Namespace, folder: Path) -> tuple[Any, int]:
     """The trainer that `rankfold train` makes."""
     from rankfold.train import model
+    from rankfold.train.optimizer import RunOptimizer
     from rankfold.train.prepare import prepare
     from rankfold.train.trainers import make_trainer
 
@@ -116,7 +137,7 @@ def rankfold(args: argparse.Namespace, folder: Path) -> tuple[Any, int]:
     base, new = model.load_model(prepared.run, prepared.place, prepared.config)
     adapted = model.adapt(base, prepared.peft_config, new, prepared.processor)
     clock = Clock()
-    trainer = make_trainer(prepared, adapted, [clock])
+    trainer = make_trainer(prepared, adapted, [clock], RunOptimizer.of(prepared.run, adapted))
     trainer.args.eval_strategy, trainer.args.save_strategy = "no", "no"
     trainer.args.load_best_model_at_end = False
     trainer.train()

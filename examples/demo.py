@@ -195,7 +195,7 @@ def stock_peft_agrees(model: str, result: TrainResult, folded: Path, rows: int =
     same = of = 0
     largest = 0.0
     for (a, mask), b in zip(ours, theirs, strict=True):
-        if not labels:  # every position that is no padding is a prediction
+        if not labels:  # every position that is not padding is a prediction
             a, b = a[mask.bool()], b[mask.bool()]
         same += int((a.argmax(-1) == b.argmax(-1)).sum())
         of += a.argmax(-1).numel()

@@ -43,7 +43,7 @@ def masks_of_peft(monkeypatch: pytest.MonkeyPatch) -> None:
     def bernoulli(x: Tensor, p: float) -> tuple[Tensor | None, float]:
         return (torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(1 - p) if p else None), 1 - p
 
-    monkeypatch.setattr("rankfold.kernel.linears.drop_mask", bernoulli)
+    monkeypatch.setattr("rankfold.kernel.layout.drop_mask", bernoulli)
     monkeypatch.setattr("rankfold.host.siblings.Siblings.output", lambda *_: None)
     monkeypatch.setattr("rankfold.host.fused_mlp._members", lambda _: None)
 

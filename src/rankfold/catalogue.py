@@ -1,7 +1,7 @@
-"""Reads the rows of our methods from their source, so that the command line lists them without importing torch.
+"""Reads the rows of our methods and optimisers from their source, so that the command line lists them without importing torch.
 
-A row is the literal fields of `register(Method(...))` in a file of `methods/`; tests/commands/test_start.py holds it against the
-registry itself.
+A row is the literal fields of `register(Method(...))` in a file of `methods/`, or of `register(OptimizerRow(...))` in one of `optim/`;
+tests/commands/test_start.py holds them against the registries themselves.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-_FOLDER = Path(__file__).parent / "methods"
+_HERE = Path(__file__).parent
 
 
 @dataclass(frozen=True)
@@ -29,21 +29,47 @@ class Listed:
 
 def listed() -> list[Listed]:
     """The methods of the package by name; those of third parties are in the registry only."""
-    trees = {path.stem: ast.parse(path.read_text(encoding="utf-8")) for path in sorted(_FOLDER.glob("*.py"))}
+    trees = _trees("methods")
     classes = {node.name: node for tree in trees.values() for node in tree.body if isinstance(node, ast.ClassDef)}
-    rows = [_row(call, stem, classes) for stem, tree in trees.items() for call in _calls(tree)]
+    rows = [_row(call, stem, classes) for stem, tree in trees.items() for call in _calls(tree, "Method")]
     return sorted(rows, key=lambda row: row.name)
 
 
-def _calls(tree: ast.Module) -> Iterator[ast.Call]:
+@dataclass(frozen=True)
+class ListedOptimizer:
+    """What a list of optimisers shows of one: as `optim.registry.OptimizerRow`."""
+
+    name: str
+    title: str
+    paper: str
+    summary: str
+
+
+def listed_optimizers() -> list[ListedOptimizer]:
+    """The optimisers of the package by name; those of third parties are in the registry only."""
+    calls = [call for tree in _trees("optim").values() for call in _calls(tree, "OptimizerRow")]
+    return sorted((ListedOptimizer(*_words(call)) for call in calls), key=lambda row: row.name)
+
+
+def _trees(room: str) -> dict[str, ast.Module]:
+    return {path.stem: ast.parse(path.read_text(encoding="utf-8")) for path in sorted((_HERE / room).glob("*.py"))}
+
+
+def _calls(tree: ast.Module, called: str) -> Iterator[ast.Call]:
     for node in ast.walk(tree):
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "Method":
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == called:
             yield node
+
+
+def _words(call: ast.Call) -> tuple[str, str, str, str]:
+    given = {keyword.arg: keyword.value for keyword in call.keywords}
+    name, title, paper, summary = (ast.literal_eval(given[f]) for f in ("name", "title", "paper", "summary"))
+    return name, title, paper, summary
 
 
 def _row(call: ast.Call, stem: str, classes: dict[str, ast.ClassDef]) -> Listed:
     given = {keyword.arg: keyword.value for keyword in call.keywords}
-    name, title, paper, summary = (ast.literal_eval(given[f]) for f in ("name", "title", "paper", "summary"))
+    name, title, paper, summary = _words(call)
     config, adapter = (ast.unparse(given[field]) for field in ("config", "adapter"))
     return Listed(name, title, paper, summary, _fixed(adapter, classes), config, f"rankfold.methods.{stem}")
 

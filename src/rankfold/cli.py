@@ -15,18 +15,29 @@ from rankfold.errors import RankfoldError
 
 #: In the order of the help; each is a module of `rankfold.commands`.
 COMMANDS = (
-    "train", "sparsify", "compare", "validate", "init", "methods", "fold", "combine", "extract", "diff", "doctor", "plan",
+    "train", "sparsify", "compare", "validate", "init", "methods", "optimizers", "fold", "combine", "extract", "diff", "doctor", "plan",
     "gelora", "inspect", "subspace", "version",
 )  # fmt: skip
 
 #: Packages of an extra, by the name that is imported, and what needs them.
 EXTRAS = {
     **dict.fromkeys(
-        ("pydantic", "yaml", "trl", "datasets", "matplotlib", "sklearn", "scipy", "jinja2", "psutil", "filelock"),
+        (
+            "pydantic",
+            "yaml",
+            "trl",
+            "datasets",
+            "matplotlib",
+            "PIL",
+            "sklearn",
+            "scipy",
+            "jinja2",
+            "psutil",
+            "filelock",
+        ),
         "train",
     ),
     "gguf": "gguf",
-    "llama_cpp": "llama",
     "ray": "ray",
 }
 

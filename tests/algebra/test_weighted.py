@@ -129,7 +129,7 @@ def test_refusals(bases: dict[str, Path]) -> None:
     for arguments, message in {
         (("a0", "no"), (1.0, 1.0), "x"): r"adapters=\['a0', 'no'\]: the model has a0, a1",
         (("a0",), (1.0,), "a1"): "adapter_name='a1' exists",
-        (("a0",), (1.0,), "half"): "adapter_name='half' is a name that torch keeps",
+        (("a0",), (1.0,), "half"): "adapter_name='half' cannot name an adapter",
         (("a0", "a1"), (1.0,), "x"): "must be 2 finite numbers",
         (("a0",), (float("inf"),), "x"): "must be 1 finite numbers",
         (("a0", "a1"), (1.0, 1.0), "x", "svd"): "combination_type='svd' is not exact.*rankfold combine",

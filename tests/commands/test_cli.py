@@ -21,7 +21,7 @@ from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 import rankfold
 from rankfold import cli
 from rankfold.errors import RankfoldError
-from rankfold.fold import STRICT
+from rankfold.fold.options import STRICT
 
 
 @pytest.fixture
@@ -130,9 +130,9 @@ def test_every_extra_is_named_for_its_packages():
     about = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"][
         "optional-dependencies"
     ]
-    imported = {"pyyaml": "yaml", "scikit-learn": "sklearn", "llama-cpp-python": "llama_cpp"}
+    imported = {"pyyaml": "yaml", "scikit-learn": "sklearn", "pillow": "PIL"}
     stated = {}
-    for extra in ("train", "gguf", "llama", "ray"):
+    for extra in ("train", "gguf", "ray"):
         names = (re.split(r"[\[<>=]", package)[0] for package in about[extra])
         stated |= {imported.get(name, name): extra for name in names if name != "rankfold"}
     assert stated == cli.EXTRAS
@@ -192,6 +192,20 @@ def test_methods(capsys: pytest.CaptureFixture[str]):
     assert json.loads(capsys.readouterr().out) == []
 
 
+def test_optimizers(capsys: pytest.CaptureFixture[str]):
+    assert cli.main(["optimizers"]) == 0
+    listed = capsys.readouterr().out
+    assert "lora_rite" in listed
+    assert "2410.20625" in listed
+    assert cli.main(["optimizers", "lora_pro"]) == 0
+    assert "x_mode" in capsys.readouterr().out
+    assert cli.main(["optimizers", "lora_plus", "--json"]) == 0
+    row = json.loads(capsys.readouterr().out)
+    assert {o["name"]: o["default"] for o in row["options"]}["ratio"] == 16.0
+    assert cli.main(["optimizers", "lora_por"]) == 1
+    assert "no optimizer is called 'lora_por'; did you mean 'lora_pro'?" in capsys.readouterr().err
+
+
 def test_init(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     path = tmp_path / "new.yaml"
     assert cli.main(["init", str(path), "--task", "causal-lm", "--method", "lora"]) == 0
@@ -223,7 +237,7 @@ def test_fold_is_called_with_its_options(monkeypatch: pytest.MonkeyPatch, capsys
     monkeypatch.setattr("rankfold.fold.fold_adapter", fold_adapter, raising=False)
     assert cli.main(["fold", "a", "-o", "b", "--dtype", "bfloat16", "--no-probe", "--rank", "8", "--strict"]) == 0
     [(adapter, out, options)] = calls
-    assert (adapter, out) == (Path("a"), Path("b"))
+    assert (adapter, out) == ("a", "b")
     expected = {"base": None, "profile": "uniform", "dtype": "bfloat16", "pad": "serve", "probe": False, "force": False}
     compression = {"rank": 8, "error": None, "calibration": None, "strict": STRICT}
     assert options.items() >= {**expected, **compression, "progress": True}.items()

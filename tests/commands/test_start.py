@@ -15,9 +15,10 @@ from transformers import BertConfig, BertModel
 
 import rankfold
 from rankfold import cli, peft_version
-from rankfold.catalogue import listed
+from rankfold.catalogue import listed, listed_optimizers
 from rankfold.host import registry
 from rankfold.moved import MOVED
+from rankfold.optim import registry as optimizers
 
 HEAVY = ("torch", "peft", "transformers", "trl", "datasets", "pydantic", "numpy", "safetensors")
 SRC = Path(rankfold.__file__).parent
@@ -38,6 +39,8 @@ def fresh(code: str, *arguments: str) -> str:
         ["version"],
         ["methods"],
         ["methods", "--json"],
+        ["optimizers"],
+        ["optimizers", "--json"],
         *([c, "--help"] for c in cli.COMMANDS),
     ],
     ids=" ".join,
@@ -58,6 +61,13 @@ def test_the_catalogue_is_the_registry():
     ours = [m for m in registry.find() if m.config.__module__.startswith("rankfold.methods.")]
     assert [(r.name, r.title, r.paper, r.summary, r.foldable, r.config, r.module) for r in listed()] == [
         (m.name, m.title, m.paper, m.summary, m.foldable, m.config.__name__, m.config.__module__) for m in ours
+    ]
+
+
+def test_the_optimizers_of_the_catalogue_are_those_of_the_registry():
+    ours = [r for r in optimizers.rows() if r.cls.__module__.startswith("rankfold.optim.")]
+    assert [(r.name, r.title, r.paper, r.summary) for r in listed_optimizers()] == [
+        (r.name, r.title, r.paper, r.summary) for r in ours
     ]
 
 

@@ -260,7 +260,7 @@ def test_paths_that_are_no_adapter(tmp_path: Path, llama: Path):
     with pytest.raises(ValueError, match=r"not an adapter.*whole model"):
         diagnose(llama)
     (tmp_path / "notes.txt").write_text("hello")
-    with pytest.raises(ValueError, match="is no adapter"):
+    with pytest.raises(ValueError, match="is not an adapter"):
         diagnose(tmp_path / "notes.txt")
 
 

@@ -36,7 +36,7 @@ def test_mlx(tmp_path: Path):
     assert status(diagnose(tmp_path / "adapters.safetensors"))["mlx"] == "loads"
     found = diagnose(mlx(tmp_path, rank=8))
     assert status(found)["mlx"] == "refused"
-    assert status(diagnose(mlx(tmp_path, rank=8, fine_tune_type="full")))["mlx"] == "loads"
+    assert status(diagnose(mlx(tmp_path, rank=8, fine_tune_type="full")))["mlx"] == "refused"  # factors, not weights
     assert "lora_parameters.rank=4, but model.layers.0.self_attn.q_proj has rank 8" in why(found)
     assert "needs num_layers" in why(diagnose(mlx(tmp_path, num_layers=None)))
     assert "needs lora_parameters" in why(diagnose(mlx(tmp_path, lora_parameters=[])))

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 from edits import edit_config, edit_tensors, sound
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
-from rankfold import cli
+from rankfold import RasaConfig, cli
 from rankfold.doctor import Status, diagnose
 from rankfold.doctor.fix import fix
 from rankfold.fold import fold_adapter
@@ -59,6 +59,19 @@ def test_names_of_wrappers_are_known_without_a_base(change: Any, adapter: Any, l
     assert sentence.startswith("keys renamed")
     assert load_file(tmp_path / "fixed" / "adapter_model.safetensors").keys() == before.keys()
     assert sound(diagnose(tmp_path / "fixed", base=llama))
+
+
+def test_fix_writes_the_tensors_of_a_pickle_as_safetensors(adapter: Any, tmp_path: Path) -> None:
+    folder = adapter()
+    trained = load_file(folder / "adapter_model.safetensors")
+    torch.save(trained, folder / "adapter_model.bin")
+    (folder / "adapter_model.safetensors").unlink()
+    assert "--fix OUT" in diagnose(folder).problems[0].fix
+    (sentence,) = fix(folder, tmp_path / "fixed")
+    assert "held tensors alone, written as adapter_model.safetensors" in sentence
+    assert not (tmp_path / "fixed" / "adapter_model.bin").exists()
+    found = load_file(tmp_path / "fixed" / "adapter_model.safetensors")
+    assert all(torch.equal(found[key], tensor) for key, tensor in trained.items())
 
 
 def test_fix_writes_what_engines_and_peft_read(adapter: Any, llama: Path, tmp_path: Path, capsys: Any) -> None:
@@ -139,3 +152,27 @@ def test_a_base_that_has_theta_in_new_keys_alone(adapter: Any, llama: Path, tmp_
 def test_norms_and_heads_in_sglang(adapter: Any) -> None:
     assert verdicts(adapter(modules_to_save=["norm"]))["sglang"] is Status.REFUSED
     assert verdicts(adapter(modules_to_save=["lm_head"]))["sglang"] is Status.IN_PART
+
+
+def test_the_rank_of_a_method_that_shares_is_its_config_s(llama: Path, tmp_path: Path) -> None:
+    """RaSA with r = 4 has 3 private components in each module, and a pool."""
+    config = RasaConfig(r=4, shared_rank=1, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    get_peft_model(LlamaForCausalLM.from_pretrained(llama), config).save_pretrained(tmp_path)
+    assert "r=4 (rank 3 in each module's own factors; what modules share is not counted)" in diagnose(tmp_path).summary
+
+
+def test_target_parameters_are_no_problem(tmp_path: Path) -> None:
+    """PEFT loads them, vLLM has classes that do, the GGUF converter stops; what others do was not tried."""
+    small = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    base = MixtralForCausalLM(MixtralConfig(**small, num_key_value_heads=2, vocab_size=64, num_local_experts=2))
+    base.save_pretrained(tmp_path / "base")
+    options: dict[str, Any] = {"target_modules": ["q_proj", "v_proj"], "target_parameters": ["mlp.experts.down_proj"]}
+    base.name_or_path = str(tmp_path / "base")
+    get_peft_model(base, LoraConfig(r=4, task_type="CAUSAL_LM", init_lora_weights=False, **options)).save_pretrained(
+        tmp_path / "a"
+    )
+    assert not diagnose(tmp_path / "a", base=tmp_path / "base").problems
+    found = verdicts(tmp_path / "a", base=tmp_path / "base")
+    assert found["peft"] is Status.LOADS
+    assert {found[key] for key in ("llama.cpp", "ollama", "vllm-old")} == {Status.REFUSED}
+    assert {found[key] for key in ("vllm", "sglang", "mistral.rs", "lmdeploy")} == {Status.NOT_CHECKED}

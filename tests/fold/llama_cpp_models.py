@@ -1,12 +1,15 @@
-"""What the tests of llama.cpp need: bases as float32 GGUF files, PEFT folders as its converter writes them, its logits."""
+"""What the tests of llama.cpp need: bases as float32 GGUF files, PEFT folders as its converter writes them, its log-probabilities."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import gguf
 import torch
+import xllamacpp
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
@@ -15,7 +18,7 @@ from rankfold.fold.profiles.gguf import ARCHITECTURES, row_order, tensor_names
 
 
 def write_float32(model: PreTrainedModel, path: Path) -> None:
-    """A model without a tokenizer. What llama.cpp's converter does to each family is done here once more, by hand: the
+    """A model with a vocabulary that nobody needs. What llama.cpp's converter does to each family is done here once more, by hand: the
     order of q's and k's rows, and Gemma's norms, which are stored plus one."""
     config = model.config
     architecture = gguf.MODEL_ARCH[ARCHITECTURES[config.model_type].name]
@@ -23,8 +26,7 @@ def write_float32(model: PreTrainedModel, path: Path) -> None:
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     w = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[architecture])
     w.add_type(gguf.GGUFType.MODEL)
-    w.add_tokenizer_model("none")
-    w.add_vocab_size(config.vocab_size)
+    _add_vocabulary(w, config.vocab_size)
     w.add_context_length(config.max_position_embeddings)
     w.add_embedding_length(config.hidden_size)
     w.add_block_count(config.num_hidden_layers)
@@ -89,37 +91,55 @@ def as_the_converter_does(folder: Path, config: PretrainedConfig, path: Path) ->
     _finish(w)
 
 
-def logits(base: Path, tokens: list[int], lora: Path | None = None, scale: float = 1.0) -> Tensor:
-    """llama.cpp's logits at every position, tokens × vocabulary."""
-    model = _engine(base, lora, scale)
-    try:
-        model.eval(tokens)
-        return torch.tensor(model.scores[: len(tokens)])
-    finally:
-        model.close()
+def log_probs(
+    base: Path, tokens: list[int], lengths: Sequence[int], lora: Path | None = None, scale: float = 1.0
+) -> Tensor:
+    """llama.cpp's log-probabilities of the token behind the first n tokens, lengths × vocabulary."""
+    server, rows = _server(base, lora, scale), []
+    vocabulary = len(gguf.GGUFReader(base).fields["tokenizer.ggml.tokens"].data)
+    for n in lengths:
+        row = torch.full((vocabulary,), -torch.inf)
+        for entry in _complete(server, tokens[:n], 1, vocabulary)[0]["top_logprobs"]:
+            row[entry["id"]] = entry["logprob"]
+        rows.append(row)
+    return torch.stack(rows)
 
 
 def greedy(base: Path, tokens: list[int], steps: int, lora: Path | None = None) -> list[int]:
     """The most likely next token, `steps` times."""
-    model, made, fed = _engine(base, lora, 1.0), [], tokens
-    try:
-        for _ in range(steps):
-            model.eval(fed)
-            made.append(int(model.scores[model.n_tokens - 1].argmax()))
-            fed = made[-1:]
-        return made
-    finally:
-        model.close()
+    return [token["id"] for token in _complete(_server(base, lora, 1.0), tokens, steps, 1)]
 
 
-def _engine(base: Path, lora: Path | None, scale: float):
-    from llama_cpp import GGML_TYPE_F32 as float32  # the cache of keys and values is float16 by default, worth 1e-2
-    from llama_cpp import Llama
+def _complete(server: xllamacpp.Server, tokens: list[int], steps: int, top: int) -> list[dict[str, Any]]:
+    request = {
+        "prompt": tokens, "max_tokens": steps, "logprobs": top, "temperature": 0, "ignore_eos": True,
+        "cache_prompt": False, "stream": False,
+    }  # fmt: skip
+    return server.handle_completions(request)["choices"][0]["logprobs"]["content"]
 
-    return Llama(
-        str(base), lora_path=str(lora) if lora else None, lora_scale=scale, logits_all=True, n_ctx=128,
-        n_threads=1, n_threads_batch=1, verbose=False, type_k=float32, type_v=float32,
-    )  # fmt: skip
+
+def _server(base: Path, lora: Path | None, scale: float) -> xllamacpp.Server:
+    params = xllamacpp.CommonParams()
+    params.model.path, params.n_ctx, params.n_parallel = str(base), 256, 1
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
+    params.verbosity, params.warmup = -1, False
+    if lora is not None:
+        params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(lora), scale)]
+    # The cache of keys and values is float16 by default, worth 1e-2; flash attention would round as well
+    params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    return xllamacpp.Server(params)
+
+
+def _add_vocabulary(w: gguf.GGUFWriter, size: int) -> None:
+    """Tokens that are only numbered: the engine's server aborts on a model without any."""
+    w.add_tokenizer_model("gpt2")
+    w.add_tokenizer_pre("gpt-2")
+    tokens = ["Ċ", "a", "b", "ab"]  # a newline, which it looks up, and one merge, since an empty list is not written
+    w.add_token_list([*tokens, *(f"<{i}>" for i in range(len(tokens), size))])
+    w.add_token_types([gguf.TokenType.NORMAL] * size)
+    w.add_token_merges(["a b"])
+    w.add_add_bos_token(False)
 
 
 def _finish(w: gguf.GGUFWriter) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from rankfold import RasaConfig
+from rankfold.algebra import diff
 from rankfold.cli import main
 from rankfold.fold import fold_adapter, fold_model
 from rankfold.fold.calibration import read_texts, second_moments, tokenise
@@ -156,6 +157,16 @@ def test_a_fold_of_a_chosen_rank(kind: str, base: Path, tmp_path: Path) -> None:
     assert report.probe["max_logit_error"] > 1e-3  # type: ignore[operator]
 
 
+def test_a_fold_that_cuts_off_much_says_so(base: Path, tmp_path: Path) -> None:
+    folder = adapter(base, tmp_path)
+    summary = fold_adapter(folder, tmp_path / "out", rank=2, dtype="float32", probe=False).summary()
+    lost = diff(folder, tmp_path / "out").whole.relative
+    assert lost is not None
+    assert lost > 0.3
+    assert f"compression cut off {lost:.0%} of the update" in summary
+    assert "compression cut off" not in fold_adapter(folder, tmp_path / "all", error=1e-3, probe=False).summary()
+
+
 @pytest.mark.parametrize("kind", ["rasa", "loha", "dora"])
 def test_a_fold_within_an_error(kind: str, base: Path, tmp_path: Path) -> None:
     folder = adapter(base, tmp_path, kind)
@@ -272,7 +283,7 @@ def test_the_command(base: Path, tmp_path: Path, capsys) -> None:
     folder, out = str(adapter(base, tmp_path, "dora")), str(tmp_path / "out")
     with warnings.catch_warnings():
         assert main(["fold", folder, "-o", out]) == 1
-        assert "error: peft:dora: its update is no product of small matrices" in capsys.readouterr().err
+        assert "error: peft:dora: its update is not a product of small matrices" in capsys.readouterr().err
         assert main(["fold", folder, "-o", out, "--rank", "8", "--strict"]) == 1
         assert "error: strict=0.01: the relative error of model." in capsys.readouterr().err
         assert not Path(out).exists()

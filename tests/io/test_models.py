@@ -36,6 +36,27 @@ def test_the_class_of_an_adapter_s_base() -> None:
         assert named_class(name) is hf.AutoModel
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[1, 2]", r"it holds \[1, 2\] where an object is expected"),
+        ("{", "not a valid JSON file"),
+        ('{"model_type": "llama", "num_attention_heads": 0}', "num_attention_heads=0 must be a positive number"),
+        ('{"model_type": "llama", "hidden_size": "x"}', r"'hidden_size' expected int, got str \(value: 'x'\)"),
+        ('{"model_type": "llama", "vocab_size": null}', "'vocab_size' expected int"),
+        ('{"model_type": "llama", "architectures": [7]}', r"architectures=\[7\] must be a list of names"),
+        ('{"hidden_size": 16}', "Should have a `model_type` key"),
+        ('{"model_type": ["llama"]}', "unhashable"),
+    ],
+)
+def test_a_damaged_config_is_one_sentence(content: str, message: str, tmp_path: Path) -> None:
+    """For every command: all of them read configs here."""
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ModelError, match=message) as found:
+        model_config(tmp_path)
+    assert "\n" not in str(found.value)
+
+
 def test_code_of_a_model_is_never_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither where transformers would ask on the terminal, nor where somebody answers yes."""
     monkeypatch.setattr("builtins.input", lambda *_: "y")

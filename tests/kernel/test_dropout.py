@@ -9,7 +9,8 @@ from torch.testing import assert_close
 
 from rankfold import Factors
 from rankfold.kernel.dropout import SPARSE, add_dropped_product_, drop_mask, dropped
-from rankfold.kernel.linears import Member, Term, low_rank_linears
+from rankfold.kernel.layout import Member, Term
+from rankfold.kernel.linears import low_rank_linears
 
 P = [1e-3, 0.05, SPARSE, 0.2, 0.5, 0.9]
 

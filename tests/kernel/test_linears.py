@@ -25,12 +25,9 @@ from transformers import (
 )
 
 from rankfold import Factors, PlainLoraConfig, RasaConfig
+from rankfold.kernel.fused_pass import Columns, FusedPass
+from rankfold.kernel.layout import Member, Term, flatten_for_autograd
 from rankfold.kernel.linears import (
-    Columns,
-    FusedPass,
-    Member,
-    Term,
-    flatten_for_autograd,
     in_separate_order,
     low_rank_linear,
     low_rank_linears,

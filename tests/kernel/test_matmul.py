@@ -11,7 +11,8 @@ from torch.testing import assert_close
 
 from rankfold import Factors
 from rankfold.kernel import matmul as products
-from rankfold.kernel.linears import Member, Term, low_rank_linears
+from rankfold.kernel.layout import Member, Term
+from rankfold.kernel.linears import low_rank_linears
 from rankfold.kernel.matmul import add_product_, linear, product
 
 N, INTO, OUT = 160, 96, 144

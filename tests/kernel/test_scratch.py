@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from rankfold import Factors
-from rankfold.kernel import gated_mlp, scratch
-from rankfold.kernel import linears as contraction
-from rankfold.kernel.linears import Member, Term, low_rank_linears
+from rankfold.kernel import fused_pass, gated_mlp, linears, scratch
+from rankfold.kernel.layout import Member, Term
+from rankfold.kernel.linears import low_rank_linears
 from rankfold.kernel.scratch import Scratch, buffer, scratch_for
 
 T = TypeVar("T")
@@ -104,7 +104,7 @@ def test_nothing_depends_on_what_it_holds_nor_is_left_in_it(net_and_input, monke
     net, x = net_and_input
     with monkeypatch.context() as patch:
         patch.setattr(scratch, "scratch_for", lambda _: None)
-        for module in (contraction, gated_mlp):
+        for module in (linears, gated_mlp):
             patch.setattr(module, "scratch_for", lambda _: None)
         expected = net.run(x)
 
@@ -112,7 +112,7 @@ def test_nothing_depends_on_what_it_holds_nor_is_left_in_it(net_and_input, monke
         assert held is not None
         return buffer(held, *args).fill_(torch.nan)
 
-    for module in (contraction, gated_mlp):
+    for module in (fused_pass, gated_mlp):
         monkeypatch.setattr(module, "buffer", poisoned)
     torch.manual_seed(1)
     y = net.forward(x)

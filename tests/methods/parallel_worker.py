@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from models import ARCHS, Arch
+from moe_models import MOE
 from peft import get_peft_model_state_dict
 from safetensors.torch import save_file
 from table import FIRST, ROWS, Row, adapt, adapter_buffers, adapter_parameters
@@ -23,17 +24,28 @@ from rankfold import attach
 
 STEPS = 3
 #: case name → what it runs; the parent reads the same table
-CASES: dict[str, tuple[str, Arch, Row]] = {
-    f"{how}-{arch}-{row}": (how, ARCHS[arch], row)
-    for how in ("ddp", "ddp_checkpointed", "fsdp")
-    for arch in ("llama", "gpt2")
-    for row in ROWS
-    if (arch == "llama" and how != "ddp_checkpointed") or row in FIRST
-} | {
-    f"ddp_unused-{row}": ("ddp_unused", ARCHS["llama"], replace(row, kwargs={**row.kwargs, "layers_drawn": 1}))
-    for row in FIRST
-    if row.facts.method == "xgblora"
-}
+CASES: dict[str, tuple[str, Arch, Row]] = (
+    {
+        f"{how}-{arch}-{row}": (how, ARCHS[arch], row)
+        for how in ("ddp", "ddp_checkpointed", "fsdp")
+        for arch in ("llama", "gpt2")
+        for row in ROWS
+        if (arch == "llama" and how != "ddp_checkpointed") or row in FIRST
+    }
+    | {
+        f"ddp_unused-{row}": ("ddp_unused", ARCHS["llama"], replace(row, kwargs={**row.kwargs, "layers_drawn": 1}))
+        for row in FIRST
+        if row.facts.method == "xgblora"
+    }
+    | {  # an expert may meet a token on one process, on both or on none
+        f"ddp_unused-experts-{row}": (
+            "ddp_unused",
+            MOE,
+            replace(row, kwargs={**row.kwargs, "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}),
+        )
+        for row in FIRST[:2]
+    }
+)
 
 
 def cutting(row: Row) -> Row:

@@ -44,6 +44,8 @@ class Facts:
         starts_at_base: whether the first update is zero.
         needs: what the config needs on an architecture beside the variant's fields.
         takes_dropout: whether it allows dropout at all.
+        model_wide: trainable numbers that all layers of the model share.
+        multiple: of what every rank must be one.
     """
 
     method: str
@@ -55,6 +57,8 @@ class Facts:
     starts_at_base: bool = True
     needs: Callable[[Arch], dict[str, Any]] = lambda arch: {}
     takes_dropout: bool = True
+    model_wide: int = 0
+    multiple: int = 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,8 +70,15 @@ class Row:
     def __str__(self) -> str:
         return f"{self.facts.method}-{self.variant}"
 
+    def rank(self, r: int) -> int:
+        """The nearest rank from r on that the method can have."""
+        return -(-r // self.facts.multiple) * self.facts.multiple
+
     def config(self, arch: Arch, **changes: Any) -> LowRankConfig:
-        """The row's config for an architecture; in patterns 0 and 1 stand for its two kinds of layer."""
+        """The row's config for an architecture; in patterns 0 and 1 stand for its two kinds of layer, a rank that is given as a
+        change is `rank(r)`."""
+        if type(r := changes.get("r")) is int and r > 0:
+            changes["r"] = self.rank(r)
         kwargs = {
             "target_modules": list(arch.targets),
             "task_type": arch.task,
@@ -310,7 +321,93 @@ DELTA_LORA = Facts(
     ),
 )
 
-TABLE = [LORA, RASA, SORA, ADALORA, DYNAMIC_DORA, CORA, COLA, RAC_LORA, XGBLORA, DELTA_LORA]
+
+def _sbora_delta(config: Any, r: int, alpha: float, own: State, _: State) -> Tensor:
+    out, inn = own["shape"].int().tolist()
+    delta, index = torch.zeros(out, inn, dtype=torch.float64), own["index"].long()
+    if config.variant == "fa":
+        delta[:, index] = scale(config, r, alpha) * own["up"]
+    else:
+        delta[index] = scale(config, r, alpha) * own["down"]
+    return delta
+
+
+SBORA = Facts(
+    method="sbora",
+    count=lambda config, r, out, inn, layers: layers * r * (out if config.variant == "fa" else inn),
+    rank=lambda config, r, layers: r,
+    delta=_sbora_delta,
+    variants={
+        "fa": {"r": 4},
+        "fb": {"r": 3, "lora_alpha": 12, "lora_dropout": 0.3, "variant": "fb", "seed": 7},
+    },
+    bad=(
+        ({"variant": "fc"}, "variant='fc'"),
+        ({"seed": "x"}, "seed='x'"),
+        ({"region": -1}, "region=-1"),
+        ({"draw": "last"}, "draw='last'"),
+    ),
+)
+
+
+def _block_delta(config: Any, r: int, alpha: float, own: State, _: State) -> Tensor:
+    n, down, up = config.blocks, own["down"], own["up"]
+    if config.block_axis == "rank":
+        delta = sum(up[:, i * (r // n) : (i + 1) * (r // n)] @ down for i in range(n))
+    else:
+        delta = up @ torch.cat([down] * n, 1)
+    return scale(config, r, alpha) * delta
+
+
+BLOCK_LORA = Facts(
+    method="block_lora",
+    count=lambda config, r, out, inn, layers: layers * (r * inn // config.blocks + r * out),
+    rank=lambda config, r, layers: r // config.blocks if config.block_axis == "rank" else r,
+    delta=_block_delta,
+    multiple=2,
+    variants={
+        "default": {"r": 4},
+        "input": {"r": 3, "lora_alpha": 12, "lora_dropout": 0.3, "block_axis": "input", "use_rslora": False},
+    },
+    bad=(
+        ({"blocks": 0}, "blocks=0"),
+        ({"blocks": 3}, "blocks=3"),
+        ({"rank_pattern": {0: 3}}, "rank_pattern['q_proj']=3"),
+        ({"block_axis": "output"}, "block_axis='output'"),
+    ),
+)
+
+
+def _sd_delta(config: Any, r: int, alpha: float, own: State, shared: State) -> Tensor:
+    return shared["alpha"][0] * own["up"] @ own["down"]
+
+
+# In its first task; those with earlier directions are in test_sd_lora.py.
+SD_LORA = Facts(
+    method="sd_lora",
+    count=lambda config, r, out, inn, layers: layers * r * (inn + out),
+    rank=lambda config, r, layers: r,
+    delta=_sd_delta,
+    variants={"default": {"r": 4}},
+    bad=(
+        ({"norm": "l1"}, "norm='l1'"),
+        ({"use_rslora": True}, "use_rslora=True"),
+        ({"alpha_pattern": {0: 4.0}}, "alpha_pattern={'q_proj': 4.0}"),
+        ({"rank_schedule": {4: 6, 8: 8}}, "rank_schedule={4: 6, 8: 8}"),
+        ({"rank_schedule": {0: 6}}, "rank_schedule={0: 6}"),
+        ({"rank_schedule": [8, 6]}, "rank_schedule=[8, 6]"),
+        ({"magnitude": float("nan")}, "magnitude=nan"),
+        ({"kd_residual": "max"}, "kd_residual='max'"),
+        ({"kd_update": "no"}, "kd_update='no'"),
+        ({"kd_threshold": -1.0}, "kd_threshold=-1.0"),
+        ({"task": -1}, "task=-1"),
+    ),
+    model_wide=1,
+)
+
+TABLE = [
+    LORA, RASA, SORA, ADALORA, DYNAMIC_DORA, CORA, COLA, RAC_LORA, XGBLORA, DELTA_LORA, SBORA, BLOCK_LORA, SD_LORA,
+]  # fmt: skip
 ROWS = [Row(facts, variant, kwargs) for facts in TABLE for variant, kwargs in facts.variants.items()]
 FIRST = [next(row for row in ROWS if row.facts is facts) for facts in TABLE]
 
@@ -433,9 +530,11 @@ def stock_lora(model: PeftModel, arch: Arch, name: str = "default", dtype: torch
 
 
 def state_at(model: nn.Module, name: str, adapter: str = "default") -> tuple[State, State]:
-    """Own and shared tensors of the adapter on one layer, in float64, read off the modules by name alone."""
-    module = layers(model)[name].lowrank_adapters[adapter]
+    """Own and shared tensors of the adapter on one layer, in float64, read off the modules by name alone; and (out, in)."""
+    layer = layers(model)[name]
+    module = layer.lowrank_adapters[adapter]
     own = {k: v.detach().double() for k, v in module.state_dict().items()}
+    own["shape"] = torch.tensor([layer.out_features, layer.in_features])
     shared = {} if module.shared is None else module.shared.state_dict() | dict(module.shared.named_buffers())  # pyright: ignore[reportCallIssue]
     return own, {k: v.detach().double() for k, v in shared.items()}
 

@@ -202,7 +202,7 @@ def test_parameter_count(arch: Arch, row: Row, device: torch.device) -> None:
     model = adapt(arch, row, device)
     config = model.peft_config["default"]
     shapes = linear_shapes(arch.build(), arch.targets)
-    wanted = 0
+    wanted = row.facts.model_wide
     for names in kinds(list(shapes)).values():
         (shape,) = {shapes[n] for n in names}
         wanted += row.facts.count(config, config.rank_at(names[0]), *shape, len(names))
@@ -247,7 +247,8 @@ def test_every_tensor_lives_and_is_saved_once(arch: Arch, row: Row, device: torc
 def test_one_layer_of_a_kind_is_enough(row: Row, device: torch.device) -> None:
     model = adapt(MLP, row, device, target_modules=["head"], rank_pattern={}, alpha_pattern={})
     config = model.peft_config["default"]
-    assert model.get_nb_trainable_parameters()[0] == row.facts.count(config, config.r, 7, 12, 1)
+    wanted = row.facts.count(config, config.r, 7, 12, 1) + row.facts.model_wide
+    assert model.get_nb_trainable_parameters()[0] == wanted
     assert torch.isfinite(MLP.out(model)).all()
 
 

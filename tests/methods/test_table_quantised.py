@@ -86,6 +86,7 @@ def test_quantised_base(row: Row, quantised: Quantised, tmp_path) -> None:
     base = WIDE.out(quantised())
     model = on(quantised(), row, live=not row.facts.starts_at_base)
     assert all(layer.quantization_backend is not None for layer in layers(model).values())
+    assert all("quantization_backend='" in repr(layer) for layer in layers(model).values())
     if row.facts.starts_at_base:
         assert torch.equal(WIDE.out(model), base)
     before = {n: p.detach().clone() for n, p in adapter_parameters(model)}

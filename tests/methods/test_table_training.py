@@ -200,7 +200,9 @@ def test_gradient_checkpointing(arch: Arch, row: Row, reentrant: bool, device: t
     torch.manual_seed(0)
     found = gradients(arch, model)
     if arch is not T5:
-        assert_same(found, wanted)
+        # what all layers share: a re-entrant backward sums the gradients of a block first, and then those of the blocks
+        summed = {n for n in wanted if reentrant and row.facts.model_wide and "lowrank_shared" in n}
+        assert_same(*({n: g for n, g in grads.items() if n not in summed} for grads in (found, wanted)))
     for name in wanted:  # T5 caches keys unless it checkpoints, and then rounds otherwise
         torch.testing.assert_close(found[name], wanted[name], rtol=1e-3, atol=1e-6)
 

@@ -10,14 +10,26 @@ import torch
 from peft import LoraConfig, get_peft_model
 from small_llama import TARGETS, adapted, batch, llama
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
 
-from rankfold import AdaSvdConfig, CoraConfig, PlainLoraConfig, RasaConfig, SoraConfig
+from rankfold import (
+    AdaSvdConfig,
+    BlockLoraConfig,
+    CoraConfig,
+    DynamicDoraConfig,
+    PlainLoraConfig,
+    RacLoraConfig,
+    RasaConfig,
+    SboraConfig,
+    SdLoraConfig,
+    SoraConfig,
+    attach,
+)
 from rankfold.errors import RankfoldError
+from rankfold.host.layer import AdaptedLayer
 from rankfold.kernel.factors import Factors
-from rankfold.methods.adalora import AdaSvdController
 from rankfold.optim import LoraFa, LoraPlus, LoraRite, describe, pairs
-from rankfold.optim.pairs import split
+from rankfold.optim.pairs import Pair, split
 
 
 def check_identity(model: nn.Module) -> None:
@@ -100,14 +112,41 @@ def test_dora_bias_and_head_are_plain() -> None:
     check_identity(model)
 
 
-def test_embeddings() -> None:
-    model = adapted(target_modules=["embed_tokens", "q_proj"])
+@pytest.mark.parametrize("ours", [False, True])
+def test_embeddings(ours: bool) -> None:
+    targets = ["embed_tokens", "q_proj"]
+    model = adapted(PlainLoraConfig(r=4, target_modules=targets)) if ours else adapted(target_modules=targets)
     found = pairs(model)
     assert [p.embedding for p in found] == [True, False, False]
     assert found[0].shape == (16, 32, 4)
     with torch.no_grad():
         found[0].down.normal_()
     check_identity(model)
+
+
+def test_experts() -> None:
+    """A pair of each expert, named by its index; those that no token goes to have no gradient and stay."""
+    sizes: dict[str, Any] = {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+    }
+    torch.manual_seed(0)
+    base = MixtralForCausalLM(MixtralConfig(vocab_size=32, num_local_experts=4, num_experts_per_tok=1, **sizes))
+    model: Any = get_peft_model(base, PlainLoraConfig(r=2, target_modules=[], target_parameters=["experts.down_proj"]))
+    found = pairs(model)
+    assert len({p.name for p in found}) == len(found) == 4
+    assert found[3].name.endswith("experts.3.down_proj")
+    assert {p.shape for p in found} == {(16, 24, 2)}
+    optimizer = LoraRite(model, lr=0.01)
+    ids = torch.zeros(1, 2, dtype=torch.long)  # one token twice, so that few experts are asked
+    model(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
+    moved = [bool(p.up.any()) for p in found]
+    assert any(moved)
+    assert moved == [p.up.grad is not None and bool(p.up.grad.any()) for p in found]
 
 
 def test_several_adapters() -> None:
@@ -155,6 +194,14 @@ def test_half_frozen(which: str) -> None:
             LoraFa(model)
 
 
+@pytest.mark.parametrize(("side", "frozen"), [("right", "down"), ("left", "up")])
+def test_a_drawn_factor(side: Any, frozen: str) -> None:
+    model = adapted(RacLoraConfig(r=4, links=2, side=side, target_modules=TARGETS))
+    for cls in (LoraRite, LoraFa):
+        with pytest.raises(RankfoldError, match=f"q_proj: {frozen} is frozen .* to train; take torch.optim.AdamW"):
+            cls(model)
+
+
 def test_a_frozen_basis(tmp_path: Path) -> None:
     from rankfold.methods.cora_subspace import build_subspace
 
@@ -167,7 +214,7 @@ def test_a_frozen_basis(tmp_path: Path) -> None:
         model.save_pretrained(tmp_path / str(seed))
     build_subspace([tmp_path / str(s) for s in (0, 1, 2)], tmp_path / "basis.safetensors", rank=4, targets=["q_proj"])
     basis = str(tmp_path / "basis.safetensors")
-    with pytest.raises(RankfoldError, match="q_proj: up is frozen"):
+    with pytest.raises(RankfoldError, match=r"q_proj: up is frozen .* to train; take torch.optim.AdamW"):
         pairs(adapted(CoraConfig(r=4, basis=basis)))
     assert len(pairs(adapted(CoraConfig(r=4, basis=basis, approach=2)))) == 2
 
@@ -195,12 +242,20 @@ def test_flat_shards() -> None:
         pairs(model)
 
 
-def test_penalised_factors_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = adapted(AdaSvdConfig(r=4, target_r=2, target_modules=TARGETS))
-    monkeypatch.setattr(AdaSvdController, "penalises_factors", True, raising=False)
-    with pytest.raises(RankfoldError, match="AdaLoRA adds a penalty on the factors"):
+@pytest.mark.parametrize(
+    ("config", "title"), [(AdaSvdConfig, "AdaLoRA"), (DynamicDoraConfig, "Dynamic DoRA")], ids=["adalora", "dora"]
+)
+def test_penalised_factors_are_refused(config: Any, title: str) -> None:
+    model = adapted(config(r=4, target_r=2, target_modules=TARGETS))
+    with pytest.raises(RankfoldError, match=f"q_proj: {title} adds a penalty on the factors"):
         LoraRite(model)
     assert LoraPlus(model).param_groups
+    # pairs made by hand are only seen with their controller
+    adapters = [a for m in model.modules() if isinstance(m, AdaptedLayer) for a in m.adapters(["default"])]
+    optimizer = LoraRite([Pair(a.site.name, a.down, a.up, a.scaling) for a in adapters])  # pyright: ignore[reportArgumentType]
+    optimizer.add_param_group({"params": [a.gate for a in adapters]})
+    with pytest.raises(RankfoldError, match=r"'default': its method adds a penalty .* LoraRite would take"):
+        attach(model, optimizer, total_steps=100)
 
 
 def test_computed_factors_are_plain(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,8 +263,21 @@ def test_computed_factors_are_plain(monkeypatch: pytest.MonkeyPatch) -> None:
 
     model = adapted(PlainLoraConfig(r=4, target_modules=TARGETS))
     monkeypatch.setattr(Lora, "blocks", lambda self: (Factors(self.down * 2, self.up),))
-    with pytest.raises(RankfoldError, match="no trainable pair"):
+    with pytest.raises(RankfoldError, match=r"no trainable pair of LoRA factors \(computed from other parameters"):
         pairs(model)
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        (BlockLoraConfig, r"no trainable pair of LoRA factors \(computed from other parameters"),
+        (SdLoraConfig, r"no trainable pair of LoRA factors \(computed from other parameters"),
+        (SboraConfig, "is frozen and the other factor is not"),
+    ],
+)
+def test_methods_without_pairs(config: Any, says: str) -> None:
+    with pytest.raises(RankfoldError, match=says):
+        LoraRite(adapted(config(r=4, target_modules=TARGETS)))
 
 
 @pytest.mark.parametrize("model", [[], None, [torch.zeros(2)], {"params": []}], ids=str)

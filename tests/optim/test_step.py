@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from contextlib import nullcontext
 from typing import Any
 
@@ -11,7 +12,7 @@ from one_pair import A0, B0, GS, give, loss, pair
 from small_llama import TARGETS, adapted, batch, train, trained
 from torch import Tensor, nn
 
-from rankfold import SoraConfig, attach
+from rankfold import ColaConfig, SoraConfig, XgbLoraConfig, attach
 from rankfold.errors import RankfoldError
 from rankfold.optim import LoraFa, LoraPlus, LoraPro, LoraRite, Riemannian
 from rankfold.optim.create import create
@@ -114,6 +115,28 @@ def test_a_bad_gradient_leaves_its_pair_out(cls: Any, options: dict[str, Any], b
         optimizer.step()
     for x, y in zip(values(together[1:2]), values([fresh]), strict=True):
         torch.testing.assert_close(x, y, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize(("cls", "options"), RULES, ids=str)
+def test_a_pair_whose_state_is_dropped_starts_anew(cls: Any, options: dict[str, Any]) -> None:
+    """As a chain of LoRAs does at a knot; the other pairs of its stack keep theirs."""
+    options = {**options, "clip": 0.0} if cls is LoraRite else options
+    one, two = pair(name="one"), pair(A0 + 1, B0 - 1, name="two")
+    optimizer = cls([one, two], lr=0.01, **options)
+    for step in range(2):
+        give(one, GS + step)
+        give(two, GS + step)
+        optimizer.step()
+    optimizer.state.pop(one.up)
+    fresh = pair(one.down.detach(), one.up.detach())
+    other = cls([fresh], lr=0.01, **options)
+    for p in (one, two, fresh):
+        give(p, GS)
+    optimizer.step()
+    other.step()
+    for x, y in zip(values([one]), values([fresh]), strict=True):
+        torch.testing.assert_close(x, y, rtol=0, atol=1e-13)
+    assert [optimizer.state[p.up]["step"] for p in (one, two)] == [1, 3]
 
 
 @pytest.mark.parametrize(("cls", "options"), RULES, ids=str)
@@ -287,6 +310,22 @@ def test_a_controller_runs(name: str) -> None:
     train(model, optimizer, range(4))
     assert attached.controllers["default"].step == 4
     assert 0 < sum(attached.ranks()["default"].values()) < 4 * 6
+    assert all(torch.isfinite(p).all() for p in trained(model).values())
+
+
+CHAINS = [ColaConfig(r=4, links=2, target_modules=TARGETS), XgbLoraConfig(r=4, link_steps=2, layers_drawn=2, target_modules=TARGETS)]  # fmt: skip
+
+
+@pytest.mark.parametrize("config", CHAINS, ids=["cola", "xgblora"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_chain_of_links_runs(name: str, config: Any) -> None:
+    """A knot drops the state of a pair; the next link's is its own."""
+    model = adapted(copy.deepcopy(config))
+    optimizer = create(name, model, 0.003)
+    attached = attach(model, optimizer, total_steps=4)
+    train(model, optimizer, range(4))
+    assert attached.controllers["default"].finished()
+    assert {int(entry["step"]) for entry in optimizer.state.values() if "step" in entry} == {2}
     assert all(torch.isfinite(p).all() for p in trained(model).values())
 
 

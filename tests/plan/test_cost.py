@@ -180,10 +180,31 @@ def test_fused_experts_are_named(tmp_path: Path) -> None:
     config.save_pretrained(tmp_path)
     base = meta_model(str(tmp_path))
     experts = 2 * 4 * 3 * 32 * 48
-    assert f"{experts:,} of the base's parameters are fused experts" in describe(base).notes[0]
     linear = sum(m.weight.numel() for m in base.modules() if isinstance(m, torch.nn.Linear))
     assert describe(base).flops >= 2 * (linear + experts // 2)
-    assert isinstance(cost(base, PlainLoraConfig(target_modules="all-linear")).fold, Fold)
+    spent = cost(base, PlainLoraConfig(target_modules="all-linear"))
+    assert isinstance(spent.fold, Fold)
+    share = 100 * experts / base.num_parameters()
+    assert f"no adapter on: fused experts, {share:.3g} % of the parameters (" in spent.notes[0]
+
+
+@pytest.mark.filterwarnings(
+    "ignore:Unsupported layer type", "ignore:The following .*_pattern keys did not match"
+)  # PEFT's own
+def test_a_lora_of_peft_on_fused_experts_is_counted() -> None:  # peft#3009
+    sizes = {
+        "hidden_size": 16,
+        "moe_intermediate_size": 12,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "head_dim": 8,
+    }
+    base = hf.Qwen3MoeForCausalLM(hf.Qwen3MoeConfig(**sizes, num_key_value_heads=1, num_experts=4, vocab_size=40))
+    spent = cost(base, LoraConfig(r=2, target_modules="all-linear"))
+    model = get_peft_model(base, LoraConfig(r=2, target_modules="all-linear"))
+    assert spent.trained == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert spent.flops is None
+    assert not any("experts" in note for note in spent.notes)
 
 
 def test_a_gguf_file_by_its_header(tmp_path: Path) -> None:

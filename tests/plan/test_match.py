@@ -32,7 +32,7 @@ def test_never_exceeded_and_the_next_would(label: str, budget: int, llama: nn.Mo
     assert found.share == found.cost.trained / budget
     one = setting(found.config)
     if found.full:
-        assert label in ("peft:vera", "peft:lokr", "peft:loha", "cora 1", "rac_lora")
+        assert label in ("peft:vera", "peft:lokr", "peft:loha", "cora 1", "rac_lora", "sbora fa", "sbora fb")
         assert one.value <= 32  # the rank of the largest matrix
     else:
         assert trained(llama, one.at(one.value + 1)) > budget

@@ -66,7 +66,8 @@ def test_every_problem_at_once_with_line_path_value_and_nearest(tmp_path):
     text = GOOD.replace("learning_rate", "learning_rat").replace("batch_size: 16", "batch_size: 0")
     text = text.replace("task: classification", "task: clasification").replace("epochs: 1", "epochs: yes")
     assert complaints(tmp_path, text + "trainin: {}\n") == [
-        "run.yaml:2: task: 'clasification' is not one of 'causal-lm', 'classification'; did you mean 'classification'?",
+        "run.yaml:2: task: 'clasification' is not one of 'causal-lm', 'classification', 'image-classification', 'preference', "
+        "'token-classification'; did you mean 'classification'?",
         "run.yaml:6: training.learning_rat: unknown key (value 0.001); did you mean 'learning_rate'?",
         "run.yaml:7: training.epochs: 'yes' is not a number or null",
         "run.yaml:8: training.batch_size: 0 is not allowed, should be greater than 0",
@@ -88,8 +89,8 @@ def test_every_problem_at_once_with_line_path_value_and_nearest(tmp_path):
         ("epochs: 1", "epochs: 1\n  max_steps: 5", "training.max_steps: 5 contradicts epochs: 1; give one of the two"),
         ("epochs: 1", "schedule: cosin", "run.yaml:7: training.schedule: unknown schedule 'cosin'; did you mean 'cosine'?"),
         ("epochs: 1", "optimizer: adamw", "training.optimizer: unknown optimizer 'adamw'; did you mean 'adamw_torch'"),
-        ("epochs: 1", "metric: f1", "training.metric: 'f1' is no metric of classification; known: accuracy, loss, macro_f1"),
-        ("epochs: 1", "metric: token_accuracy", "training.metric: 'token_accuracy' is no metric of classification"),
+        ("epochs: 1", "metric: f1", "training.metric: 'f1' is not a metric of classification; known: accuracy, loss, macro_f1"),
+        ("epochs: 1", "metric: token_accuracy", "training.metric: 'token_accuracy' is not a metric of classification"),
         ("epochs: 1", "evaluate_every: often", "training.evaluate_every: 'often' is not a whole number or 'epoch'"),
         ("epochs: 1", "evaluate_every: 0", "training.evaluate_every: 0 is not allowed, should be greater than 0"),
         ("epochs: 1", "report_to: [tensorbord]", "unknown tracker 'tensorbord'; did you mean 'tensorboard'?"),

@@ -81,7 +81,7 @@ class Tagging(Task):
     def arguments(self, data: Any, max_length: int | None) -> dict[str, Any]:
         return {"label_names": ["labels"]}
 
-    def options(self, processor: Any) -> dict[str, Any]:
+    def options(self, processor: Any, labels: list[str]) -> dict[str, Any]:
         from transformers import DataCollatorForTokenClassification
 
         def right(prediction: Any) -> dict[str, float]:
@@ -90,7 +90,10 @@ class Tagging(Task):
 
         return {"data_collator": DataCollatorForTokenClassification(processor), "compute_metrics": right}
 
-    def scores(self, output: Any, inputs: dict[str, Any], metric: str) -> tuple[torch.Tensor, torch.Tensor]:
+    def scores(
+        self, outputs: Any, inputs: dict[str, Any], metric: str, trainer: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        (output,) = outputs
         known = inputs["labels"] != -100
         right = (output.logits.argmax(-1) == inputs["labels"]) & known
         return right.double().sum(1) / known.sum(1), known.double().sum(1)
@@ -118,7 +121,7 @@ def test_a_new_task_goes_everywhere(tagging: Task, bert: Path, words: Path, tmp_
     assert cli.main(["init", str(file), "--task", "tagging"]) == 0
     assert cli.main(["validate", str(file)]) == 0
     assert cli.main(["validate", str(file), "training.metric=accuracy"]) == 1
-    assert "'accuracy' is no metric of tagging; known: loss, right" in capsys.readouterr().err
+    assert "'accuracy' is not a metric of tagging; known: loss, right" in capsys.readouterr().err
     changed = overrides(bert, words, tmp_path)
     assert cli.main(["train", str(file), *changed, "--dry-run"]) == 0
     assert "head 34" in " ".join(capsys.readouterr().out.split())
@@ -172,7 +175,13 @@ def test_bad_rows_of_a_new_task(tagging: Task, bert: Path, tmp_path: Path):
 
 
 def test_the_table():
-    assert list(table.TASKS) == ["causal-lm", "classification"]
+    assert list(table.TASKS) == [
+        "causal-lm",
+        "classification",
+        "image-classification",
+        "preference",
+        "token-classification",
+    ]
     with pytest.raises(RankfoldError, match=r"task='causal_lm' is not known; did you mean 'causal-lm'\?"):
         table.get("causal_lm")
     other = type("Classification", (Tagging,), {"name": "classification", "__module__": "elsewhere"})

@@ -114,13 +114,16 @@ def test_files_for_each_split_and_limits(reviews):
 def test_a_split_by_name(reviews):
     rows = rows_of("classification", source=str(reviews), validation="test", test=str(reviews / "validation.jsonl"))
     assert rows.splits["validation"][0]["text"] == "bad film number 200"
-    assert "'tests' is no file" in (text := error_of("classification", source=str(reviews), validation="tests"))
+    assert "'tests' is neither a file" in (text := error_of("classification", source=str(reviews), validation="tests"))
     assert "did you mean 'test'?" in text
 
 
 def test_unknown_sources(tmp_path):
     message = error_of("classification", source="movie-review")
-    assert "'movie-review' is no local file or folder and no bundled data set; did you mean 'movie-reviews'?" in message
+    assert (
+        "'movie-review' is neither a local file or folder nor a bundled data set; did you mean 'movie-reviews'?"
+        in message
+    )
     assert "has no file train.jsonl" in error_of("classification", source=str(tmp_path))
 
 

@@ -417,7 +417,11 @@ def test_output_folders(classification: Values, tmp_path: Path):
 @pytest.mark.parametrize(
     ("override", "error", "message"),
     [
-        ("model=/no/such/folder", ModelError, "'/no/such/folder' is no folder with a saved model and no GGUF file"),
+        (
+            "model=/no/such/folder",
+            ModelError,
+            "'/no/such/folder' is neither a folder with a saved model nor a GGUF file",
+        ),
         ("model=all-minilm-l6", ModelError, "did you mean 'all-minilm-l6-v2'?"),
         (
             "method={name: rasa, target_modules: [qurey]}",

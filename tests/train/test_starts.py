@@ -11,6 +11,7 @@ from tiny import write_jsonl
 
 from rankfold.io.models import ModelError
 from rankfold.runfile.load import parse
+from rankfold.runfile.problems import RunFileError
 from rankfold.tasks.rows import DataError
 from rankfold.train.prepare import make_plan, prepare
 from rankfold.train.run import train
@@ -123,3 +124,22 @@ def test_a_schedule_that_sees_a_number_go_bad_diverged(classification: Values, m
     monkeypatch.setattr(CarefulTrainer, "train", bad)
     with pytest.raises(DivergedError, match="the scores are not finite"):
         train(parse(classification), say=silent)
+
+
+def test_a_dry_run_has_no_memory_for_what_it_counts(classification: Values):
+    """A pool of RaSA of this rank has 10¹² parameters."""
+    plan = make_plan(prepare(parse(classification, ["method={name: rasa, r: 1000000000, shared_rank: 1}"])))
+    assert plan.budget.adapter > 10**10
+
+
+def test_an_unknown_attention_is_named(classification: Values):
+    run = parse(classification, ["model.attention=zzz"])
+    for attempt in (lambda: train(run, say=silent), lambda: make_plan(prepare(run))):
+        with pytest.raises(ModelError, match=r"model\.attention: .*zzz"):
+            attempt()
+
+
+@pytest.mark.parametrize("field", ["target_modules=(", "exclude_modules='['", "rank_pattern={'(': 2}"])
+def test_a_pattern_that_is_none(classification: Values, field: str):
+    with pytest.raises(RunFileError, match=rf"method\.{field.partition('=')[0]}: .* is not a valid regular expression"):
+        parse(classification, [f"method.{field}"])

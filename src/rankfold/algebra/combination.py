@@ -11,15 +11,16 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Unpack
 
 import torch
 from torch import Tensor
 
 from rankfold.algebra.merging import Rule, rule
 from rankfold.errors import RankfoldError
-from rankfold.fold import FoldReport, fold_source, read_source
+from rankfold.fold import FoldOptions, FoldReport, fold_source, source_of
 from rankfold.fold.source import Source, Update, of_adapted_types
-from rankfold.io.adapters import find_adapter
+from rankfold.io.formats import read_adapter
 from rankfold.kernel.factors import Factors
 
 #: Singular values below this share of the norm of the terms are float64's own rounding.
@@ -35,14 +36,7 @@ def combine(
     density: float | None = None,
     seed: int = 0,
     base: str | None = None,
-    profile: str = "uniform",
-    dtype: str | None = None,
-    pad: str = "serve",
-    rank: int | None = None,
-    error: float | None = None,
-    strict: float | None = None,
-    force: bool = False,
-    progress: bool = False,
+    **options: Unpack[FoldOptions],
 ) -> FoldReport:
     """Writes the weighted sum of adapters, of rankfold's methods or of PEFT's, as one plain LoRA.
 
@@ -55,32 +49,25 @@ def combine(
         density: of those, the share of each update's entries that is kept, in (0, 1].
         seed: of DARE's choice of entries.
         base: the base model of all of them, where they name different ones.
-        profile, dtype, pad, rank, error, strict, force, progress: as in `fold_adapter`.
+        options: as in `fold_adapter`.
 
     Raises:
         RankfoldError: weights that do not fit, adapters of different bases or shapes, two different trained heads; and as
             `fold_adapter`.
     """
-    folders = [find_adapter(Path(adapter)) for adapter in adapters]
     chosen = rule(combination, density, seed)
-    _check_weights(weights, len(folders))
-    terms = [Term(str(f), w, read_source(f, base)) for f, w in zip(folders, weights, strict=True)]
+    _check_weights(weights, len(adapters))
+    read = [read_adapter(adapter, base) for adapter in adapters]
+    terms = [Term(str(a.path), w, source_of(a, base)) for a, w in zip(read, weights, strict=True)]
     if base is None:
         check_one_base(terms)
     return fold_source(
         combined(terms, chosen),
         out,
         origin=in_words([(t.weight, t.name) for t in terms]),
-        inputs=folders,
+        inputs=[adapter.path for adapter in read],
         base=base,
-        profile=profile,
-        dtype=dtype,
-        pad=pad,
-        rank=rank,
-        error=error,
-        strict=strict,
-        force=force,
-        progress=progress,
+        **options,
     )
 
 

@@ -13,10 +13,10 @@ from torch import Tensor
 from rankfold.algebra.combination import check_shapes, module_places
 from rankfold.algebra.models import ModelPair
 from rankfold.errors import RankfoldError
-from rankfold.fold import read_source
+from rankfold.fold import source_of
 from rankfold.fold.source import Update
-from rankfold.io.adapters import CONFIG, find_adapter
 from rankfold.io.files import to_json
+from rankfold.io.formats import Adapter, is_adapter, read_adapter
 from rankfold.kernel.factors import Factors
 from rankfold.text import short_number, table
 
@@ -105,11 +105,11 @@ def diff(a: str | Path, b: str | Path, *, base: str | None = None) -> Difference
     Raises:
         RankfoldError: one adapter and one model, or shapes that differ; and as `fold_adapter` and `extract`.
     """
-    folders = [find_adapter(Path(one)) for one in (a, b)]
-    adapters = [(folder / CONFIG).is_file() for folder in folders]
+    adapters = [is_adapter(Path(one)) for one in (a, b)]
     if all(adapters):
-        layers, notes = _of_adapters(*folders, base=base)
-        return Difference(str(folders[0]), str(folders[1]), "adapters", layers, notes)
+        read = [read_adapter(one, base) for one in (a, b)]
+        layers, notes = _of_adapters(*read, base=base)
+        return Difference(str(read[0].path), str(read[1].path), "adapters", layers, notes)
     if any(adapters):
         one, other = (a, b) if adapters[0] else (b, a)
         raise RankfoldError(
@@ -120,9 +120,9 @@ def diff(a: str | Path, b: str | Path, *, base: str | None = None) -> Difference
     return Difference(str(a), str(b), "models", list(_of_models(pair)), [*_missing(pair)])
 
 
-def _of_adapters(first: Path, second: Path, base: str | None) -> tuple[list[LayerDifference], list[str]]:
-    one, other = read_source(first, base), read_source(second, base)
-    check_shapes([(str(first), one), (str(second), other)])
+def _of_adapters(first: Adapter, second: Adapter, base: str | None) -> tuple[list[LayerDifference], list[str]]:
+    one, other = source_of(first, base), source_of(second, base)
+    check_shapes([(str(first.path), one), (str(second.path), other)])
     modules = sorted({*one.adapted, *other.adapted}, key=module_places([one, other]).__getitem__)
     had = [set(s.adapted) for s in (one, other)]
     layers = [

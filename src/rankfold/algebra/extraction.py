@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Unpack
 
 import torch
 from peft import LoraConfig
@@ -14,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from rankfold.algebra.models import ModelPair
 from rankfold.errors import RankfoldError
-from rankfold.fold import FoldReport, fold_source
+from rankfold.fold import FoldOptions, FoldReport, fold_source
 from rankfold.fold.source import Source, of_adapted_types, output_head
 from rankfold.host.adapter import module_type
 from rankfold.host.tuner import site_of
@@ -35,49 +36,32 @@ def extract(
     base: str | Path,
     tuned: str | Path,
     out: str | Path,
-    *,
-    rank: int | None = None,
-    error: float | None = None,
-    profile: str = "uniform",
-    dtype: str | None = None,
-    pad: str = "serve",
-    strict: float | None = None,
-    force: bool = False,
-    progress: bool = False,
+    **options: Unpack[FoldOptions],
 ) -> FoldReport:
     """Writes the best plain LoRA for what a full fine-tune changed. Both models are read a tensor at a time.
 
     Args:
         base, tuned: folders of the models with safetensors, or hub ids in the local cache.
         out: the folder to make; it appears whole or not at all.
-        rank: at most this rank in every layer.
-        error: the smallest rank whose relative error (Frobenius) in every layer is within this; with `rank`, the smaller.
-        profile, dtype, pad, strict, force, progress: as in `fold_adapter`.
+        options: as in `fold_adapter`; rank or error must be given, and with both the smaller of the two holds.
 
     Raises:
         RankfoldError: models of different types or shapes, quantised, damaged or equal; neither rank nor error; and as
             `fold_adapter`.
     """
-    if rank is None and error is None:
+    if options.get("rank") is None and options.get("error") is None:
         raise RankfoldError(
-            "the change of a full fine-tune is no product of small matrices; say how large the LoRA may be with --rank N, or "
+            "the change of a full fine-tune is not a product of small matrices; say how large the LoRA may be with --rank N, or "
             "how near it must come with --error 0.1"
         )
     pair = ModelPair(str(base), str(tuned))
     return fold_source(
-        extracted(pair, progress),
+        extracted(pair, options.get("progress", False)),
         out,
         origin=f"{tuned} − {base}",
         inputs=[tuned],
         base=str(base),
-        profile=profile,
-        dtype=dtype,
-        pad=pad,
-        rank=rank,
-        error=error,
-        strict=strict,
-        force=force,
-        progress=progress,
+        **options,
     )
 
 

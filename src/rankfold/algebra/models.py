@@ -80,7 +80,7 @@ class ModelPair:
         return self._headers(file)[stored].shape
 
     def tensors(self, name: str) -> tuple[Tensor, Tensor] | None:
-        """Both in float64; None for what is no floating-point tensor in either.
+        """Both in float64; None for what is not a floating-point tensor in either.
 
         Raises:
             RankfoldError: one is quantised, or not finite.

@@ -91,7 +91,11 @@ def print_plan(lineup: Lineup, file: CompareFile) -> None:
     for e in lineup.entries:
         share = f"{e.trained / lineup.budget:.1%}" if e.trained is not None and lineup.budget else ""
         numbers = ("", "", "") if e.trained is None else (f"{e.trained:,}", share, f"{e.head:,}")
-        fields = ", ".join(f"{k} {v}" for k, v in e.method.items() if k != "name")
+        own = {k: v for k, v in e.training.items() if k != "optimizer_options"} | e.training.get(
+            "optimizer_options", {}
+        )
+        given = {**e.method, **own, **({"rates": e.rates} if e.rates else {})}
+        fields = ", ".join(f"{k} {v}" for k, v in given.items() if k != "name")
         table.add_row(e.label, e.where, *numbers, f"cannot be trained: {e.reason}" if e.reason else fields)
     console = Console()
     console.print(table)

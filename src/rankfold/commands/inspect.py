@@ -74,18 +74,18 @@ def run(options: Options) -> int:
 def _look(options: Options) -> tuple[Inspection | None, RankHistory | None]:
     from rankfold.inspect.adapter import inspect_adapter
     from rankfold.inspect.history import find_ranks, inspect_run
-    from rankfold.io.adapters import CONFIG, find_adapter
+    from rankfold.io.adapters import CONFIG
+    from rankfold.io.formats import is_adapter
 
     path = Path(options.path)
-    folder = find_adapter(path)
-    folder = folder if (folder / CONFIG).is_file() else None
-    ranks = find_ranks(folder if folder and path.is_file() else path)
-    if folder is None and ranks is None:
+    adapted = is_adapter(path)
+    ranks = find_ranks(path.parent if adapted and path.is_file() else path)
+    if not adapted and ranks is None:
         raise RankfoldError(
             f"'{path}' is neither an adapter (no {CONFIG} in it, beside it or in adapter/) nor a run that logged ranks "
             "(no ranks.jsonl in it or in checkpoints/)"
         )
-    adapter = inspect_adapter(folder, base=options.base) if folder else None
+    adapter = inspect_adapter(path, base=options.base) if adapted else None
     return adapter, inspect_run(ranks, adapter_name=options.adapter_name) if ranks else None
 
 

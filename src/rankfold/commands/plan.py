@@ -35,6 +35,11 @@ class Options(CommonOptions):
     budget_of: str | None = option(
         "the same, at what this method trains: lora:r=8", default=None, metavar="NAME:r=N", either="budget"
     )
+    optimizer: str | None = option(
+        "count the state of this one of `rankfold optimizers`, such as lora_pro:mode=efficient (default: AdamW)",
+        default=None,
+        metavar="NAME",
+    )
     labels: int | None = option("classes of a classification head (default: 2)", default=None, metavar="N")
     revision: str | None = option("branch, tag or commit of a hub model", default=None)
     json: bool = option("print JSON instead of the table", default=False)
@@ -63,7 +68,7 @@ def run(options: Options) -> int:
     return 0
 
 
-_OF_COSTS = ("task", "r", "budget", "budget_of", "labels", "revision")
+_OF_COSTS = ("task", "r", "budget", "budget_of", "optimizer", "labels", "revision")
 
 
 def _flag(given: dict[str, Any]) -> str:

@@ -33,7 +33,7 @@ class Failure:
 
 @dataclass(frozen=True)
 class Contender:
-    """One method (on one set of layers) at its best learning rate. Counts and times are means over the seeds.
+    """One method (with one optimiser, on one set of layers) at its best learning rate. Counts and times are means over the seeds.
 
     Args:
         name: the label, with the target variant where there are several.
@@ -47,6 +47,7 @@ class Contender:
         trained, head, stored, folded: parameters; `kept` is the plain LoRA of the components left after training.
         front_trained, front_kept: whether no other has a better test metric with fewer parameters.
         seconds: in optimiser steps.
+        config: the method's fields; `training` the optimiser and its options, where they are its own.
     """
 
     name: str
@@ -77,6 +78,7 @@ class Contender:
     tokens_per_second: float | None
     peak_bytes: float | None
     config: dict[str, Any]
+    training: dict[str, Any]
     sensitivity: Sensitivity
 
 

@@ -98,7 +98,7 @@ def _unshared(lines: Sequence[TrialLine]) -> list[str]:
     def shared(run: dict[str, Any]) -> dict[str, Any]:
         training = run.get("training") or {}
         flat = {key: run.get(key) for key in ("model", "task", "data")}
-        own = ("learning_rate", "seed")
+        own = ("learning_rate", "seed", "optimizer", "optimizer_options")
         return flat | {f"training.{key}": value for key, value in training.items() if key not in own}
 
     runs = [shared(line.run) for line in lines if line.run]

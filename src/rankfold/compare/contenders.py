@@ -6,7 +6,7 @@ import dataclasses
 import json
 from collections.abc import Iterator
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +15,10 @@ from rankfold.errors import RankfoldError
 from rankfold.plan.match import solve
 from rankfold.runfile.checks import peft_config
 from rankfold.runfile.methods import config_fields
+from rankfold.runfile.optimizers import row_of
 from rankfold.tasks.rows import DataError
 from rankfold.train import budget, model
+from rankfold.train.optimizer import RunOptimizer
 from rankfold.train.prepare import Prepared, make_plan, prepare
 
 if TYPE_CHECKING:
@@ -31,6 +33,8 @@ class Entry:
 
     Args:
         method: its section of a run file.
+        training: what it changes in the run file's section of that name: its optimiser and the options.
+        rates: learning rates of its own, or None for those of all.
         trained, head: parameters trained in the adapter, and in full beside it; None if it cannot be built.
         reason: why it cannot be trained, or None.
     """
@@ -41,6 +45,8 @@ class Entry:
     trained: int | None = None
     head: int | None = None
     reason: str | None = None
+    training: dict[str, Any] = field(default_factory=dict)
+    rates: list[float] | None = None
 
     def name(self) -> str:
         """The entry in words."""
@@ -82,16 +88,16 @@ def resolve(file: CompareFile) -> Lineup:
     first = next((e for e in entries if e.reason is None), None)
     if first is None:
         raise RankfoldError("no contender can be trained: " + "; ".join(f"{e.name()}: {e.reason}" for e in entries))
-    run = file.run_file(first.method, file.rates[0], file.seeds[0], "-")
+    run = file.run_file(first.method, file.rates[0], file.seeds[0], "-", first.training)
     plan = make_plan(dataclasses.replace(prepared, run=run, peft_config=peft_config(run)))
     same: dict[str, Entry] = {}
     for entry in entries:
-        other = same.setdefault(json.dumps(entry.method, sort_keys=True, default=str), entry)
+        other = same.setdefault(_key(entry.method, entry.training), entry)
         if other is not entry:
             names = f"'{other.name()}' and '{entry.name()}'"
             raise RankfoldError(f"methods: {names} are the same method with the same fields; remove one")
     rows = {split: len(prepared.rows.splits[split]) for split in ("train", "validation", "test")}
-    return Lineup(entries, limit, plan.steps, rows, prepared.rows.notes)
+    return Lineup(entries, limit, plan.steps, rows, plan.notes)
 
 
 class _Bench:
@@ -110,35 +116,42 @@ class _Bench:
     def adapted(self, method: dict[str, Any]) -> PeftModel:
         return model.adapt(deepcopy(self.skeleton), peft_config(self.run(method)), self.head, self.prepared.processor)
 
-    def run(self, method: dict[str, Any]) -> RunFile:
-        return self.file.run_file(method, self.file.rates[0], self.file.seeds[0], "-")
+    def run(self, method: dict[str, Any], training: dict[str, Any] | None = None) -> RunFile:
+        return self.file.run_file(method, self.file.rates[0], self.file.seeds[0], "-", training)
 
-    def count(self, method: dict[str, Any]) -> budget.Budget:
-        """What the optimiser trains; counted once per method and fields."""
-        key = json.dumps(method, sort_keys=True, default=str)
+    def count(self, method: dict[str, Any], training: dict[str, Any] | None = None) -> budget.Budget:
+        """What the optimiser trains; counted once per method, optimiser and fields."""
+        key = _key(method, training or {})
         if key not in self.counted:
-            self.counted[key] = budget.count(self.adapted(method))
+            adapted = self.adapted(method)
+            RunOptimizer.of(self.run(method, training), adapted)  # refuses and freezes, as in a trial
+            self.counted[key] = budget.count(adapted)
         return self.counted[key]
 
     def limit(self) -> int | None:
         """The budget as a number."""
         if not isinstance(self.file.budget, SameAs):
             return None if self.file.budget is None else number(self.file.budget)
-        return self.count(with_targets(self.file.budget.of, self.file.targets)).adapter
+        return budget.count(self.adapted(with_targets(self.file.budget.of, self.file.targets))).adapter
 
     def entry(self, label: str, contender: ContenderSpec, where: str, place: Place, limit: int | None) -> Entry:
         method = with_targets(contender, self.file.targets)
+        entry = Entry(label, where, method, training=contender.training, rates=contender.rates)
         try:
             method |= self.placed(place, method.get("target_modules"))
             if limit is not None:
-                return Entry(label, where, *self.solved(method, limit))
-            spent = self.count(method)
+                method, trained, head = self.solved(method, limit)
+                entry = replace(entry, method=method, trained=trained, head=head)
+            # The solver has counted what AdamW trains; others may refuse the adapter, or freeze a part of it
+            if limit is None or row_of(self.run(method, contender.training).training.optimizer) is not None:
+                spent = self.count(method, contender.training)
+                entry = replace(entry, method=method, trained=spent.adapter, head=spent.head)
         except ValueError as e:
-            return Entry(label, where, method, reason=str(e))
-        return Entry(label, where, method, spent.adapter, spent.head)
+            return replace(entry, method=method, trained=None, head=None, reason=str(e))
+        return entry
 
     def solved(self, method: dict[str, Any], limit: int) -> tuple[dict[str, Any], int, int]:
-        """The method with the fields that the budget changes, and what it trains in the adapter and in full beside it."""
+        """The method with the fields that the budget changes, and what AdamW trains in the adapter and in full beside it."""
         config = peft_config(self.run(method))
         if self.prepared.task.new_head:
             model.keep(config, self.head)
@@ -176,6 +189,10 @@ class _Bench:
         if outside := [layer for layer in wanted if not 0 <= layer < count]:
             raise RankfoldError(f"where: layers: {outside[0]} is not a layer; the model has layers 0 to {count - 1}")
         return wanted
+
+
+def _key(method: dict[str, Any], training: dict[str, Any]) -> str:
+    return json.dumps([method, training], sort_keys=True, default=str)
 
 
 def _plain(value: Any) -> Any:

@@ -19,6 +19,7 @@ from rankfold.compare.trial_list import Trial, relabelled, wanted
 from rankfold.compare.trial_process import JOB
 from rankfold.errors import RankfoldError
 from rankfold.io.files import write_whole
+from rankfold.runfile.optimizers import CLIP
 from rankfold.text import changes, duration
 from rankfold.train.folder import FolderError
 
@@ -177,6 +178,10 @@ def check_folder(file: CompareFile) -> None:
             raise FolderError(f"output: '{out}' is not empty and holds no comparison; name another folder")
         return
     old, new = (f.model_dump(include=set(SHARED)) for f in (load(before), file))
+    # Earlier versions wrote the default as 1; what a contender's trials had, their ids tell
+    for values in (old, new):
+        if values["training"]["max_grad_norm"] is None:
+            values["training"]["max_grad_norm"] = CLIP
     changed = [p for key in SHARED for p in changes(key, old[key], new[key])]
     if changed:
         raise FolderError(
@@ -195,8 +200,9 @@ def check_labels(lineup: Lineup, file: CompareFile, lines: list[TrialLine]) -> N
             now = {k: v for k, v in entry.method.items() if k != "name"}
             if (line.label, line.where) != (entry.label, entry.where) or line.wall_seconds is None:  # it never ran
                 continue
-            if (line.method, line.config) != (entry.method["name"], now):
-                changed = changes("name", line.method, entry.method["name"]) + changes("", line.config, now)
+            changed = changes("name", line.method, entry.method["name"]) + changes("", line.config, now)
+            changed += changes("", line.training, entry.training)
+            if changed:
                 raise FolderError(
                     f"output: '{entry.name()}' was another one when its trials in '{file.output}' were run "
                     f"({'; '.join(changed)}); give the new one another label, or name another output"

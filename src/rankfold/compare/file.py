@@ -7,7 +7,7 @@ trials is the method, where it is put, the learning rate and the seed. Problems 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -31,9 +31,26 @@ THIRDS = ("first third", "middle third", "last third")
 
 
 class ContenderSpec(Method):
-    """A method as in a run file, and what it is called in the report."""
+    """A method as in a run file, and what is its own beside it: optimiser, rates, name in the report."""
 
     label: str | None = Field(default=None, description="Its name in the report; by default the method's.")
+    optimizer: str | None = Field(default=None, description="Its optimiser; by default that of `training`.")
+    optimizer_options: dict[str, Any] | None = Field(default=None, description="Options of its optimiser.")
+    rates: list[float] | None = Field(
+        default=None, min_length=1, description="Learning rates to try with it; by default those of all contenders."
+    )
+
+    @property
+    def training(self) -> dict[str, Any]:
+        """What it changes in the section `training` of its run files."""
+        if self.optimizer is None and self.optimizer_options is None:
+            return {}
+        named = {} if self.optimizer is None else {"optimizer": self.optimizer}
+        return {**named, "optimizer_options": self.optimizer_options or {}}
+
+    def called(self) -> str:
+        """What it is called where it has no label and no other is called so."""
+        return self.name if self.optimizer is None else f"{self.optimizer} on {self.name}"
 
 
 class Place(Section):
@@ -117,17 +134,20 @@ class CompareFile(Section):
 
     def labels(self) -> list[str]:
         """What each contender is called: as the file says, else the method, with its fields where two have one."""
-        names = Counter(c.name for c in self.methods)
-        return [
-            c.label
-            or (c.name if names[c.name] == 1 else " ".join([c.name, *(f"{k}={v}" for k, v in c.fields.items())]))
-            for c in self.methods
-        ]
+        names = Counter(c.called() for c in self.methods)
 
-    def run_file(self, method: dict[str, Any], rate: float, seed: int, output: str) -> RunFile:
-        """The run file of a trial."""
+        def told_apart(c: ContenderSpec) -> str:
+            fields = {**c.fields, **(c.optimizer_options or {})}
+            return " ".join([c.called(), *(f"{k}={v}" for k, v in fields.items())])
+
+        return [c.label or (c.called() if names[c.called()] == 1 else told_apart(c)) for c in self.methods]
+
+    def run_file(
+        self, method: dict[str, Any], rate: float, seed: int, output: str, training: Mapping[str, Any] | None = None
+    ) -> RunFile:
+        """The run file of a trial; `training` is what the contender changes there."""
         shared = self.model_dump(include={"model", "task", "data", "training", "imports"}, exclude_none=True)
-        shared["training"] |= {"learning_rate": rate, "seed": seed}
+        shared["training"] |= {"learning_rate": rate, "seed": seed, **(training or {})}
         return RunFile.model_validate({**shared, "method": method, "output": output})
 
     def to_yaml(self) -> str:
@@ -204,17 +224,22 @@ def _short_forms(values: dict[str, Any]) -> list[Problem]:
 class _Spot:
     """Where in the file a list stands, for the messages about its values."""
 
-    name: str
+    path: KeyPath
     values: list[Any]
 
     def repeated(self) -> list[Problem]:
         twice = [v for v, n in Counter(map(str, self.values)).items() if n > 1]
-        return [Problem((self.name,), f"{', '.join(twice)} stands there twice")] if twice else []
+        return [Problem(self.path, f"{', '.join(twice)} stands there twice")] if twice else []
+
+    def rates(self) -> list[Problem]:
+        wrong = [Problem(self.path, f"{rate:g} must be greater than 0") for rate in self.values if not rate > 0]
+        return [*self.repeated(), *wrong]
 
 
 def _check(file: CompareFile) -> list[Problem]:
-    problems = _Spot("rates", file.rates).repeated() + _Spot("seeds", file.seeds).repeated()
-    problems += [Problem(("rates",), f"{rate:g} must be greater than 0") for rate in file.rates if not rate > 0]
+    problems = _Spot(("rates",), file.rates).rates() + _Spot(("seeds",), file.seeds).repeated()
+    for i, c in enumerate(file.methods):
+        problems += _Spot(("methods", i, "rates"), c.rates or []).rates()
     problems += [Problem(("seeds",), f"{seed} must not be less than 0") for seed in file.seeds if seed < 0]
     if foreign := [s for s in file.search_seeds or () if s not in file.seeds]:
         problems.append(
@@ -225,7 +250,8 @@ def _check(file: CompareFile) -> list[Problem]:
             Problem(("training", "early_stopping"), "contradicts search: halving, which itself says when a trial ends")
         )
     metrics = table.get(file.task).metrics
-    if (name := file.training.metric) in metrics and not metrics[name].of_rows:
+    name = file.training.metric or next(iter(metrics))
+    if name in metrics and not metrics[name].of_rows:
         others = " or ".join(other for other, metric in metrics.items() if metric.of_rows)
         message = f"'{name}' is not a mean over rows, so test rows cannot be resampled for it; use {others}"
         problems.append(Problem(("training", "metric"), message))
@@ -249,9 +275,11 @@ def _check_runs(file: CompareFile) -> list[Problem]:
         contenders.append((("budget", "of"), file.budget.of))
     found: dict[Problem, None] = {}
     for path, contender in contenders:
-        run = file.run_file(with_targets(contender, file.targets), file.rates[0], file.seeds[0], file.output)
+        method, own = with_targets(contender, file.targets), contender.training
+        run = file.run_file(method, file.rates[0], file.seeds[0], file.output, own)
         for p in check(run):
-            found[Problem((*path, *p.path[1:]), p.message) if p.path[0] == "method" else p] = None
+            its = p.path[0] == "method" or (p.path[0] == "training" and p.path[1] in own)
+            found[Problem((*path, *p.path[1:]), p.message) if its else p] = None
         if p := _check_places(file, contender):
             found[Problem(path, p)] = None
     return list(found)

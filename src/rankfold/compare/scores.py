@@ -40,9 +40,14 @@ def row_scores(trainer: CarefulTrainer, task: Task, metric: str) -> Iterator[Row
         metric: one of the task's that is `of_rows`.
     """
     scores = RowScores(weights=[] if task.weighted else None)
+    outputs: list[Any] = []
 
     def collect(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        items, weights = task.scores(output, kwargs, metric)
+        outputs.append(output)
+        if len(outputs) < task.passes:
+            return
+        items, weights = task.scores(outputs, kwargs, metric, trainer)
+        outputs.clear()
         both = trainer.accelerator.gather_for_metrics(torch.stack([items.double(), weights.double()], 1))
         assert isinstance(both, Tensor)
         scores.items += both[:, 0].tolist()

@@ -17,9 +17,7 @@ from rankfold.compare.pareto import front
 from rankfold.compare.selection import Sensitivity, Trials, choose, contenders
 from rankfold.compare.trial_file import TrialLine
 from rankfold.errors import RankfoldError
-
-#: The bounds of each metric. An interval is cut off there, which does not exclude any value that could be true.
-BOUNDS = {"accuracy": (0.0, 1.0), "macro_f1": (0.0, 1.0), "token_accuracy": (0.0, 1.0), "loss": (0.0, math.inf)}
+from rankfold.tasks.table import bounds_of
 
 
 def analyse(lines: Sequence[TrialLine], *, reference: str | None = None) -> Analysis:
@@ -93,6 +91,7 @@ def analyse(lines: Sequence[TrialLine], *, reference: str | None = None) -> Anal
                 tokens_per_second=_mean(finished, lambda t: t.tokens_per_second),
                 peak_bytes=_mean(finished, lambda t: t.peak_bytes),
                 config=finished[0].config,
+                training=finished[0].training,
                 sensitivity=sensitivity,
             )
         )
@@ -163,7 +162,7 @@ def _interval(
 ) -> tuple[float, float] | None:
     variance = scores.variance([index[id(t)] for t in finished]) if scores else None
     half = alone(tests, variance, scores.freedom if scores else 1)
-    return None if half is None else _within(fmean(tests), half, BOUNDS.get(metric, (-math.inf, math.inf)))
+    return None if half is None else _within(fmean(tests), half, bounds_of(metric))
 
 
 def _within(middle: float, half: float, bounds: tuple[float, float]) -> tuple[float, float]:
@@ -181,7 +180,7 @@ def _differences(
     """Every pair. The intervals against the reference form one family and all others another: smaller families give shorter ones."""
     tests = {name: {s: _number(t.test) for s, t in some.items()} for name, some in trials.items()}
     indices = {name: {s: index[id(t)] for s, t in some.items()} for name, some in trials.items()}
-    low, high = BOUNDS.get(metric, (-math.inf, math.inf))
+    low, high = bounds_of(metric)
     pairs = list(combinations(trials, 2))
     halves: dict[tuple[str, str], float] = {}
     for family in (True, False):
@@ -222,7 +221,8 @@ def _reference(found: Sequence[Contender], asked: str | None) -> str | None:
         return asked
     for method in ("peft:lora", "lora"):
         for c in found:
-            if c.method == method and not c.config.get("use_dora") and not c.config.get("use_rslora"):
+            variant = c.config.get("use_dora") or c.config.get("use_rslora")
+            if c.method == method and not variant and c.training.get("optimizer", "adamw").startswith("adamw"):
                 return c.name
     return found[0].name if found else None
 

@@ -30,6 +30,7 @@ class TrialLine:
             but no `test`; the same trial at its end is another line, with None.
         reason: of a failure, one sentence.
         config: the method's fields as resolved.
+        training: the optimiser and its options, where they are the contender's own.
         run: the whole run file.
         metric: what `validation`, `test` and `before` are values of.
         validation: chooses the learning rate; of an unfinished rung, at its end.
@@ -57,6 +58,7 @@ class TrialLine:
     status: Status
     reason: str | None = None
     config: dict[str, Any]
+    training: dict[str, Any] = field(default_factory=dict)
     run: dict[str, Any]
     metric: str
     greater_is_better: bool

@@ -48,7 +48,7 @@ class Trial:
 def wanted(entry: Entry, file: CompareFile, done: Mapping[str, TrialLine]) -> tuple[list[Trial], int]:
     """The trials of one contender that are known to be needed, done ones included, and how many more will follow."""
     trials: list[Trial] = []
-    rates, before = list(file.rates), 0.0
+    rates, before = list(entry.rates or file.rates), 0.0
     for until in file.rungs:
         rung = [make(entry, file, rate, seed, until, before) for rate in rates for seed in file.choosing_seeds]
         trials += rung
@@ -63,7 +63,7 @@ def wanted(entry: Entry, file: CompareFile, done: Mapping[str, TrialLine]) -> tu
 
 def make(entry: Entry, file: CompareFile, rate: float, seed: int, until: float, before: float) -> Trial:
     """The trial of a contender at a rate and a seed, whose steps up to the share `before` are made already."""
-    run = file.run_file(entry.method, rate, seed, "-")
+    run = file.run_file(entry.method, rate, seed, "-", entry.training)
     key = hash_of(run.model_dump(exclude_defaults=True, exclude={"output", "imports"}), file.launch)
     number = file.rungs.index(until)
     whole = until == 1
@@ -80,6 +80,7 @@ def make(entry: Entry, file: CompareFile, rate: float, seed: int, until: float, 
         status="failed",
         reason=entry.reason,
         config={k: v for k, v in entry.method.items() if k != "name"},
+        training=entry.training,
         run=run.model_dump(exclude_none=True),
         metric=run.metric,
         greater_is_better=run.greater_is_better,

@@ -73,6 +73,7 @@ def attach(model: nn.Module, optimizer: torch.optim.Optimizer, *, total_steps: i
         controller_cls = registry.get(config.method).controller
         if controller_cls is not None:
             _refuse_partial(name, adapters, stepped)
+            _refuse_penalty(name, controller_cls, optimizer)
             controllers[name] = controller_cls(config, adapters, total_steps)
     attached = Attached(controllers)
     if not controllers:
@@ -161,6 +162,15 @@ def _refuse_partial(name: str, adapters: list, stepped: set[int]) -> None:
             )
 
 
+def _refuse_penalty(name: str, controller: type, optimizer: torch.optim.Optimizer) -> None:
+    """Refuses an optimiser of pairs for a method whose penalty on the factors would be taken for the update's gradient."""
+    if getattr(controller, "penalises_factors", False) and getattr(optimizer, "joint", False):
+        raise RankfoldError(
+            f"adapter {name!r}: its method adds a penalty on the factors to the loss, and {type(optimizer).__name__} would take the "
+            "penalty's gradient for one of the update; use LoraPlus or AdamW"
+        )
+
+
 def _trainable(model: nn.Module, stepped: set[int]) -> dict[str, tuple[Any, list]]:
     """Adapter name to its config and adapters, for those with a parameter (by id) that the optimiser steps. A frozen adapter's
     are in AdamW(model.parameters()) too, but are not stepped."""
@@ -168,9 +178,10 @@ def _trainable(model: nn.Module, stepped: set[int]) -> dict[str, tuple[Any, list
     found: dict[str, tuple[Any, list]] = {}
     for module in model.modules():
         if isinstance(module, AdaptedLayer):
-            for name, adapter in module.lowrank_adapters.items():
-                if any(id(p) in stepped for p in adapter.parameters()):
-                    found.setdefault(name, (configs[name], []))[1].append(adapter)
+            for name in module.lowrank_adapters:
+                for adapter in module.adapters([name]):
+                    if any(id(p) in stepped for p in adapter.parameters()):
+                        found.setdefault(name, (configs[name], []))[1].append(adapter)
     return found
 
 

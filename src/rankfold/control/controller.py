@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Any, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -35,6 +35,9 @@ class Controller(Generic[A, C]):
     Raises:
         ValueError: a schedule that does not fit `total_steps`.
     """
+
+    #: Whether `extra_loss` depends on the factors. An optimiser that reads the update's gradient off theirs cannot be used then.
+    penalises_factors: ClassVar[bool] = False
 
     def __init__(self, config: C, adapters: Sequence[A], total_steps: int | None) -> None:
         self.config, self.adapters, self.total_steps = config, list(adapters), total_steps

@@ -12,20 +12,14 @@ from typing import Any
 
 from torch import Tensor
 
-from rankfold.doctor import gguf_file, jsonlines
+from rankfold.doctor import jsonlines
 from rankfold.doctor.findings import Finding, Status
 from rankfold.errors import RankfoldError
+from rankfold.io import gguf_file
 from rankfold.io.adapters import CONFIG, GATHER, not_gathered
+from rankfold.io.formats.place import PICKLES, WEIGHTS, Place, find
 from rankfold.io.weights import Header, read_headers, read_metadata, read_tensors
 from rankfold.text import one_line
-
-#: Formats by the file that holds the weights. The order decides where a folder has several.
-WEIGHTS = {
-    "adapter_model.safetensors": "peft",
-    "adapters.safetensors": "mlx",
-    "pytorch_lora_weights.safetensors": "diffusers",
-    "adapter_model.bin": "peft",
-}
 
 
 @dataclass
@@ -82,56 +76,30 @@ def open_adapter(path: Path) -> AdapterFile:
 
     Raises:
         FileNotFoundError: nothing is there.
-        ValueError: it is no adapter. A damaged adapter is no error, its problems are in the result.
+        ValueError: it is not an adapter. A damaged adapter raises nothing: its problems are in the result.
     """
     if not path.exists():
         raise FileNotFoundError(f"'{path}' does not exist; give an adapter's folder or its file of weights")
+    if (place := find(path)) is not None:
+        return _read(place)
     if path.is_file():
-        return _from_file(path)
-    for folder in (path, path / "adapter"):
-        found = next((folder / name for name in WEIGHTS if (folder / name).exists()), None)
-        if found is not None:
-            return _read(folder, WEIGHTS[found.name], found)
-        gguf = sorted(folder.glob("*.gguf")) if folder.is_dir() else []
-        if len(gguf) == 1 and not (folder / CONFIG).exists():
-            return _read(folder, "gguf", gguf[0])
-        if (folder / CONFIG).exists():
-            return _read(folder, "peft", None)
+        raise RankfoldError(f"'{path}' is not an adapter: it must be a folder, a .safetensors, a .gguf or a {CONFIG}")
     if not any(path.iterdir()):
         raise RankfoldError(f"'{path}' is an empty folder; give the folder that has {CONFIG}")
     model = "; its config.json says that it is a whole model" if (path / "config.json").exists() else ""
     raise RankfoldError(f"'{path}' is not an adapter: it has none of {CONFIG}, {', '.join(WEIGHTS)}{model}")
 
 
-def _from_file(path: Path) -> AdapterFile:
-    if path.name == CONFIG:
-        return open_adapter(path.parent)
-    if path.name in WEIGHTS:
-        return _read(path.parent, WEIGHTS[path.name], path)
-    if path.suffix == ".gguf":
-        return _read(path.parent, "gguf", path)
-    if path.suffix in (".bin", ".pt", ".pth", ".ckpt"):
-        return _read(path.parent, "peft", path)
-    if path.suffix != ".safetensors":
-        raise RankfoldError(f"'{path}' is no adapter: it must be a folder, a .safetensors, a .gguf or a {CONFIG}")
-    file = _read(path.parent, "peft", path)
-    names = list(file.tensors)
-    if any(n.endswith((".lora_a", ".lora_b")) for n in names):
-        return _read(path.parent, "mlx", path)
-    if names and not any(n.startswith("base_model.") for n in names) and any("lora" in n for n in names):
-        return _read(path.parent, "diffusers", path)
-    return file
-
-
-def _read(folder: Path, kind: str, weights: Path | None) -> AdapterFile:
-    file = AdapterFile(folder, kind, weights)
-    if kind in ("peft", "mlx"):
+def _read(place: Place) -> AdapterFile:
+    folder, weights = place.folder, place.weights
+    file = AdapterFile(folder, place.kind, weights)
+    if place.kind in ("peft", "mlx"):
         _read_config(folder / CONFIG, file)
     if weights is None:
         file.problems.append(
             Finding(Status.PROBLEM, "there are no weights", str(folder), "add adapter_model.safetensors")
         )
-    elif weights.suffix in (".bin", ".pt", ".pth", ".ckpt"):
+    elif weights.suffix in PICKLES:
         file.pickled = True
     else:
         _read_headers(weights, file)

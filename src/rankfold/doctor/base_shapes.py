@@ -77,9 +77,9 @@ def read_base(folder: Path, adapter: dict[str, Any]) -> BaseShapes:
 def _skeleton(folder: Path, config: dict[str, Any], adapter: dict[str, Any]) -> PreTrainedModel:
     """transformers' model class on the meta device: of the adapter's task if it has one for this base, else what the base or
     the adapter names."""
-    task = table.of_peft_type(adapter.get("task_type"))
     mapping = adapter.get("auto_mapping")
     named = (mapping if isinstance(mapping, dict) else {}).get("base_model_class")
+    task = table.of_adapter(adapter.get("task_type"), named or "")
     names = [n for n in (task.models[0] if task else None, named, *config.get("architectures", [])) if n]
     if not any(hasattr(transformers, name) for name in names):
         raise RankfoldError(f"transformers has no {names[:1]}")  # whose names could only be guessed

@@ -16,6 +16,8 @@ from rankfold.io.weights import Header
 _PEFT = re.compile(r"^(?P<prefix>base_model\.model\.)?(?P<module>.+)\.lora_(?P<side>[AB])\.weight$")
 _LOOSE = re.compile(r"^(?P<module>.+)\.lora[_.](?P<side>[aAbB]|up|down)(\.weight)?$")
 _OURS = re.compile(r"^base_model\.model\.(?P<module>.+)\.lowrank_adapters\.(?P<side>up|down)$")
+#: PEFT adds both names to the modules_to_save of every classifier; a model has one of them.
+CLASSIFIERS = {"classifier", "score"}
 _SIDE = {"a": "a", "A": "a", "down": "a", "b": "b", "B": "b", "up": "b"}
 
 
@@ -49,7 +51,7 @@ class Case:
 
     Args:
         pairs: of every module, complete or not.
-        others: names of the tensors that are no factor, by their role: "embedding", "magnitude", "bias", "base_layer",
+        others: names of the tensors that are not factors, by their role: "embedding", "magnitude", "bias", "base_layer",
             "saved" (named in modules_to_save), "vocabulary" (embed_tokens or lm_head whole), "tokens", "norm", "alpha",
             "parameter" (factors of target_parameters), "foreign".
         base: what is known of the base model.
@@ -107,6 +109,15 @@ class Case:
         return {}  # patterns are regular expressions, and every engine asks
 
     @cached_property
+    def unsaved(self) -> list[str]:
+        """Names in modules_to_save of which there is no tensor; PEFT names both heads of classifiers where there is one."""
+        saved = self.others.get("saved", [])
+        absent = [m for m in self.settings.modules_to_save if not any(is_saved(n, [m]) for n in saved)]
+        if (set(self.settings.modules_to_save) - set(absent)) & CLASSIFIERS:
+            absent = [m for m in absent if m not in CLASSIFIERS]
+        return absent if self.file.tensors else []
+
+    @cached_property
     def other_names(self) -> list[str]:
         return [n for names in self.others.values() for n in names]
 
@@ -142,11 +153,13 @@ def layer_of(module: str) -> int | None:
 
 
 def _of_parameter(name: str, settings: Settings) -> bool:
-    """Whether a factor is of a parameter that `target_parameters` names, as fused experts are: it is no matrix of a module."""
+    """Whether a factor is of a parameter that `target_parameters` names, as fused experts are: it is not the weight of a module."""
     module = name.removeprefix(PREFIX).rpartition(".lora_")[0]
     while module.endswith(".base_layer"):
         module = module.removesuffix(".base_layer")
     owners = [target.rpartition(".")[0] for target in settings.target_parameters]
+    if "" in owners and not settings.targets(module):  # a parameter's bare name, of whatever module has it
+        return True
     return bool(module) and any(owner and (module == owner or module.endswith(f".{owner}")) for owner in owners)
 
 

@@ -10,11 +10,8 @@ from peft import PEFT_TYPE_TO_CONFIG_MAPPING, LoraConfig
 import rankfold.methods  # noqa: F401  (registers the methods with PEFT)
 from rankfold.doctor.case import Case
 from rankfold.doctor.findings import Finding, Status
-from rankfold.io.adapter_names import is_saved
 from rankfold.text import examples
 
-#: PEFT adds both names to the modules_to_save of every classifier; a model has one of them.
-CLASSIFIERS = {"classifier", "score"}
 FLOATS = {"F64", "F32", "F16", "BF16"}
 
 
@@ -40,7 +37,7 @@ def pickled(case: Case) -> Iterator[Finding]:
             Status.PROBLEM,
             "the weights are a pickle, which can run code when it is opened; it was not opened, so no tensor was checked",
             case.file.weights.name,
-            "ask for safetensors, or convert it where nothing can be lost",
+            f"ask for safetensors; where it holds tensors alone, rankfold doctor {case.file.path} --fix OUT writes them",
         )
 
 
@@ -52,7 +49,7 @@ def pairing(case: Case) -> Iterator[Finding]:
         )
     flat = [p.module for p in case.pairs if any(h and len(h.shape) < 2 for h in (p.a, p.b))]
     if flat:
-        yield Finding(Status.PROBLEM, f"factors that are no matrices: {examples(flat)}", flat[0], "save it again")
+        yield Finding(Status.PROBLEM, f"factors that are not matrices: {examples(flat)}", flat[0], "save it again")
     empty = [p.module for p in case.pairs if p.a and p.a.shape and p.a.shape[0] == 0]
     if empty:
         yield Finding(
@@ -182,12 +179,8 @@ def belonging(case: Case) -> Iterator[Finding]:
     if case.named:
         what = f"keys hold the adapter's name, which engines do not read: {examples(case.named)}"
         yield Finding(Status.NOTE, what, case.named[0], f"rankfold doctor {case.file.path} --fix OUT")
-    saved = case.others.get("saved", [])
-    absent = [m for m in case.settings.modules_to_save if not any(is_saved(n, [m]) for n in saved)]
-    if (set(case.settings.modules_to_save) - set(absent)) & CLASSIFIERS:
-        absent = [m for m in absent if m not in CLASSIFIERS]
-    if absent and case.file.tensors:
-        what = f"modules_to_save names {examples(absent)}, of which there is no tensor"
+    if case.unsaved:
+        what = f"modules_to_save names {examples(case.unsaved)}, of which there is no tensor"
         yield Finding(Status.PROBLEM, what, case.file.where("modules_to_save"), "save the adapter again")
     if case.file.tensors and not (case.pairs or case.others.get("embedding") or case.others.get("parameter")):
         what = "none of its tensors is a LoRA factor (base_model.model.MODULE.lora_A.weight)"

@@ -10,12 +10,13 @@ from rankfold.doctor.adapter_file import AdapterFile, open_adapter
 from rankfold.doctor.base_shapes import BaseShapes, read_base
 from rankfold.doctor.case import Case, make_case
 from rankfold.doctor.checks import check
-from rankfold.doctor.engines import ENGINES, FORMATS, Verdict, judge
+from rankfold.doctor.engines import ENGINES, Verdict, judge
 from rankfold.doctor.findings import Finding, Status
 from rankfold.doctor.settings import read_settings
 from rankfold.doctor.tensor_values import check_numbers
 from rankfold.errors import RankfoldError
 from rankfold.io.files import to_json
+from rankfold.io.formats.place import FORMATS
 
 #: What the verdicts are, and are not; printed with them.
 BASIS = (
@@ -94,7 +95,7 @@ def diagnose(path: str | Path, base: str | Path | None = None, engines: Sequence
 
     Raises:
         FileNotFoundError: nothing is there.
-        ValueError: it is no adapter, an engine is unknown, or `base` has no config.json. A damaged adapter raises
+        ValueError: it is not an adapter, an engine is unknown, or `base` has no config.json. A damaged adapter raises
             nothing, its problems are the result.
     """
     unknown = sorted(set(engines) - {e.key for e in ENGINES})
@@ -136,6 +137,8 @@ def _summary(case: Case) -> str:
     dtypes = ", ".join(sorted({h.dtype for h in case.file.tensors.values()}))
     ranks = sorted({p.rank for p in case.pairs})
     rank = "" if not ranks else f", rank {ranks[0]}" if len(ranks) == 1 else f", ranks {ranks[0]} to {ranks[-1]}"
+    if case.ours and ranks and ranks != [case.settings.r]:
+        rank = f", r={case.settings.r} ({rank.removeprefix(', ')} in each module's own factors; what modules share is not counted)"
     type_ = f", {case.settings.peft_type}" if case.file.kind == "peft" else ""
     modules = f"{len(case.pairs)} modules" if case.pairs else f"{len(case.file.tensors)} tensors"
     return f"{kind}{type_}, {modules}{rank}, {dtypes}"

@@ -142,7 +142,7 @@ def gguf_file(case: Case) -> Iterator[Finding]:
     for key, wanted in (("general.type", "adapter"), ("adapter.type", "lora")):
         value = case.file.config.get(key)
         if value != wanted:
-            what = f"{key}={short_repr(value)} must be {wanted!r}; this is no LoRA"
+            what = f"{key}={short_repr(value)} must be {wanted!r}; this is not a LoRA"
             yield Finding(Status.REFUSED, what, key, "convert the adapter with convert_lora_to_gguf.py")
     bad = [n for n in case.other_names if not n.endswith("_norm.weight")]
     if bad:
@@ -284,6 +284,9 @@ def peft_config(case: Case) -> Iterator[Finding]:
     empty = [n for n, header in case.file.tensors.items() if 0 in header.shape]
     if empty:
         yield Finding(Status.REFUSED, f"tensors of size zero: {examples(empty)}", empty[0], "save it again")
+    if case.unsaved:
+        what = f"modules_to_save names {examples(case.unsaved)}, of which there is no tensor (KeyError)"
+        yield Finding(Status.REFUSED, what, case.file.where("modules_to_save"), "save the adapter again")
     shapes = case.base.shapes if case.base else {}
     for name in case.others.get("vocabulary", []):
         known, rows = (
@@ -308,6 +311,9 @@ def peft_ranks(case: Case) -> Iterator[Finding]:
 def mlx_config(case: Case) -> Iterator[Finding]:
     config, fix = case.file.config, "restore what mlx_lm.lora wrote"
     if config.get("fine_tune_type") == "full":
+        if case.pairs:
+            what = f"fine_tune_type='full' is of whole weights, and these are factors: {examples([p.module for p in case.pairs])}"
+            yield Finding(Status.REFUSED, what, case.file.where("fine_tune_type"), fix)
         return
     if case.other_names:
         what = f"tensors that it does not know: {examples(case.other_names)}"
@@ -319,6 +325,20 @@ def mlx_config(case: Case) -> Iterator[Finding]:
     if not isinstance(numbers, dict) or not {"rank", "scale", "dropout"} <= set(numbers):
         yield Finding(Status.REFUSED, "the config needs lora_parameters{rank, scale, dropout}", where, fix)
         return
+    layers = case.base.config.get("num_hidden_layers") if case.base else None
+    first = (
+        layers - config["num_layers"] if isinstance(layers, int) and isinstance(config.get("num_layers"), int) else 0
+    )
+    keys = numbers.get("keys")
+    idle = [
+        p.module
+        for p in case.pairs
+        if (p.layer is not None and p.layer < first)
+        or (isinstance(keys, list) and not any(p.module.endswith(f".{key}") for key in keys))
+    ]
+    if idle:
+        what = f"tensors of layers that num_layers and keys do not name: {examples(idle)}"
+        yield Finding(Status.REFUSED, what, idle[0], fix)
     wrong = [p for p in case.whole if p.rank != numbers["rank"]]
     if wrong:
         what = f"lora_parameters.rank={short_repr(numbers['rank'])}, but {wrong[0].module} has rank {wrong[0].rank}"

@@ -13,6 +13,7 @@ from rankfold.doctor import engine_rules, rules
 from rankfold.doctor.case import Case
 from rankfold.doctor.findings import Finding, Status
 from rankfold.doctor.rules import Rule
+from rankfold.io.formats.place import FORMATS
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,9 @@ def judge(engine: Engine, case: Case) -> Verdict:
         return Verdict(engine, [Finding(Status.REFUSED, first.what, first.where, first.fix)])
     common: tuple[Rule, ...] = (_pickled,)
     if case.file.kind == "peft":
-        common += (rules.composite_names, *(() if engine.key == "peft" else _ELSEWHERE))
+        common += (rules.composite_names,)
+        common += () if engine.key == "peft" else (rules.start_from_base,)
+        common += () if engine.key in ("peft", "sglang") else (rules.adapter_names,)
         common += (_wrapped_gguf if engine.key in ("llama.cpp", "ollama") else _wrapped,)
     return Verdict(engine, [f for rule in (*common, *engine.rules[case.file.kind]) for f in rule(case)])
 
@@ -64,22 +67,14 @@ def judge(engine: Engine, case: Case) -> Verdict:
 def _pickled(case: Case) -> Iterator[Finding]:
     if case.file.pickled and case.file.weights:
         what = "the weights are a pickle and were not opened; the config alone was checked"
-        yield Finding(Status.NOT_CHECKED, what, case.file.weights.name, "convert it to safetensors")
+        yield Finding(Status.NOT_CHECKED, what, case.file.weights.name, f"rankfold doctor {case.file.path} --fix OUT")
 
 
-#: What every engine but PEFT makes of a PEFT folder.
-_ELSEWHERE: tuple[Rule, ...] = (rules.start_from_base, rules.adapter_names)
 _wrapped = rules.wrapper_keys(Status.IN_PART, "no module has these names, so none is applied")
 _wrapped_gguf = rules.wrapper_keys(Status.REFUSED, "the converter stops at names that it does not know")
 
 # --- the table ----------------------------------------------------------------------------------------------------------
 
-FORMATS = {
-    "peft": "a PEFT folder",
-    "mlx": "an mlx adapter",
-    "diffusers": "a diffusers file",
-    "gguf": "a GGUF file",
-}
 _vllm_rank = partial(rules.rank_flag, engine_rules.VLLM_RANKS[-1], "--max-lora-rank", engine_rules.VLLM_RANKS)
 _lora = partial(rules.only_lora, Status.REFUSED)
 _both_gguf: tuple[Rule, ...] = (
@@ -138,7 +133,7 @@ ENGINES = (
     Engine(
         "vllm-old",
         "older vLLM",
-        "before 0.33",
+        "before 0.32",
         "source read",
         FORMATS["peft"],
         {
@@ -225,7 +220,13 @@ ENGINES = (
         "2026.4.1",
         "run",
         FORMATS["peft"],
-        {"peft": (_lora, rules.scales(rules.one, "lora_alpha", "use_rslora", "alpha_pattern", "rank_pattern"))},
+        {
+            "peft": (
+                _lora,
+                rules.not_checked("target_parameters"),
+                rules.scales(rules.one, "lora_alpha", "use_rslora", "alpha_pattern", "rank_pattern"),
+            )
+        },
     ),
     Engine(
         "mistral.rs",
@@ -237,7 +238,9 @@ ENGINES = (
             "peft": (
                 _lora,
                 rules.needs("r", "lora_alpha", "target_modules"),
-                rules.not_checked("use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save"),
+                rules.not_checked(
+                    "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save", "target_parameters"
+                ),
                 engine_rules.mistral_rs_base,
             )
         },
@@ -252,6 +255,7 @@ ENGINES = (
             "peft": (
                 _lora,
                 rules.needs("r", "lora_alpha", "target_modules"),
+                rules.not_checked("target_parameters"),
                 rules.scales(rules.one_scale_no_rslora, "use_rslora", "alpha_pattern", "rank_pattern"),
             )
         },

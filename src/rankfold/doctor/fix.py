@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rankfold.errors import RankfoldError
 from rankfold.io.adapter_names import mended
-from rankfold.io.adapters import CONFIG, WEIGHTS, find_adapter, read_tensors
+from rankfold.io.adapters import CONFIG, PICKLED, WEIGHTS, find_adapter, read_tensors
 from rankfold.io.files import to_json, whole_folder
 from rankfold.text import examples
 
@@ -22,7 +22,7 @@ def fix(path: str | Path, out: str | Path) -> list[str]:
     """Writes a mended copy; the adapter itself is never changed.
 
     Mends keys (names of wrappers, an adapter's name, a doubled or missing prefix), a whole-numbered float `lora_alpha` and
-    nulls where PEFT wants an object, and dtypes that no engine reads or that are mixed.
+    nulls where PEFT wants an object, dtypes that no engine reads or that are mixed, and pickles of tensors alone.
 
     Args:
         path: folder of one of PEFT's adapters, or of the run that made it.
@@ -49,7 +49,7 @@ def fix(path: str | Path, out: str | Path) -> list[str]:
         raise RankfoldError(f"{folder}: there is nothing that can be mended without knowing more")
     with whole_folder(out) as temporary:
         for file in folder.iterdir():
-            if file.is_file() and file.name not in (CONFIG, WEIGHTS):
+            if file.is_file() and file.name not in (CONFIG, WEIGHTS, PICKLED):
                 shutil.copy(file, temporary)
         (temporary / CONFIG).write_text(to_json(config), encoding="utf-8")
         save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
@@ -58,6 +58,8 @@ def fix(path: str | Path, out: str | Path) -> list[str]:
 
 def _tensors(folder: Path, kind: str) -> tuple[dict[str, Tensor], list[str]]:
     found, done = read_tensors(folder), []
+    if not (folder / WEIGHTS).is_file():
+        done.append(f"{PICKLED}, which held tensors alone, written as {WEIGHTS}")
     names = {key: key for key in found} if kind.startswith("RANKFOLD_") else mended(found)
     if len(set(names.values())) < len(names):
         raise RankfoldError(f"{folder} cannot be fixed: several of its keys would become the same")

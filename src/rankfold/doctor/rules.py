@@ -167,7 +167,7 @@ def wrapper_keys(status: Status, what: str) -> Rule:
 
 
 def adapter_names(case: Case) -> Iterator[Finding]:
-    """`lora_A.default.weight`, which PEFT alone reads."""
+    """`lora_A.default.weight`, which PEFT and SGLang read."""
     if case.named:
         what = f"keys must end in lora_A.weight or lora_B.weight: {examples(case.named)}"
         yield Finding(Status.REFUSED, what, case.named[0], f"rankfold doctor {case.file.path} --fix OUT")

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
+from typing import Unpack
 
 import torch
-from peft import PeftConfig, PeftModel
+from peft import PeftModel
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -20,32 +21,32 @@ from rankfold.errors import RankfoldError
 from rankfold.fold import native, peft_adapters
 from rankfold.fold.calibration import read_texts, second_moments, tokenise
 from rankfold.fold.compression import CompressionLimit, compress
-from rankfold.fold.config_keys import check_keys
+from rankfold.fold.in_memory import FoldedStateDict, fold_state_dict
+from rankfold.fold.lora_tensors import check_kinds
+from rankfold.fold.options import DTYPES, PROFILES, CheckedOptions, FoldOptions
 from rankfold.fold.probe import probe as run_probe
 from rankfold.fold.probe import trained_model
-from rankfold.fold.profiles import compact, gguf, merged, mlx, uniform
-from rankfold.fold.profiles.profile import Folded, Profile
+from rankfold.fold.profiles.profile import Folded
 from rankfold.fold.proof import FoldReport, LayerProof, prove, prove_sum
 from rankfold.fold.source import Source, Update
 from rankfold.host.config import LowRankConfig
-from rankfold.io.adapters import WEIGHTS, find_adapter, read_config
 from rankfold.io.files import sha256, whole_folder
-from rankfold.io.weights import read_headers
+from rankfold.io.formats import Adapter, read_adapter
 from rankfold.kernel.factors import Factors
 
-__all__ = ["PROFILES", "FoldReport", "fold_adapter", "fold_model", "fold_source", "read_source"]
+__all__ = [
+    "PROFILES",
+    "FoldOptions",
+    "FoldReport",
+    "FoldedStateDict",
+    "fold_adapter",
+    "fold_model",
+    "fold_source",
+    "fold_state_dict",
+    "read_source",
+]
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-PROFILES: dict[str, Profile] = {
-    "uniform": uniform.PROFILE,
-    "compact": compact.PROFILE,
-    "gguf": gguf.PROFILE,
-    "mlx": mlx.PROFILE,
-    "merged": merged.PROFILE,
-}
 REPORT, CARD = "fold_report.json", "README.md"
-#: The largest relative error on disk that `strict` lets pass: rounding to bfloat16 is about 0.003.
-STRICT = 1e-2
 
 
 def fold_adapter(
@@ -53,34 +54,21 @@ def fold_adapter(
     out: str | Path,
     *,
     base: str | None = None,
-    profile: str = "uniform",
-    dtype: str | None = None,
-    pad: str = "serve",
-    rank: int | None = None,
-    error: float | None = None,
     calibration: str | Path | None = None,
-    strict: float | None = None,
     probe: bool = True,
-    force: bool = False,
-    progress: bool = False,
+    **options: Unpack[FoldOptions],
 ) -> FoldReport:
-    """Folds an adapter folder, of rankfold's methods or of PEFT's, into a plain LoRA.
+    """Folds an adapter of rankfold's methods or of PEFT's into a plain LoRA.
 
     Args:
-        adapter: what `save_pretrained` wrote, or the folder of a run of `rankfold train`.
+        adapter: what `save_pretrained` wrote, or the folder of a run of `rankfold train`; or a LoRA of mlx-lm, diffusers, kohya
+            or llama.cpp, its folder or file.
         out: the folder to make; it appears whole or not at all.
         base: the base model, if not the one the adapter names. Its config is needed; its weights only for the probe.
-        profile: one of `PROFILES`: the format, see docs/folding.md.
-        dtype: "float32", "bfloat16" or "float16"; by default the base's.
-        pad: of profile uniform: "serve" pads the rank up to one that engines name in their flags, "none" does not.
-        rank: compress every module to at most this rank; the best approximation, and its error is stated.
-        error: compress every module to the smallest rank whose relative error (Frobenius) is within this.
         calibration: texts (a .jsonl with "text", or plain paragraphs) to run through the base with the adapter, so that
             compression keeps the outputs rather than the weights; `error` is then that of the outputs.
-        strict: fail where a module's relative error on disk exceeds this, all in all; `STRICT` is a good value.
         probe: compare logits with stock PEFT, where the base's weights can be loaded.
-        force: replace an earlier fold in `out`.
-        progress: show a bar on a terminal, beyond a second.
+        options: as `CheckedOptions` says: profile, dtype, pad, rank, error, strict, force, progress.
 
     Raises:
         FileExistsError: `out` exists and `force` is not given, or it holds a file that was not written by a fold.
@@ -88,18 +76,19 @@ def fold_adapter(
         ValueError: the adapter is damaged, foreign, or has no fold, or lies in `out`, or `strict` is exceeded;
             nothing is written.
     """
-    adapter, out = find_adapter(Path(adapter)), Path(out)
-    config = read_config(adapter)
-    _check_out(out, adapter, base or config.base_model_name_or_path)
-    with whole_folder(out, force) as folder:
-        limit, texts = CompressionLimit(rank, error), None if calibration is None else read_texts(calibration)
-        source = read_source(adapter, base)
+    asked = CheckedOptions(**options)
+    read, out = read_adapter(adapter, base), Path(out)
+    _check_out(out, read.path, base or read.config.base_model_name_or_path)
+    with whole_folder(out, asked.force) as folder:
+        limit, texts = _limit(asked), None if calibration is None else read_texts(calibration)
+        source = source_of(read, base)
+        known = replace(read, config=source.config)  # with the class of the base, where the folder does not say it
         if texts is not None:
             name = base or source.config.base_model_name_or_path
-            limit = _weighed(limit, trained_model(adapter, source.config, base), source, texts, name)
-        report = _write(source, folder, out, str(adapter), base, _Options(profile, dtype, pad, limit, strict, progress))
+            limit = _weighed(limit, trained_model(known, base), source, texts, name)
+        report = _write(source, folder, out, str(read.path), base, asked, limit)
         if probe:
-            report.probe = run_probe(adapter, folder, source.config, base, PROFILES[profile])
+            report.probe = run_probe(known, folder, base, PROFILES[asked.profile])
         _write_report(report, folder)
     return report
 
@@ -109,40 +98,37 @@ def fold_model(
     out: str | Path,
     *,
     adapter_name: str = "default",
-    profile: str = "uniform",
-    dtype: str | None = None,
-    pad: str = "serve",
-    rank: int | None = None,
-    error: float | None = None,
     calibration: str | Path | None = None,
-    strict: float | None = None,
-    force: bool = False,
-    progress: bool = False,
+    **options: Unpack[FoldOptions],
 ) -> FoldReport:
     """Folds an adapter of a live model; arguments, result and errors as `fold_adapter`. The model is not changed.
 
     `calibration` runs through the model as it is: with this adapter active, please.
     """
-    out = Path(out)
+    asked, out = CheckedOptions(**options), Path(out)
     origin = f"adapter {adapter_name!r} of a live model"
-    with whole_folder(out, force) as folder:
-        limit, texts = CompressionLimit(rank, error), None if calibration is None else read_texts(calibration)
+    with whole_folder(out, asked.force) as folder:
+        limit, texts = _limit(asked), None if calibration is None else read_texts(calibration)
         foreign = not isinstance(getattr(model, "peft_config", {}).get(adapter_name), LowRankConfig | None)
         source = (peft_adapters if foreign else native).from_model(model, adapter_name)
         _check_out(out, None, source.config.base_model_name_or_path)
         if texts is not None:
             limit = _weighed(limit, model, source, texts, source.config.base_model_name_or_path)
-        report = _write(source, folder, out, origin, None, _Options(profile, dtype, pad, limit, strict, progress))
+        report = _write(source, folder, out, origin, None, asked, limit)
         _write_report(report, folder)
     return report
 
 
 def read_source(adapter: str | Path, base: str | None = None) -> Source:
     """What `fold_adapter` reads an adapter folder as; arguments and errors as there."""
-    folder = find_adapter(Path(adapter))
-    config = read_config(folder)
-    source = _source(folder, config, base)
-    source.notes.extend(_widened(folder) + check_keys(folder, config))
+    return source_of(read_adapter(adapter, base), base)
+
+
+def source_of(adapter: Adapter, base: str | None = None) -> Source:
+    """An adapter as the source of a fold; `base` and errors as in `fold_adapter`."""
+    read = native.from_files if isinstance(adapter.config, LowRankConfig) else peft_adapters.from_files
+    source = read(adapter, None if adapter.translated else base)  # a translated one names its base already
+    source.notes.extend(adapter.notes)
     return source
 
 
@@ -153,14 +139,7 @@ def fold_source(
     origin: str,
     inputs: Sequence[str | Path] = (),
     base: str | None = None,
-    profile: str = "uniform",
-    dtype: str | None = None,
-    pad: str = "serve",
-    rank: int | None = None,
-    error: float | None = None,
-    strict: float | None = None,
-    force: bool = False,
-    progress: bool = False,
+    **options: Unpack[FoldOptions],
 ) -> FoldReport:
     """Folds whatever offers updates by module; the other arguments, result and errors as `fold_adapter`.
 
@@ -168,12 +147,11 @@ def fold_source(
         origin: where it comes from, for the report.
         inputs: the folders that it was made from, which `force` must not delete.
     """
-    out = Path(out)
+    asked, out = CheckedOptions(**options), Path(out)
     for one in inputs:
         _check_out(out, Path(one), base or source.config.base_model_name_or_path)
-    with whole_folder(out, force) as folder:
-        options = _Options(profile, dtype, pad, CompressionLimit(rank, error), strict, progress)
-        report = _write(source, folder, out, origin, base, options)
+    with whole_folder(out, asked.force) as folder:
+        report = _write(source, folder, out, origin, base, asked, _limit(asked))
         _write_report(report, folder)
     return report
 
@@ -206,17 +184,6 @@ def _check_out(out: Path, adapter: Path | None, base: str | None) -> None:
         )
 
 
-def _widened(adapter: Path) -> list[str]:
-    narrow = sorted({h.dtype for h in read_headers(adapter / WEIGHTS).values() if h.dtype.startswith("F8")})
-    return [f"the adapter is stored in {', '.join(narrow)}; the error is that of the fold alone"] if narrow else []
-
-
-def _source(adapter: Path, config: PeftConfig, base: str | None) -> Source:
-    if isinstance(config, LowRankConfig):
-        return native.from_folder(adapter, config, base)
-    return peft_adapters.from_folder(adapter, config, base)
-
-
 def _weighed(
     limit: CompressionLimit, model: nn.Module, source: Source, texts: list[str], base: str | None
 ) -> CompressionLimit:
@@ -227,38 +194,35 @@ def _weighed(
     return replace(limit, moments=second_moments(inner, source.adapted, batches))
 
 
-@dataclass(frozen=True)
-class _Options:
-    """What the user asked of a fold, checked."""
-
-    profile: str
-    dtype: str | None
-    pad: str
-    limit: CompressionLimit
-    strict: float | None
-    progress: bool
-
-    def __post_init__(self) -> None:
-        if self.profile not in PROFILES:
-            raise RankfoldError(f"profile={self.profile!r} must be one of {', '.join(PROFILES)}")
-        if self.pad != "serve" and self.profile != "uniform":
-            raise RankfoldError(f"pad={self.pad!r} is of profile uniform; profile={self.profile!r} pads nothing")
-        if self.dtype is not None and self.dtype not in DTYPES:
-            raise RankfoldError(f"dtype={self.dtype!r} must be one of {', '.join(DTYPES)}")
-        if self.strict is not None and not self.strict > 0:
-            raise RankfoldError(f"strict={self.strict} must be a positive relative error, for instance {STRICT}")
+def _limit(options: CheckedOptions) -> CompressionLimit:
+    return CompressionLimit(options.rank, options.error)
 
 
-def _write(source: Source, folder: Path, out: Path, origin: str, base: str | None, options: _Options) -> FoldReport:
-    chosen, limit, strict = PROFILES[options.profile], options.limit, options.strict
+def _write(
+    source: Source,
+    folder: Path,
+    out: Path,
+    origin: str,
+    base: str | None,
+    options: CheckedOptions,
+    limit: CompressionLimit,
+) -> FoldReport:
+    chosen, strict = PROFILES[options.profile], options.strict
     to = source.dtype if options.dtype is None else DTYPES[options.dtype]
     if to not in DTYPES.values():
-        to = torch.float32  # a quantised base: its integers are no dtype for factors
+        to = torch.float32  # a quantised base: factors are not stored as its integers
 
     if source.output_head and options.profile in ("gguf", "mlx"):
         raise RankfoldError(
             f"target_modules: {source.output_head} is the output head, whose LoRA profile {options.profile} does not write; "
             "fold with profile uniform or compact, which PEFT, vLLM and SGLang load, or merged"
+        )
+    check_kinds(source, options.profile)
+    if source.vocabulary and options.profile != "merged":
+        key, rows = next((name, len(tensor)) for name, tensor in source.vocabulary.items())
+        raise RankfoldError(
+            f"the adapter has {key} with {rows} rows, which PEFT saves where the vocabulary was resized, and no LoRA holds a "
+            "whole embedding; fold with --profile merged"
         )
     adapted = set(source.adapted)
     rounded: dict[str, Factors] = {}
@@ -270,7 +234,7 @@ def _write(source: Source, folder: Path, out: Path, origin: str, base: str | Non
         else:
             zero = Factors(torch.zeros(0, site.in_features), torch.zeros(site.out_features, 0))
             rounded[site.name] = chosen.rounded(zero, to)
-    for name, head in source.heads.items():
+    for name, head in source.whole.items():
         if not torch.isfinite(head.detach().to("cpu", to)).all():
             raise RankfoldError(
                 f"{name} is not finite in {to}; give --dtype float32, or an adapter that has not diverged"
@@ -318,7 +282,7 @@ def _fold(
         raise RankfoldError(f"{name}: its update is not finite; that training diverged, use an earlier checkpoint")
     if isinstance(trained, Tensor) and not limit:
         raise RankfoldError(
-            f"{source.method}: its update is no product of small matrices, so a LoRA can only come near it; say how near "
+            f"{source.method}: its update is not a product of small matrices, so a LoRA can only come near it; say how near "
             "with --error 0.01, or how large with --rank N"
         )
     exact = Factors(trained[:0], trained[:, :0]) if isinstance(trained, Tensor) else lowered(trained)

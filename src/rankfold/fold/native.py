@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from copy import copy
 from dataclasses import replace
-from pathlib import Path
+from typing import Any
 
 import torch
 from peft import (
@@ -26,13 +27,19 @@ from rankfold.fold.source import (
     of_adapted_types,
     output_head,
     siblings,
+    vocabulary_of,
 )
 from rankfold.host import registry
 from rankfold.host.adapter import not_fixed
 from rankfold.host.config import LowRankConfig
 from rankfold.host.layer import AdaptedLayer
+from rankfold.host.parameter_layer import AdaptedParameters
+from rankfold.host.peft_api import names_of_experts
 from rankfold.host.tuner import LAYERS, SHARED, site_of
-from rankfold.io.adapters import labels_of, read_labels, read_tensors
+from rankfold.io.adapter_names import without_copies
+from rankfold.io.adapters import labels_of, read_labels
+from rankfold.io.formats import Adapter
+from rankfold.io.weight_names import to_model
 from rankfold.kernel.factors import Factors
 
 
@@ -48,68 +55,108 @@ def from_model(model: nn.Module, adapter_name: str = "default", heads: dict[str,
     if config is None:
         raise RankfoldError(f"adapter_name={adapter_name!r}: the model has {sorted(getattr(model, 'peft_config', {}))}")
     config = check_foldable(config)
-    layers, sites, modules = {}, [], []
+    layers, sites, modules, adapters = {}, [], [], {}
     for name, module in base.named_modules():
         if f".{LAYERS}." in f".{name}." or name.startswith(SHARED) or name.endswith(".base_layer"):
             continue
         modules.append(name)
         if isinstance(module, AdaptedLayer) and adapter_name in module.lowrank_adapters:
             layers[name] = module
-        if isinstance(module, (AdaptedLayer, nn.Linear, Conv1D)):
+            own = {a.site.name: a for a in module.adapters([adapter_name])}
+            adapters |= own if isinstance(module, AdaptedParameters) else {name: next(iter(own.values()))}
+        if isinstance(module, AdaptedParameters):
+            sites += [adapter.site for adapter in module.adapters([adapter_name])]
+        elif isinstance(module, (AdaptedLayer, nn.Linear, Conv1D)):
             sites.append(site_of(name, module))
 
     def update(name: str) -> Factors:
-        trained = layers[name].adapters([adapter_name])[0].factors().detach()
+        trained = adapters[name].factors().detach()
         return trained.to(folding_device(trained.down), torch.float64)
 
     schedule = config.schedule or {}
     unfinished = schedule and not schedule.get("finished")
-    first = next(iter(layers.values())).get_base_layer()
+    first = next(next(iter(layers.values())).get_base_layer().parameters())
     return Source(
         method=config.method,
         config=config,
         update=update,
-        adapted=list(layers),
-        sites=of_adapted_types(sites, list(layers)),
-        siblings=siblings(sites, list(layers)),
+        blocks=lambda name: adapters[name].blocks(),
+        adapted=list(adapters),
+        sites=of_adapted_types(sites, list(adapters)),
+        siblings=siblings(sites, list(adapters)),
         modules=modules,
         heads=_heads(model, adapter_name) if heads is None else heads,
-        dtype=getattr(base, "dtype", first.weight.dtype),
-        transposed=any(layer.transposed for layer in layers.values()),
+        dtype=getattr(base, "dtype", first.dtype),
+        transposed=any(getattr(layer, "transposed", False) for layer in layers.values()),
         output_head=output_head(base, layers),
         labels=labels_of(base),
+        parameters=[name.replace(".base_layer.", ".") for name, _ in base.named_parameters()]
+        if config.target_parameters
+        else [],
+        experts=_experts(base, [name for name, layer in layers.items() if isinstance(layer, AdaptedParameters)]),
+        unlike_peft=[name for name, layer in layers.items() if _unlike_peft(layer.get_base_layer())],
         notes=[f"the schedule had not finished: step {schedule['step']} of {schedule['total_steps']}"]
         if unfinished
         else [],
     )
 
 
-def from_folder(folder: Path, config: PeftConfig, base: str | None = None) -> Source:
+def _experts(base: nn.Module, modules: list[str]) -> dict[str, list[str]]:
+    """See `Source.experts`. The block around the experts may have had another name as well (Mixtral's)."""
+    once: dict[str, list[str]] = {}
+    for name, parameter in names_of_experts(base).items():
+        once.setdefault(parameter, []).append(name)
+    to_new, found = to_model(base, prefix=False), {}
+    for module in modules:
+        block, _, own = module.rpartition(".")
+        for place in (module, f"{block.rpartition('.')[0]}.block_sparse_moe.{own}"):
+            for parameter, names in once.items():
+                if to_new(f"{place}.0.{names[0]}.weight") == (f"{module}.{parameter}", True):
+                    found[f"{module}.{parameter}"] = [f"{place}.{{}}.{name}" for name in names]
+    return found
+
+
+def _unlike_peft(base: Any) -> bool:
+    """Whether it is a convolution whose LoRA in PEFT (layer.py, _ConvNd) differs: it leaves dilation and padding_mode out, and reads
+    all channels for each group."""
+    return isinstance(base, nn.Conv1d | nn.Conv2d | nn.Conv3d) and (
+        base.groups > 1 or any(d != 1 for d in base.dilation) or base.padding_mode != "zeros"
+    )
+
+
+def from_files(adapter: Adapter, base: str | None = None) -> Source:
     """Reads an adapter folder; arguments and errors as `weightless`."""
-    model = weightless(folder, config, base)
-    # PEFT saves the base's own weight with an adapted output head; it is no trained one
-    heads = {k: v for k, v in read_tensors(folder).items() if not _is_ours(k) and ".base_layer." not in k}
+    model = weightless(adapter, base)
+    heads = {k: v for k, v in without_copies(adapter.tensors).items() if not _is_ours(k)}
     # of the skeleton, the config knows the dtype of the weights it was saved with; its tensors do not
     dtype = getattr(model.get_base_model().config, "dtype", None) or torch.float32
-    source = from_model(model, heads=heads)
-    return replace(source, config=config, dtype=dtype, folder=folder, labels=read_labels(folder))
+    whole = vocabulary_of(model.get_base_model(), heads, check_foldable(adapter.config).modules_to_save or [])
+    source = from_model(model, heads={key: tensor for key, tensor in heads.items() if key not in whole})
+    return replace(
+        source,
+        config=adapter.config,
+        dtype=dtype,
+        vocabulary=whole,
+        folder=adapter.folder,
+        labels=read_labels(adapter.folder),
+    )
 
 
-def weightless(folder: Path, config: PeftConfig, base: str | None = None) -> PeftModel:
+def weightless(adapter: Adapter, base: str | None = None) -> PeftModel:
     """An adapter folder on its base, whose weights are on the meta device: only its config.json is needed.
 
     Args:
-        folder: what `save_pretrained` wrote.
-        config: its config.
+        adapter: what `save_pretrained` wrote.
         base: folder or hub id of the base model, if not the one in the config.
 
     Raises:
         ValueError: tensors that are truncated, foreign or not finite; a base that cannot be read; as `from_model`.
     """
-    config = check_foldable(config)
-    ours = {k: v for k, v in read_tensors(folder).items() if _is_ours(k)}
+    folder, config = adapter.folder, check_foldable(adapter.config)
+    ours = {k: v for k, v in adapter.tensors.items() if _is_ours(k)}
     bare: LowRankConfig = copy(config)
     # The head is copied as it is; leaving it out here makes the number of labels irrelevant
+    bare.exclude_modules = _never_adapted(config)
     bare.modules_to_save, bare.task_type, bare.inference_mode = None, None, True
     bare.base_model_name_or_path = None  # PEFT warns when a base moves
     skeleton = base_skeleton(config, base)
@@ -120,6 +167,15 @@ def weightless(folder: Path, config: PeftConfig, base: str | None = None) -> Pef
     renamed = tuner._remap_adapter_state_dict_for_load(model, bare, "default", ours)
     model.load_state_dict(renamed, strict=False, assign=True)
     return model  # pyright: ignore[reportReturnType]
+
+
+def _never_adapted(config: LowRankConfig) -> str | None:
+    """`exclude_modules` as one pattern that also says what PEFT leaves out because it is trained in full: a head can be one of the
+    targets too (all-linear)."""
+    given = config.exclude_modules or []
+    ends = [] if isinstance(given, str) else [rf"(.*\.)?{re.escape(name)}" for name in given]
+    heads = [rf"(.*\.)?{name}(\..*)?" for name in config.modules_to_save or []]
+    return "|".join([*([given] if isinstance(given, str) else ends), *heads]) or None
 
 
 def _is_ours(key: str) -> bool:
@@ -135,6 +191,11 @@ def check_foldable(config: PeftConfig) -> LowRankConfig:
     method = registry.get(config.method)
     if not method.foldable:
         raise RankfoldError(not_fixed(method.title))
+    if config.trainable_token_indices:
+        raise RankfoldError(
+            f"trainable_token_indices={config.trainable_token_indices}: it trains rows of the embedding, which no LoRA holds; "
+            "save what merge_and_unload() gives"
+        )
     if method.controller is not None and not config.schedule and not config.allow_unscheduled:
         raise RankfoldError(
             f"this {config.method} adapter was saved without its schedule having run, so its ranks were never chosen; "

@@ -32,11 +32,13 @@ from rankfold.fold.source import (
     of_adapted_types,
     output_head,
     siblings,
+    vocabulary_of,
 )
 from rankfold.host.adapter import Site
 from rankfold.host.peft_api import BaseTunerLayer, in_out_features
-from rankfold.io.adapter_names import PREFIX, is_saved, mended, wrapped
-from rankfold.io.adapters import labels_of, read_labels, read_tensors
+from rankfold.io.adapter_names import PREFIX, is_saved, mended, without_copies, wrapped
+from rankfold.io.adapters import labels_of, read_labels
+from rankfold.io.formats import Adapter
 from rankfold.io.weight_names import to_model
 from rankfold.io.weights import weight_reader
 
@@ -45,7 +47,7 @@ _CONVERT = "fold what save_pretrained(path_initial_model_for_weight_conversion=â
 #: Fields of any config that make it more than an update of linear weights, and what to do.
 FIELDS = {
     "lora_bias": f"it trains a bias, which engines do not load; {_MERGE} or train with lora_bias=False",
-    "target_parameters": f"it adapts parameters that are no linear modules; {_MERGE}",
+    "target_parameters": f"it adapts parameters that are not linear modules; {_MERGE}",
     "layer_replication": f"it makes new layers, which engines do not load; {_MERGE}",
     "trainable_token_indices": f"it trains embeddings; {_MERGE} or train without",
     "alora_invocation_tokens": "activated LoRA depends on where in the text it is; serve it with an engine that has aLoRA",
@@ -135,14 +137,15 @@ def from_model(model: nn.Module, adapter_name: str = "default") -> Source:
     return _source(base, config, adapter_name, layers, read, heads)
 
 
-def from_folder(folder: Path, config: PeftConfig, base: str | None = None) -> Source:
-    """Reads an adapter folder on its base, of which config.json is needed, and single weights by some types.
+def from_files(adapter: Adapter, base: str | None = None) -> Source:
+    """Reads an adapter on its base, of which config.json is needed, and single weights by some types.
 
     Raises:
         ValueError: tensors that are truncated, foreign, missing, not finite, of another base; a type that has no fold.
     """
+    folder, config = adapter.folder, adapter.config
     check_foldable(config)
-    tensors, notes = _tensors(folder)
+    tensors, notes = _tensors(adapter)
     plain = is_plain(config)
     modules = modules_of(tensors)
     try:
@@ -178,13 +181,14 @@ def from_folder(folder: Path, config: PeftConfig, base: str | None = None) -> So
         layers = _layers(skeleton, "default")
         heads = _load(model, config, tensors, folder)
     stored = weight_reader(named, config.revision, skeleton)
-    source = _source(skeleton, config, "default", layers, stored, heads)
-    return _noted(replace(source, dtype=dtype, folder=folder, labels=read_labels(folder)), notes)
+    whole = vocabulary_of(skeleton, heads, _kept(config))
+    source = _source(skeleton, config, "default", layers, stored, {k: v for k, v in heads.items() if k not in whole})
+    return _noted(replace(source, dtype=dtype, folder=folder, vocabulary=whole, labels=read_labels(folder)), notes)
 
 
-def _tensors(folder: Path) -> tuple[dict[str, Tensor], list[str]]:
+def _tensors(adapter: Adapter) -> tuple[dict[str, Tensor], list[str]]:
     """An adapter's tensors by the keys that PEFT writes, and what its user should know of theirs."""
-    found = read_tensors(folder)
+    folder, found = adapter.folder, adapter.tensors
     broken = [key for key, tensor in found.items() if not torch.isfinite(tensor).all()]
     if broken:
         raise RankfoldError(
@@ -200,8 +204,7 @@ def _tensors(folder: Path) -> tuple[dict[str, Tensor], list[str]]:
         if odd
         else []
     )
-    # PEFT saves the base's own weight with an adapted output head; it is no trained one
-    return {names[key]: tensor for key, tensor in found.items() if ".base_layer." not in key}, notes
+    return without_copies({names[key]: tensor for key, tensor in found.items()}), notes
 
 
 def _has_all(model: nn.Module, modules: list[str]) -> bool:
@@ -258,16 +261,8 @@ def _load(model: nn.Module, config: PeftConfig, tensors: dict[str, Tensor], fold
             f"{missing[0]}; it is damaged, or of another base model (--base)"
         )
     heads = {key: tensor for key, tensor in tensors.items() if key not in expected}
-    foreign = [key for key in heads if not is_saved(key, _kept(config))]
-    own = model.state_dict()
-    for key in foreign:
-        if key in own and own[key].shape[:1] != tensors[key].shape[:1]:
-            rows, before = tensors[key].shape[0], own[key].shape[0]
-            raise RankfoldError(
-                f"{folder}: {key} has {rows} rows and the base's {before}: the vocabulary was resized for training, and no LoRA "
-                f"holds a whole embedding; resize the base (resize_token_embeddings({rows})), load the adapter with PEFT and "
-                "call merge_and_unload()"
-            )
+    whole = vocabulary_of(model.get_base_model(), heads, _kept(config))  # pyright: ignore[reportCallIssue]
+    foreign = [key for key in heads if key not in whole and not is_saved(key, _kept(config))]
     if foreign:
         raise RankfoldError(
             f"{folder} holds {len(foreign)} tensors that do not belong to its config on this base, such as {foreign[0]}; "

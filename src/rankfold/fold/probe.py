@@ -11,43 +11,45 @@ from torch import Tensor, nn
 from rankfold.fold.profiles.profile import Profile
 from rankfold.fold.proof import logit_error
 from rankfold.fold.source import base_class, base_model
-from rankfold.io.adapters import read_tensors
+from rankfold.io.formats import Adapter
 from rankfold.io.models import load_base, quiet
+from rankfold.tasks import table
+from rankfold.tasks.task import Task
 from rankfold.text import first_line
 
 
-def probe(adapter: Path, folded: Path, config: PeftConfig, base: str | None, profile: Profile) -> dict[str, object]:
-    """Runs both on one batch of token ids (fixed seed, float32).
+def probe(adapter: Adapter, folded: Path, base: str | None, profile: Profile) -> dict[str, object]:
+    """Runs both on the task's example (fixed seed, float32).
 
     Returns:
         The largest logit error, or {"skipped": why} where the task has no logits, the format is not for Python or anything
         fails: the fold itself is made, and a probe must not cost it.
     """
+    config = adapter.config
     if profile.loads_as == "nothing":
         return {"skipped": f"{profile.noun} is not for Python; docs/serving.md says what was compared"}
-    if not getattr(base_class(config, base), "__name__", "").endswith(
-        ("ForCausalLM", "ForSequenceClassification", "LMHeadModel")
-    ):
-        return {"skipped": f"task_type={config.task_type} has no probe; CAUSAL_LM and SEQ_CLS have"}
+    task = table.of_adapter(None, base_class(config, base).__name__)
+    if task is None:
+        known = ", ".join(dict.fromkeys(str(t.peft_type) for t in table.TASKS.values() if t.peft_type))
+        return {"skipped": f"task_type={config.task_type} has no probe; {known} and models of images have"}
     name = base or config.base_model_name_or_path
     if not name:
         return {"skipped": "the base model is not known"}
     try:
-        return _compare(adapter, folded, config, name, profile)
+        return _compare(adapter, folded, name, profile, task)
     except Exception as error:  # whatever a base, or a package that it needs, does: the fold and its proof are made
         return {"skipped": f"it failed on base {name!r}: {first_line(error)}"}
 
 
-def _compare(adapter: Path, folded: Path, config: PeftConfig, base: str, profile: Profile) -> dict[str, object]:
-    model = trained_model(adapter, config, base)
-    words = model.config.get_text_config().vocab_size
-    batch = torch.randint(min(5, words - 1), words, (2, 16), generator=torch.Generator().manual_seed(0))
+def _compare(adapter: Adapter, folded: Path, base: str, profile: Profile, task: Task) -> dict[str, object]:
+    config, model = adapter.config, trained_model(adapter, base)
+    batch = task.example(model.config)
     trained = _logits(model, batch)
     del model
     if profile.loads_as == "model":
         found, loader = load_base(base_class(config, base), folded, torch.float32), "transformers"
     else:
-        found, loader = _load(folded, config, base, read_tensors(adapter)), "stock PEFT"
+        found, loader = _load(folded, config, base, adapter.tensors), "stock PEFT"
     again = _logits(found, batch)
     for what, logits in (("trained adapter", trained), ("fold", again)):
         if not torch.isfinite(logits).all():
@@ -55,13 +57,15 @@ def _compare(adapter: Path, folded: Path, config: PeftConfig, base: str, profile
     return {"base": base, "loaded_by": loader, **logit_error(trained, again)}
 
 
-def trained_model(adapter: Path, config: PeftConfig, base: str | None) -> PeftModel:
+def trained_model(adapter: Adapter, base: str | None) -> PeftModel:
     """The adapter on its base in float32, as PEFT loads it.
 
     Raises:
         OSError, ValueError: the base's weights cannot be had.
     """
-    return _load(adapter, config, base or config.base_model_name_or_path, read_tensors(adapter))
+    config = adapter.config
+    with adapter.for_peft() as folder:
+        return _load(folder, config, base or config.base_model_name_or_path, adapter.tensors)
 
 
 def _load(adapter: Path, config: PeftConfig, base: str | None, tensors: dict[str, Tensor]) -> PeftModel:
@@ -70,6 +74,6 @@ def _load(adapter: Path, config: PeftConfig, base: str | None, tensors: dict[str
         return PeftModel.from_pretrained(model, str(adapter))  # pyright: ignore[reportArgumentType]
 
 
-def _logits(model: nn.Module, batch: Tensor) -> Tensor:
+def _logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     with torch.no_grad():
-        return model.eval()(input_ids=batch, attention_mask=torch.ones_like(batch)).logits
+        return model.eval()(**batch).logits

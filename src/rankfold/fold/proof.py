@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 
@@ -13,6 +14,9 @@ from rankfold.fold.source import Update
 from rankfold.io.files import to_json
 from rankfold.kernel.factors import Factors
 from rankfold.text import size
+
+#: From this share of the whole update (‖·‖_F) on, the summary says in words what compression cut off.
+SEEN = 0.05
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,18 @@ class FoldReport:
         cut = f"{self.worst_of('truncation'):.1e} cut off by compression{weighed}, "
         return cut + f"{self.worst_of('rounding'):.1e} by rounding to {self.dtype}, "
 
+    def _cut(self) -> list[str]:
+        """In words, where compression cut off what may be seen in the outputs."""
+        whole = math.hypot(*(p.norm for p in self.layers)) or 1.0
+        share = math.hypot(*(p.truncation * p.norm for p in self.layers)) / whole
+        if share < SEEN:
+            return []
+        worst = max(self.layers, key=lambda p: p.truncation)
+        return [
+            f"compression cut off {share:.0%} of the update ({worst.truncation:.0%} of {worst.module}): what is served is that far "
+            "from what was trained; a larger --rank or a smaller --error cuts off less"
+        ]
+
     def summary(self) -> str:
         """What a person wants to know, in a few lines."""
         worst = self.worst
@@ -91,6 +107,7 @@ class FoldReport:
             f"{len(self.layers)} modules, {self.parameters:,} numbers in {self.dtype}, {size(self.bytes)}",
             f"error against the trained update: {self._before_rounding()}"
             f"{worst.frobenius:.1e} on disk (relative Frobenius, worst layer {worst.module})",
+            *self._cut(),
         ]
         if "max_logit_error" in self.probe:
             lines.append(

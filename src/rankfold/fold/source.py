@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,8 +16,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 import rankfold.methods  # noqa: F401  (registers the methods with PEFT)
 from rankfold.errors import RankfoldError
 from rankfold.host.adapter import Site, module_type
-from rankfold.io.adapter_names import is_saved
-from rankfold.io.models import ModelError, load_base, model_config, named_class, skeleton
+from rankfold.io.adapter_names import PREFIX, is_saved
+from rankfold.io.models import ModelError, load_base, model_config, named_class, quiet, skeleton
 from rankfold.kernel.factors import Factors
 from rankfold.tasks import table
 
@@ -33,17 +33,24 @@ class Source:
         method: what it is, for people: our name of it, or PEFT's as in "peft:dora".
         config: its config, of which a fold keeps base, revision, task type and modules_to_save.
         update: the trained update of a module by name, with gate and scale; in any order.
+        blocks: the same as it lies on a live model, in its dtype and on its device; None where nothing is live.
         adapted: names of the modules that have the adapter, as the base model knows them.
         sites: every linear module of a type that has the adapter, adapted or not, in the model's order.
         siblings: more sites, without an adapter, that SGLang wants beside those.
         modules: every module name of the base model.
+        parameters: every parameter name of the base model, where parameters are adapted.
+        experts: by adapted module's fused parameter the names of the modules that it once was, `{}` for the expert's index, where they are
+            known.
         heads: tensors of modules_to_save, by their name in the checkpoint.
+        vocabulary: whole embeddings and output heads that PEFT saved beside the adapter, as it does where the vocabulary was
+            resized; only a merged model holds them.
         dtype: the base's.
         transposed: the base's weights are in × out (Conv1D).
         output_head: the adapted module that makes the logits, if there is one; no engine loads its LoRA.
         folder: the adapter's folder, if it comes from one.
         labels: the classes of a classifier in order of their index, where they are known.
         notes: what the user of the fold should know.
+        unlike_peft: the adapted convolutions of which PEFT's LoRA computes something else.
         left_out: what was trained too and no LoRA holds: the kind of tensor → its share of the whole change, of ‖·‖²_F.
     """
 
@@ -57,11 +64,21 @@ class Source:
     dtype: torch.dtype
     transposed: bool
     output_head: str | None = None
+    vocabulary: dict[str, Tensor] = field(default_factory=dict)
     siblings: list[Site] = field(default_factory=list)
     folder: Path | None = None
     labels: list[str] = field(default_factory=list)
+    blocks: Callable[[str], Sequence[Factors]] | None = None
     notes: list[str] = field(default_factory=list)
+    unlike_peft: list[str] = field(default_factory=list)
+    parameters: list[str] = field(default_factory=list)
+    experts: dict[str, list[str]] = field(default_factory=dict)
     left_out: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def whole(self) -> dict[str, Tensor]:
+        """All that takes the place of weights of the base, by its name in the checkpoint."""
+        return {**self.heads, **self.vocabulary}
 
 
 def folding_device(tensor: Tensor) -> torch.device:
@@ -73,6 +90,13 @@ def output_head(base: nn.Module, adapted: Mapping[str, nn.Module]) -> str | None
     """Which of the adapted modules makes the logits of a language model."""
     head = getattr(base, "get_output_embeddings", lambda: None)()
     return next((name for name, module in adapted.items() if module is head or name.endswith("lm_head")), None)
+
+
+def vocabulary_of(base: nn.Module, heads: Mapping[str, Tensor], kept: list[str]) -> dict[str, Tensor]:
+    """Of the tensors beside an adapter, the embeddings and output heads that its modules_to_save does not name."""
+    ends = [getattr(base, f"get_{end}_embeddings", lambda: None)() for end in ("input", "output")]
+    names = {f"{PREFIX}{name}.weight" for name, module in base.named_modules() if any(module is end for end in ends)}
+    return {key: tensor for key, tensor in heads.items() if key in names and not is_saved(key, kept)}
 
 
 def of_adapted_types(sites: list[Site], adapted: list[str]) -> list[Site]:
@@ -176,7 +200,7 @@ def base_class(config: PeftConfig, base: str | None = None) -> Any:
 def _classes(config: PeftConfig, base: PretrainedConfig | None) -> list[Any]:
     """The classes that an adapter may have been trained on, the likeliest first; those that have no model of the base's config
     are left out. Transformers' own `add_adapter` saves neither a task nor a class."""
-    task = table.of_peft_type(config.task_type)
+    task = table.of_adapter(config.task_type)
     names = [task.models[0]] if task else []
     names += [
         n
@@ -202,16 +226,22 @@ def base_model(
         config: the adapter's.
         name: folder or hub id.
         dtype: of the weights; "auto" keeps the file's.
-        tensors: the adapter's, whose modules_to_save say how many labels a new head has.
+        tensors: the adapter's, whose modules_to_save say how many labels a new head has, and its embeddings how many words.
 
     Raises:
         OSError, ValueError: the weights cannot be had.
     """
     base_config(name)  # says in a sentence what load_base would in a paragraph
-    task = table.of_peft_type(config.task_type)
-    return load_base(
-        base_class(config, name), name, dtype, _labels(tensors, config) if task and task.new_head else None
-    )
+    made = base_class(config, name)
+    task = table.of_adapter(config.task_type, made.__name__)
+    labels = _labels(tensors, config) if task and task.new_head else None
+    model = load_base(made, name, dtype, labels)
+    embeddings: Any = getattr(model, "get_input_embeddings", lambda: None)()
+    key = next((f"{PREFIX}{n}.weight" for n, m in model.named_modules() if m is embeddings), "")
+    if key in tensors and len(tensors[key]) != len(embeddings.weight):
+        with quiet():
+            model.resize_token_embeddings(len(tensors[key]), mean_resizing=False)
+    return model
 
 
 def _labels(tensors: Mapping[str, Tensor], config: PeftConfig) -> int | None:

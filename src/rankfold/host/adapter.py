@@ -27,17 +27,23 @@ from rankfold.errors import RankfoldError
 from rankfold.host.config import LowRankConfig
 from rankfold.host.watch import watch
 from rankfold.kernel.factors import Factors
-from rankfold.kernel.linears import Term, low_rank_update
+from rankfold.kernel.layout import Term
+from rankfold.kernel.linears import low_rank_update
 
 
 @dataclass(frozen=True)
 class Site:
-    """Where an adapter sits: the module's full name in the model, its update's shape, and its kind (kinds.py)."""
+    """Where an adapter sits: the module's full name in the model, its update's shape, and its kind (kinds.py).
+
+    Args:
+        kernel: of a convolution, whose positions are part of `in_features`.
+    """
 
     name: str
     in_features: int
     out_features: int
     kind: str = "linear"
+    kernel: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -62,6 +68,8 @@ class Adapter(nn.Module):
 
     #: Whether the update is a fixed matrix. A method with an input-dependent update overrides `forward` and sets False.
     fixed: ClassVar[bool] = True
+    #: Whether it adapts linear layers alone; what overrides `forward` does (`kinds.py` says which kinds those are).
+    linear_only: ClassVar[bool] = False
     #: Whether two of them side by side are one of the sum of their ranks, because `down` and `up` are all there is. A subclass does
     #: not inherit it.
     stackable: ClassVar[bool] = False
@@ -74,6 +82,8 @@ class Adapter(nn.Module):
     _stepped_unscheduled: bool = False
     #: Whether its values come from a schedule: a controller stepped it, or they were loaded.
     has_history: bool = False
+    #: Turns the update up or down while it serves (`AdaptedLayer.set_scale`). It is merged and folded, and not saved, as in PEFT.
+    multiplier: float = 1.0
     #: Keys of its tensors in a state dict, as they were before any wrapper hid them; the layer sets them.
     tensor_names: tuple[str, ...] = ()
 
@@ -84,7 +94,8 @@ class Adapter(nn.Module):
         self.lora_alpha = config.alpha_at(site.name)
         # α/r of the *initial* rank: it must survive pruning, so it is never recomputed
         self.scaling = self.lora_alpha / (math.sqrt(self.r) if config.use_rslora else self.r)
-        self.dropout, self.own_mask = float(config.lora_dropout), not config.share_dropout
+        # A module, though the kernel draws the masks: TRL's trainers of preferences turn dropout off through modules
+        self.drop, self.own_mask = nn.Dropout(float(config.lora_dropout)), not config.share_dropout
         # In a tuple, out of the module registry: the model owns shared state once (tuner.py), each adapter only reads it
         self._shared = (shared,)
         self.has_schedule = config.scheduled
@@ -95,6 +106,11 @@ class Adapter(nn.Module):
         super().__setstate__(state)
         self.scheduled = False
         watch(self)
+
+    @property
+    def dropout(self) -> float:
+        """The share of the input's elements that training drops."""
+        return self.drop.p
 
     @property
     def shared(self) -> Any:
@@ -131,12 +147,21 @@ class Adapter(nn.Module):
         """First values. `init` is the config's `init_lora_weights`: True as the paper says, False random everywhere
         (an update that is not zero, for tests), or a scheme that the method names."""
 
+    def check_state(self, state: dict[str, Tensor]) -> None:
+        """Raises ValueError where a file's tensors, by their names here, have the right shapes and still cannot be an adapter's;
+        called before any is loaded."""
+
     def factors(self) -> Factors:
         """The whole update as one pair; raises RankfoldError where it is not a fixed matrix."""
         if not self.fixed:
             raise RankfoldError(not_fixed(f"{type(self).__name__} at {self.site.name}"))
-        first, *rest = self.blocks()
+        first, *rest = self.update()
         return first.concat(*rest)
+
+    def update(self) -> Sequence[Factors]:
+        """`blocks()`, times the multiplier."""
+        blocks = self.blocks()
+        return blocks if self.multiplier == 1.0 else [block.scaled(self.multiplier) for block in blocks]
 
     # What the layer runs --------------------------------------------------------------------------------------------
 
@@ -148,7 +173,7 @@ class Adapter(nn.Module):
         """What it adds, for the kernel."""
         if not torch.compiler.is_compiling():
             self._heal_vectors()
-        return Term(self.blocks(), self.dropout if self.training else 0.0, self.own_mask)
+        return Term(self.update(), self.dropout if self.training else 0.0, self.own_mask)
 
     def terms(self) -> list[Term]:
         """The same in parts, for a method of which dropout does not concern every block."""
@@ -256,10 +281,29 @@ def module_type(name: str) -> str:
 
 
 def group_by_type(config: LowRankConfig, site: Site) -> str:
-    """Group key of RaSA and its like: the same projection in every layer, and the same shape."""
+    """Group key of RaSA and its like: the same projection in every layer, and the same shape. Experts share with those of their own
+    layer: they read one stream and write to one, while equal indices in two layers have nothing in common."""
+    if site.kind == "experts":
+        container, _, parameter = site.name.rsplit(".", 2)
+        return f"{container}.*.{parameter}:{site.out_features}x{site.in_features}"
     return f"{module_type(site.name)}:{site.out_features}x{site.in_features}"
 
 
 def kaiming_(t: Tensor, a: float = math.sqrt(5)) -> Tensor:
     """LoRA's first values of `down`: U(−1/√in, +1/√in) at the default a. Nothing to do on an empty factor."""
     return nn.init.kaiming_uniform_(t, a=a) if t.numel() else t
+
+
+def first_pair_(down: Tensor, up: Tensor, site: Site, random: bool = False) -> None:
+    """LoRA's first values, an update of zero: `down` as `kaiming_`, up = 0. On an embedding, where one input of all is not zero,
+    PEFT's: down = 0 and up ~ N(0, 1).
+
+    Args:
+        random: an update that is not zero, for tests.
+    """
+    if site.kind == "embedding":
+        nn.init.normal_(up)
+        nn.init.normal_(down) if random else nn.init.zeros_(down)
+    else:
+        kaiming_(down)
+        kaiming_(up) if random else nn.init.zeros_(up)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from rankfold.errors import RankfoldError
+from rankfold.host.adapter import Adapter
 from rankfold.host.config import LowRankConfig
 from rankfold.host.layer import AdaptedLayer
 
@@ -20,6 +21,15 @@ WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 def plain_name(name: str) -> str:
     """Removes what torch.compile, FSDP and activation checkpointing put into a module's name or a key."""
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)
+
+
+def check_adapter_name(name: str) -> None:
+    """Raises RankfoldError for a name that cannot be a key of the ModuleDict that holds a layer's adapters."""
+    if not name or "." in name or name in WRAPPERS or hasattr(nn.ModuleDict(), name):
+        raise RankfoldError(
+            f"adapter_name={name!r} cannot name an adapter: it is empty, has a dot, or is a name that torch keeps for itself "
+            "(such as 'half', 'keys' and 'pop'); choose another"
+        )
 
 
 def short_keys(keys: list[str]) -> dict[str, str]:
@@ -45,9 +55,9 @@ def owned(model: nn.Module, adapter_name: str) -> set[str]:
     own: set[str] = set()
     for name, module in model.named_modules():
         dot = f"{plain_name(name)}." if plain_name(name) else ""
-        if isinstance(module, AdaptedLayer):
-            for adapter in module.adapters([adapter_name]):
-                own |= {f"{dot}{LAYERS}.{adapter_name}.{key}" for key in adapter.tensor_names}
+        if isinstance(module, AdaptedLayer) and adapter_name in module.lowrank_adapters:
+            keys: tuple[str, ...] = module.lowrank_adapters[adapter_name].tensor_names  # pyright: ignore[reportAssignmentType]
+            own |= {f"{dot}{LAYERS}.{adapter_name}.{key}" for key in keys}
         shared = module._modules.get(SHARED)
         if isinstance(shared, nn.ModuleDict) and adapter_name in shared:
             for group, state in shared[adapter_name].items():  # pyright: ignore[reportCallIssue]
@@ -58,10 +68,11 @@ def owned(model: nn.Module, adapter_name: str) -> set[str]:
 def growing(model: nn.Module, adapter_name: str) -> dict[str, int]:
     """The state-dict keys of an adapter's tensors that have grown to any size, and the dimension in which they do."""
     return {
-        f"{plain_name(name)}.{LAYERS}.{adapter_name}.{key}": dim
+        ".".join(filter(None, (plain_name(name), LAYERS, adapter_name, path, key))): dim
         for name, module in model.named_modules()
-        if isinstance(module, AdaptedLayer)
-        for adapter in module.adapters([adapter_name])
+        if isinstance(module, AdaptedLayer) and adapter_name in module.lowrank_adapters
+        for path, adapter in module.lowrank_adapters[adapter_name].named_modules()  # one, or one per expert
+        if isinstance(adapter, Adapter)
         for key, dim in adapter.growing.items()
     }
 

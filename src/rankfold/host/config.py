@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from peft import PeftConfig
 from peft.utils import PeftType
 
 from rankfold.errors import RankfoldError
+from rankfold.host.card import say_what_loads_it
 from rankfold.host.field_types import field_types, fits, in_words
-from rankfold.host.lora_fields import LoraFields
+from rankfold.host.lora_fields import LoraFields, without_lora_fields
 from rankfold.host.peft_api import get_pattern_key, peft_name
 
 
@@ -24,7 +27,9 @@ class LowRankConfig(PeftConfig, metaclass=LoraFields):
         r: rank, > 0.
         lora_alpha: numerator of the scale α/r (α/√r with `use_rslora`).
         lora_dropout: dropout on the adapter's input, 0 ≤ p < 1.
-        target_modules: names (suffixes), a regex, or "all-linear"; by default those PEFT adapts with LoRA.
+        target_modules: names (suffixes), a regex, or "all-linear"; by default those PEFT adapts with LoRA. Names that experts had as
+            modules (gate_proj, w1, …) mean the fused ones, as in PEFT.
+        target_parameters: names (suffixes) of parameters, such as fused experts.
         rank_pattern, alpha_pattern: per-module exceptions, as in LoraConfig.
 
     Raises:
@@ -39,6 +44,16 @@ class LowRankConfig(PeftConfig, metaclass=LoraFields):
     )
     exclude_modules: list[str] | str | None = field(
         default=None, metadata={"help": "Names or a regular expression of modules to leave alone."}
+    )
+    target_parameters: list[str] | None = field(
+        default=None, metadata={"help": "Ends of names of parameters, such as fused experts: experts.gate_up_proj."}
+    )
+    trainable_token_indices: list[int] | dict | None = field(
+        default=None,
+        metadata={"help": "Rows of the embedding trained in full by PEFT's own mechanism, such as new tokens."},
+    )
+    ensure_weight_tying: bool = field(
+        default=False, metadata={"help": "An output head that shares the embedding's weight shares its adapter too."}
     )
     modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "Modules trained in full and saved beside the adapter, such as a new head."}
@@ -107,6 +122,7 @@ class LowRankConfig(PeftConfig, metaclass=LoraFields):
 
     def check(self) -> None:
         """Raises ValueError for a field of another type or out of its range. Methods extend it."""
+        without_lora_fields(type(self), vars(self))  # one may have been assigned
         for name, hint in field_types(type(self)).items():
             self.require(name, getattr(self, name), fits(getattr(self, name), hint), in_words(hint))
         init = self.init_lora_weights
@@ -136,6 +152,10 @@ class LowRankConfig(PeftConfig, metaclass=LoraFields):
     def default_targets(self) -> set[str] | None:
         """What to adapt where `target_modules` is None; None leaves it to PEFT's table of architectures."""
         return None
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        super().save_pretrained(save_directory, **kwargs)
+        say_what_loads_it(Path(save_directory), self.method, type(self).__module__)
 
     # What a plan and a comparison ask --------------------------------------------------------------------------------
 
@@ -194,10 +214,18 @@ class LowRankConfig(PeftConfig, metaclass=LoraFields):
 
     def rank_at(self, module: str) -> int:
         """The rank at a module, `rank_pattern` respected (PEFT's matching)."""
-        return self.rank_pattern.get(get_pattern_key(list(self.rank_pattern), module), self.r)
+        return _at(self.rank_pattern, module, self.r)
 
     def alpha_at(self, module: str) -> float:
-        return self.alpha_pattern.get(get_pattern_key(list(self.alpha_pattern), module), self.lora_alpha)
+        return _at(self.alpha_pattern, module, self.lora_alpha)
+
+
+def _at(patterns: dict[str, Any], module: str, default: Any) -> Any:
+    """The value for a module. A pattern of a fused parameter, which lacks the expert's index, covers each of its experts."""
+    for name in (module, re.sub(r"(\bexperts)\.\d+\.", r"\1.", module)):
+        if (key := get_pattern_key(list(patterns), name)) in patterns:
+            return patterns[key]
+    return default
 
 
 def is_whole(value: object) -> bool:

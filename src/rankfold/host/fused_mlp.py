@@ -21,7 +21,8 @@ from transformers.activations import ACT2FN
 
 from rankfold.host.siblings import has_patched_forward, members_together
 from rankfold.kernel.gated_mlp import GELU, GELU_TANH, SILU, Activation, gated_mlp
-from rankfold.kernel.linears import Member, in_separate_order
+from rankfold.kernel.layout import Member
+from rankfold.kernel.linears import in_separate_order
 
 #: Of modules, torch's and those that transformers calls silu and gelu, whatever their classes are named.
 ACTIVATIONS: dict[type[nn.Module], Activation] = {

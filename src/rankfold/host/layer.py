@@ -9,17 +9,22 @@ from typing import Any, Self
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import resolve_quantization_backend
+from peft.utils import quantization_extra_repr, resolve_quantization_backend
 from torch import Tensor, nn
 
 from rankfold.errors import RankfoldError
-from rankfold.host.adapter import Adapter
+from rankfold.host.adapter import Adapter, not_fixed
 from rankfold.host.peft_api import check_adapters_to_merge
 from rankfold.host.tied import BaseWeight
+from rankfold.host.tied_adapter import TiedAdapter
 
 
-def _as_it_is(delta: Tensor) -> Tensor:
+def _as_it_is(delta: Tensor, weight: Tensor) -> Tensor:
     return delta
+
+
+def _itself(weight: Tensor) -> Tensor:
+    return weight
 
 
 @dataclass(frozen=True)
@@ -31,16 +36,20 @@ class Kind:
         fits: whether a base module is of this kind.
         layer: hosts its adapters.
         features: (in, out) of a base module's update.
-        in_weight_layout: an update (out × in) in the layout of the base's weight.
+        in_weight_layout: an update (out × in) in the layout of the base's weight, which is the second argument.
+        as_matrix: a base's weight as out × in.
         keys: what a plain LoRA calls `down` and `up` at such a module.
+        linear: whether it is out = weight · in and no more; some methods adapt nothing else.
     """
 
     name: str
     fits: Callable[[nn.Module], bool]
     layer: type[AdaptedLayer]
     features: Callable[[nn.Module], tuple[int, int]]
-    in_weight_layout: Callable[[Tensor], Tensor] = _as_it_is
+    in_weight_layout: Callable[[Tensor, Tensor], Tensor] = _as_it_is
+    as_matrix: Callable[[Tensor], Tensor] = _itself
     keys: tuple[str, str] = ("lora_A.weight", "lora_B.weight")
+    linear: bool = True
 
 
 class AdaptedLayer(nn.Module, BaseTunerLayer):
@@ -53,6 +62,8 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
     """
 
     adapter_layer_names = ("lowrank_adapters",)
+    #: PEFT's `disable_input_dtype_casting` sets it; factors are cast to the dtype of x here, and x never is.
+    cast_input_dtype_enabled: bool = True
 
     def __init__(self, base_layer: nn.Module, kind: Kind, apply_tensor_subclass: Callable | None = None) -> None:
         super().__init__()
@@ -74,7 +85,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         super().__setstate__(state)
         self.base_weight.join(self)
 
-    def add_adapter(self, name: str, adapter: Adapter, inference_mode: bool = False) -> None:
+    def add_adapter(self, name: str, adapter: Any, inference_mode: bool = False) -> None:
         """Adds an adapter in the base's mode, device and dtype; it becomes trainable if it is active."""
         adapter.tensor_names = tuple(adapter.state_dict())
         self.lowrank_adapters[name] = adapter.train(self.training)
@@ -101,11 +112,13 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
 
     def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
         if adapter_names is not None:
-            return self._forward_mixed_batch(x, *args, adapter_names=adapter_names, **kwargs)
+            self._check_mixed_batch(len(x), adapter_names)
         if self.disable_adapters:
             for layer in self.base_weight.layers() if self.merged else ():
                 layer.unmerge()  # all of them: what they merged lies in this layer's weight too
             return self.base_layer(x, *args, **kwargs)
+        if adapter_names is not None:
+            return self._forward_mixed_batch(x, *args, adapter_names=adapter_names, **kwargs)
         adapters = [] if self.merged else self.adapters(self.active_adapters)
         return self.adapted_output(adapters, x, *args, **kwargs) if adapters else self.base_layer(x, *args, **kwargs)
 
@@ -113,21 +126,63 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         """The base's output plus what each adapter adds."""
         y = self.base_layer(x, *args, **kwargs)
         for adapter in adapters:
-            y = adapter(y, x)
+            y = self.added(adapter, y, x)
         return y
+
+    def added(self, adapter: Adapter, y: Tensor, x: Tensor) -> Tensor:
+        """y + what one adapter adds for the input x."""
+        return adapter(y, x)
 
     def _forward_mixed_batch(self, x: Tensor, *args: Any, adapter_names: list[str], **kwargs: Any) -> Tensor:
         """Row i of the batch through adapter `adapter_names[i]`; "__base__" means no adapter."""
-        if len(adapter_names) != len(x):
-            raise RankfoldError(f"adapter_names has {len(adapter_names)} names for a batch of {len(x)} rows")
-        if self.merged:
-            raise RankfoldError("adapter_names cannot be used while an adapter is merged; call unmerge_adapter() first")
         y = self.base_layer(x, *args, **kwargs)
         for name in dict.fromkeys(adapter_names):
             if name in self.lowrank_adapters:
                 rows = torch.tensor([i for i, n in enumerate(adapter_names) if n == name], device=x.device)
-                y = y.index_copy(0, rows, self.lowrank_adapters[name](y[rows], x[rows]).to(y.dtype))
+                (adapter,) = self.adapters([name])
+                y = y.index_copy(0, rows, self.added(adapter, y[rows], x[rows]).to(y.dtype))
         return y
+
+    def _check_mixed_batch(self, rows: int, adapter_names: list[str]) -> None:
+        """Raises ValueError in PEFT's words, which callers may look for."""
+        if len(adapter_names) != rows:
+            raise RankfoldError(
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(adapter_names)} and {rows} respectively."
+            )
+        if self.merged:
+            raise RankfoldError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+            )
+
+    # Turning up and down ----------------------------------------------------------------------------------------------
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Multiplies the update of one adapter, as it was trained, by `scale`.
+
+        Raises:
+            RankfoldError: the layer is merged, or the update depends on the input.
+        """
+        for found in self.adapters([adapter]):
+            if scale == found.multiplier:
+                continue
+            if self.merged:
+                raise RankfoldError("the scale of a merged adapter cannot change; call unmerge_adapter() first")
+            if not found.fixed:
+                raise RankfoldError(not_fixed(f"set_scale: {type(found).__name__} at {found.site.name}"))
+            found.multiplier = float(scale)
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiplies the active adapters by `scale` once more; raises RankfoldError as `set_scale`."""
+        for name in self.active_adapters if scale != 1 else ():
+            for adapter in self.adapters([name]):
+                self.set_scale(name, adapter.multiplier * scale)
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Takes a factor back from the active adapters, all of them by default; raises RankfoldError as `set_scale`."""
+        for name in self.active_adapters:
+            for adapter in self.adapters([name]):
+                self.set_scale(name, 1.0 if scale is None else adapter.multiplier / scale)
 
     # Merging --------------------------------------------------------------------------------------------------------
 
@@ -135,7 +190,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         """The update of one adapter in the base weight's own layout, at least float32."""
         factors = self.lowrank_adapters[adapter].factors()  # pyright: ignore[reportCallIssue]
         wide = torch.promote_types(factors.up.dtype, torch.float32)
-        return self.kind.in_weight_layout(factors.detach().to(wide).delta())
+        return self.kind.in_weight_layout(factors.detach().to(wide).delta(), self.get_base_weight())
 
     def merged_weight(self, names: Sequence[str]) -> Tensor:
         """The base weight plus these adapters' updates, summed in float32 or wider and rounded once to its dtype."""
@@ -143,8 +198,12 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
             weight = self.get_base_weight()
             merged = weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
             for name in names:
-                merged += self.get_delta_weight(name).to(merged.device, merged.dtype)
+                if not isinstance(self.lowrank_adapters[name], TiedAdapter):
+                    merged += self.get_delta_weight(name).to(merged.device, merged.dtype)
             return merged.to(weight.dtype)
+
+    def merges_to_finite(self, names: Sequence[str]) -> bool:
+        return bool(torch.isfinite(self.merged_weight(names)).all())
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Adds the adapters' updates to the base weight.
@@ -173,7 +232,9 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
             )
         merged = self.merged_weight(names)
         if safe_merge and not torch.isfinite(merged).all():
-            raise RankfoldError(f"NaNs detected in the merged weights. The adapters {names} seem to be broken")
+            raise RankfoldError(
+                f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken"
+            )
         with torch.no_grad():
             if backend is None and self.base_weight.before is None:
                 self.base_weight.before = self.get_base_weight().to("cpu", copy=True)
@@ -200,6 +261,9 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
                 self.set_base_weight(weight)
         if not others:
             self.base_weight.before = None
+
+    def extra_repr(self) -> str:
+        return quantization_extra_repr(self)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether PEFT's `convert_to_lora` applies (`rankfold fold` does the same exactly, and faster)."""

@@ -11,7 +11,8 @@ from transformers.pytorch_utils import Conv1D
 from rankfold.host.adapter import Adapter
 from rankfold.host.layer import AdaptedLayer, Kind
 from rankfold.host.siblings import Siblings, has_patched_forward, sharing_allowed
-from rankfold.kernel.linears import Member, low_rank_linear
+from rankfold.kernel.layout import Member
+from rankfold.kernel.linears import low_rank_linear
 
 
 class AdaptedLinear(AdaptedLayer):

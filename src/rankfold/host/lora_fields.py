@@ -18,8 +18,6 @@ _OF_LORA = {f.name: f for f in dataclasses.fields(LoraConfig)}
 _WHY = {
     "use_dora": "its magnitudes depend on the base weight; train it with peft.LoraConfig, which `rankfold fold` takes",
     "lora_bias": "a trained bias cannot be folded into a LoRA; leave it out",
-    "target_parameters": "adapters sit on modules here; train fused parameters with peft.LoraConfig",
-    "trainable_token_indices": "new tokens are PEFT's; name the embedding in modules_to_save, or use peft.LoraConfig",
     "layer_replication": "it duplicates layers of the base; use peft.LoraConfig",
     "loftq_config": "it changes the base weight; convert with PEFT's LoftQ first",
     "eva_config": "it belongs to init_lora_weights='eva', which is PEFT's alone",
@@ -28,7 +26,6 @@ _WHY = {
     "alora_invocation_tokens": "activated LoRA is PEFT's; use peft.LoraConfig",
     "arrow_config": "routing between adapters is PEFT's; use peft.LoraConfig",
     "megatron_config": "Megatron layers are not adapted here",
-    "ensure_weight_tying": "tied weights get one adapter per module here; use peft.LoraConfig",
 }
 
 
@@ -36,13 +33,19 @@ class LoraFields(type):
     """Metaclass of the configs: looks at keyword arguments before the dataclass's own __init__ refuses them with a bare TypeError."""
 
     def __call__(cls, *args: Any, **given: Any) -> Any:
-        own = {f.name for f in dataclasses.fields(cls)} if dataclasses.is_dataclass(cls) else set()
-        for name in [n for n in given if n in _OF_LORA and n not in own]:
-            value = given.pop(name)
-            if value and value != _default(_OF_LORA[name]):
-                why = _WHY.get(name, "no method of rankfold has it; use peft.LoraConfig")
-                raise RankfoldError(f"{cls.__name__}: {name}={value!r} is not supported: {why}")
-        return super().__call__(*args, **given)
+        return super().__call__(*args, **without_lora_fields(cls, given))
+
+
+def without_lora_fields(config: type, given: dict[str, Any]) -> dict[str, Any]:
+    """What a config is given or has, without the fields that only LoraConfig has; raises RankfoldError where one is set."""
+    own = {f.name for f in dataclasses.fields(config)} if dataclasses.is_dataclass(config) else set()
+    foreign = [name for name in given if name in _OF_LORA and name not in own]
+    for name in foreign:
+        value = given[name]
+        if value and value != _default(_OF_LORA[name]):
+            why = _WHY.get(name, "no method of rankfold has it; use peft.LoraConfig")
+            raise RankfoldError(f"{config.__name__}: {name}={value!r} is not supported: {why}")
+    return {name: value for name, value in given.items() if name not in foreign}
 
 
 def _default(field: dataclasses.Field) -> Any:

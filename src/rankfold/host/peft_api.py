@@ -17,7 +17,9 @@ from rankfold.errors import RankfoldError
 from rankfold.peft_version import TESTED
 
 try:
+    from peft import LoraModel
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+    from peft.optimizers.lorafa import LoraFAOptimizer
     from peft.tuners.tuners_utils import (
         _check_lora_target_modules_mamba,
         _get_in_out_features,
@@ -25,13 +27,23 @@ try:
         check_adapters_to_merge,
         onload_layer,
     )
+    from peft.utils import save_and_load
     from peft.utils.other import get_pattern_key
-except ImportError as error:
+    from peft.utils.transformers_weight_conversion import (
+        _MODEL_TO_CONVERSION_PATTERN,  # pyright: ignore[reportPrivateImportUsage]
+        _MOE_TARGET_MODULE_MAPPING,
+        _convert_peft_config_moe,
+    )
+
+    _ = save_and_load._get_adapter_state_dict_key_prefixes
+except (ImportError, AttributeError) as error:
     raise ImportError(
         f"rankfold needs a name that PEFT {version('peft')} does not have ({error}); "
         f"install peft>={TESTED[0]},<{TESTED[1]}, the range it is tested with"
     ) from error
 
+#: How PEFT's LoRA prepares a config whose adapters or saved modules are to stay tied.
+tie_targets, tie_modules_to_save = LoraModel._add_targets_to_tie, LoraModel._add_modules_to_save_to_tie
 in_out_features = _get_in_out_features
 include_all_linear_layers = _maybe_include_all_linear_layers
 
@@ -39,14 +51,20 @@ __all__ = [
     "PEFT_TYPE_TO_CONFIG_MAPPING",
     "PEFT_TYPE_TO_PREFIX_MAPPING",
     "PEFT_TYPE_TO_TUNER_MAPPING",
+    "LoraFAOptimizer",
     "add_peft_type",
     "check_adapters_to_merge",
     "check_as_lora",
     "get_pattern_key",
     "in_out_features",
     "include_all_linear_layers",
+    "keep_out_of_base_state",
+    "name_fused_experts",
+    "names_of_experts",
     "onload_layer",
     "peft_name",
+    "tie_modules_to_save",
+    "tie_targets",
 ]
 
 
@@ -61,6 +79,38 @@ def check_as_lora(config: Any, model: Any, target_name: str) -> None:
             f"{type(config).__name__}: target_modules: {target_name} of a {model.config.model_type} model cannot be adapted, because "
             "its fused kernels read the weight past the module; leave it out of target_modules"
         ) from error
+
+
+def names_of_experts(model: Any) -> dict[str, str]:
+    """What the experts' and routers' modules of such a model were called before transformers fused them → the parameter that PEFT
+    makes of the name; empty for other models."""
+    kind: Any = getattr(getattr(model, "config", None), "model_type", None)
+    return _MOE_TARGET_MODULE_MAPPING.get(_MODEL_TO_CONVERSION_PATTERN.get(kind, ""), {})
+
+
+def name_fused_experts(config: Any, model: Any) -> None:
+    """Puts parameters into a config's `target_parameters` for those names in its `target_modules`, as PEFT does for its LoRA. What
+    "all-linear" means leaves routers alone.
+
+    Raises:
+        RankfoldError: one of two names that became one parameter.
+    """
+    if not names_of_experts(model) or not config.target_modules:
+        return
+    everything = isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"
+    try:
+        _convert_peft_config_moe(config, model)
+    except ValueError as error:
+        raise RankfoldError(f"{type(config).__name__}: target_modules: {error}") from error
+    routers = {name for name in config.target_parameters if name.endswith(".weight")} if everything else set()
+    config.target_parameters = sorted(set(config.target_parameters) - routers) or None
+
+
+def keep_out_of_base_state(name: str) -> None:
+    """Tells PEFT that what a base model has under `name` is an adapter's, so that `get_base_model_state_dict` and
+    `set_base_model_state_dict` leave it alone; PEFT looks for such state only inside tuner layers."""
+    theirs = save_and_load._get_adapter_state_dict_key_prefixes
+    save_and_load._get_adapter_state_dict_key_prefixes = lambda model: theirs(model) | {name}
 
 
 def peft_name(method: str) -> str:

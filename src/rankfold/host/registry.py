@@ -9,11 +9,12 @@ import difflib
 import fnmatch
 import importlib
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from peft.utils import register_peft_method
+from torch import nn
 
 from rankfold.errors import RankfoldError
 from rankfold.host.adapter import Adapter
@@ -45,6 +46,8 @@ class Method:
         starter: whether a new compare file names it beside LoRA.
         example: fields for a short first run of about the size of LoRA at r = 8; a value of None removes a field that other
             methods get.
+        next_task: for a method with a rule of its own for learning one task after another: ends a task of the named adapter of a
+            model, begins the next one, and returns the new config. Without it, the same adapter just goes on.
     """
 
     name: str
@@ -58,6 +61,7 @@ class Method:
     variants: Mapping[str, Mapping[str, Any]] | None = None
     starter: bool = False
     example: Mapping[str, Any] | None = None
+    next_task: Callable[[nn.Module, str], LowRankConfig] | None = None
 
     @property
     def foldable(self) -> bool:

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from rankfold.kernel.linears import Member, low_rank_linears
+from rankfold.kernel.layout import Member
+from rankfold.kernel.linears import low_rank_linears
 
 #: End of the parent's name → its children that read one tensor. Cross-attention, whose k and v read another, is not here.
 TOGETHER = (

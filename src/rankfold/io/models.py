@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-import struct
+import json
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -24,9 +24,8 @@ from transformers.utils import logging
 from rankfold.errors import RankfoldError
 from rankfold.io import assets as bundled
 from rankfold.io.gguf_models import load_gguf_folder
-from rankfold.text import first_line
+from rankfold.text import first_line, one_line, short_repr
 
-_UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, ImportError)
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -50,7 +49,7 @@ def locate(name: str) -> str:
             raise ModelError(f"model.name: the folder '{name}' has no config.json, so it is not a saved model")
         return str(path)
     if path.is_file() or name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise ModelError(f"model.name: '{name}' is no folder with a saved model and no GGUF file")
+        raise ModelError(f"model.name: '{name}' is neither a folder with a saved model nor a GGUF file")
     return name
 
 
@@ -66,12 +65,53 @@ def model_config(place: str | Path, **options: Any) -> PretrainedConfig:
     path = Path(place).expanduser()
     if path.suffix == ".gguf" and path.is_file():  # transformers reads no tensor for this
         place, options = path.parent, {**options, "gguf_file": path.name, "local_files_only": True}
+    with reading(path):
+        try:
+            return AutoConfig.from_pretrained(place, **{"trust_remote_code": False, **options})
+        except ValueError as error:
+            if "trust_remote_code" in str(error):
+                raise ModelError("it needs code of its own, which is never run here") from error
+            raise
+
+
+@contextmanager
+def reading(place: str | Path) -> Iterator[None]:
+    """Whatever transformers raises on what a model's folder holds, as a ModelError that says why."""
+    content = _content(Path(place).expanduser() / "config.json")
+    classes = content.get("architectures")
+    if classes is not None and not (isinstance(classes, list) and all(isinstance(name, str) for name in classes)):
+        raise ModelError(f"architectures={short_repr(classes)} must be a list of names")
     try:
-        return AutoConfig.from_pretrained(place, **{"trust_remote_code": False, **options})
-    except (*_UNREADABLE, struct.error) as error:
-        if "trust_remote_code" in str(error):
-            raise ModelError("it needs code of its own, which is never run here") from error
-        raise ModelError(first_line(error)) from error
+        yield
+    except ModelError:
+        raise
+    except Exception as error:  # transformers, and what checks the fields of its configs, raise anything on a value
+        zero = next((f"{key}={content[key]}" for key in _SIZES if content.get(key) == 0), None)
+        raise ModelError(f"{zero} must be a positive number" if zero else _reason(error)) from error
+
+
+#: Of a config, numbers that others are divided by or that shapes are made of.
+_SIZES = ("hidden_size", "num_attention_heads", "num_key_value_heads", "num_hidden_layers")
+
+
+def _content(path: Path) -> dict[str, Any]:
+    """Of a local config.json; {} where there is none, or none that is JSON, which transformers says.
+
+    Raises:
+        ModelError: it is not an object, which transformers takes for an unknown model.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    if not isinstance(content, dict):
+        raise ModelError(f"it holds {short_repr(content)} where an object is expected")
+    return content
+
+
+def _reason(error: BaseException | None) -> str:
+    """What transformers says: the first sentence, or all of what a check of a field says, which names the value at its end."""
+    return one_line(error) if "alidation error" in str(error) else first_line(error)
 
 
 def named_class(name: str | None) -> Any:
@@ -105,12 +145,12 @@ def skeleton(
         try:
             with torch.device("meta"):
                 return build(config, dtype=dtype if dtype in _DTYPES else torch.float32, **more)
-        except (ValueError, TypeError, KeyError, AttributeError, ImportError, RuntimeError) as error:
-            last = error  # an Auto class refuses a config that is not in its table; another one may have it
+        except Exception as error:  # an Auto class refuses a config that is not in its table; another one may have it
+            last = error
     if "Unrecognized configuration class" in str(last):
         names = " or ".join(maker.__name__ for maker in makers)
         raise ModelError(f"transformers has no {names} of a {config.model_type}") from last
-    raise ModelError(f"its config ({config.model_type}) cannot be used: {first_line(last)}") from last
+    raise ModelError(f"its config ({config.model_type}) cannot be used: {_reason(last)}") from last
 
 
 def meta_copy(model: nn.Module) -> nn.Module:

@@ -17,15 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rankfold.kernel.linears import (
-    FusedPass,
-    Member,
-    flatten_for_autograd,
-    is_differentiated_again,
-    no_autocast,
-    restore_shape,
-    to_compute_dtype,
-)
+from rankfold.kernel.fused_pass import FusedPass
+from rankfold.kernel.layout import Member, flatten_for_autograd
+from rankfold.kernel.linears import is_differentiated_again, no_autocast, restore_shape, to_compute_dtype
 from rankfold.kernel.scratch import buffer, scratch_for
 
 

@@ -8,6 +8,7 @@ from rankfold.host.registry import Method, discover
 
 if TYPE_CHECKING:  # for type checkers alone, which cannot follow the loop below
     from rankfold.methods.adalora import AdaSvdConfig as AdaSvdConfig
+    from rankfold.methods.block_lora import BlockLoraConfig as BlockLoraConfig
     from rankfold.methods.cola import ColaConfig as ColaConfig
     from rankfold.methods.cora import CoraConfig as CoraConfig
     from rankfold.methods.delta_lora import DeltaLoraConfig as DeltaLoraConfig
@@ -15,6 +16,8 @@ if TYPE_CHECKING:  # for type checkers alone, which cannot follow the loop below
     from rankfold.methods.lora import PlainLoraConfig as PlainLoraConfig
     from rankfold.methods.rac_lora import RacLoraConfig as RacLoraConfig
     from rankfold.methods.rasa import RasaConfig as RasaConfig
+    from rankfold.methods.sbora import SboraConfig as SboraConfig
+    from rankfold.methods.sd_lora import SdLoraConfig as SdLoraConfig
     from rankfold.methods.sora import SoraConfig as SoraConfig
     from rankfold.methods.xgblora import XgbLoraConfig as XgbLoraConfig
 

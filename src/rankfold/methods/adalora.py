@@ -97,6 +97,8 @@ def importance(i_bar: Tensor, u_bar: Tensor, w: Tensor, grad: Tensor, beta1: flo
 
 
 class AdaSvdController(Controller[AdaSvd, AdaSvdConfig]):
+    penalises_factors = True
+
     def __init__(self, config: AdaSvdConfig, adapters: Sequence[AdaSvd], total_steps: int | None) -> None:
         super().__init__(config, adapters, run_length(config, total_steps))
         assert self.total_steps is not None

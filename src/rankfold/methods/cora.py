@@ -195,6 +195,8 @@ class Basis(Shared):
 
 
 class Cora(Adapter):
+    linear_only = True  # a basis is of linear layers
+
     def __init__(self, config: CoraConfig, site: Site, shared: Basis | None = None) -> None:
         super().__init__(config, site, shared)
         self.down = nn.Parameter(torch.empty(self.r, site.in_features))  # A

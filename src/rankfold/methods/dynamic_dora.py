@@ -76,6 +76,8 @@ def cut(tau: int, tau_max: int, surplus: int) -> int:
 
 
 class DynamicDoraController(Controller[DynamicDora, DynamicDoraConfig]):
+    penalises_factors = True
+
     def __init__(self, config: DynamicDoraConfig, adapters: Sequence[DynamicDora], total_steps: int | None) -> None:
         super().__init__(config, adapters, run_length(config, total_steps))
         assert self.total_steps is not None

@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from rankfold.host.adapter import Adapter, Site, kaiming_
+from rankfold.host.adapter import Adapter, Site, first_pair_
 from rankfold.host.config import LowRankConfig
 from rankfold.host.registry import Method, register
 from rankfold.kernel.factors import Factors
@@ -38,14 +38,11 @@ class Lora(Adapter):
         self.up = nn.Parameter(torch.empty(site.out_features, self.r))  # B
 
     def reset_parameters(self, init: bool | str) -> None:
-        if init == "gaussian":
+        if init == "gaussian" and self.site.kind != "embedding":
             nn.init.normal_(self.down, std=1 / self.r)
-        else:
-            kaiming_(self.down)
-        if init is False:
-            kaiming_(self.up)
-        else:
             nn.init.zeros_(self.up)
+        else:
+            first_pair_(self.down, self.up, self.site, random=init is False)
 
     def blocks(self) -> Sequence[Factors]:
         return (Factors(self.down, self.up, scale=self.scaling),)

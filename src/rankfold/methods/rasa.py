@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from rankfold.errors import RankfoldError
-from rankfold.host.adapter import Adapter, Group, Shared, Site, group_by_type, kaiming_
+from rankfold.host.adapter import Adapter, Group, Shared, Site, first_pair_, group_by_type
 from rankfold.host.config import LowRankConfig, is_whole
 from rankfold.host.registry import Method, register
 from rankfold.kernel.factors import Factors
@@ -106,20 +106,12 @@ class Rasa(Adapter):
     @classmethod
     def make_shared(cls, config: RasaConfig, group: Group) -> Pool:
         pool = Pool(len(group) * config.pooled(config.rank_at(group.sites[0].name)), group)
-        kaiming_(pool.down)
-        if config.init_lora_weights:
-            nn.init.zeros_(pool.up)
-        else:
-            kaiming_(pool.up)
+        first_pair_(pool.down, pool.up, group.sites[0], random=not config.init_lora_weights)
         return pool
 
     def reset_parameters(self, init: bool | str) -> None:
         if self.private:
-            kaiming_(self.down)
-            if init:
-                nn.init.zeros_(self.up)
-            else:
-                kaiming_(self.up)
+            first_pair_(self.down, self.up, self.site, random=not init)
         pooled = len(self.gate) - self.private
         mass = self.scaling * self.r  # α, or α√r with rsLoRA
         share = 0.5 if self.private and pooled else 1.0

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from rankfold.control.controller import Controller, finite
 from rankfold.errors import RankfoldError
-from rankfold.host.adapter import kaiming_
+from rankfold.host.adapter import first_pair_
 from rankfold.host.config import LowRankConfig
 from rankfold.host.registry import Method, register
 from rankfold.methods.gated import Gated, on_one_device
@@ -78,8 +78,7 @@ class SoraConfig(LowRankConfig):
 
 class Sora(Gated):
     def first_values(self) -> None:
-        kaiming_(self.down)
-        nn.init.zeros_(self.up)
+        first_pair_(self.down, self.up, self.site)
         nn.init.normal_(self.gate)  # g ~ N(0, 1)
 
 

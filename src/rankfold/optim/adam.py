@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from rankfold.optim.stacks import Batch, Shapes
+
 #: Devices with torch's fused Adam.
 FUSED = ("cpu", "cuda", "mps", "xpu")
 
@@ -35,6 +37,22 @@ def adam_(
     adamw(
         params, grads, exp_avgs, exp_avg_sqs, [], steps, **kernel, amsgrad=False, maximize=False,
         beta1=betas[0], beta2=betas[1], lr=lr, weight_decay=weight_decay, eps=eps,
+    )  # fmt: skip
+
+
+def moments(out: int, in_: int, r: int) -> Shapes:
+    """Adam's two moments of both factors."""
+    down, up = (r, in_), (out, r)
+    return {"exp_avg_down": down, "exp_avg_sq_down": down, "exp_avg_up": up, "exp_avg_sq_up": up}
+
+
+def adam_on_both_(batch: Batch, g_down: Tensor, g_up: Tensor, group: dict[str, Any]) -> None:
+    """AdamW's step of both factors, in place, on these gradients; its state is `moments`."""
+    kept = batch.state
+    adam_(
+        [batch.down, batch.up], [g_down, g_up],
+        [kept["exp_avg_down"], kept["exp_avg_up"]], [kept["exp_avg_sq_down"], kept["exp_avg_sq_up"]],
+        batch.step, lr=group["lr"], betas=group["betas"], eps=group["eps"], weight_decay=group["weight_decay"],
     )  # fmt: skip
 
 

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 
 from rankfold.optim.options import check_lr
-from rankfold.optim.pairs import split
 from rankfold.optim.registry import get
 
 
 def create(name: str, model: torch.nn.Module, lr: float, **options: Any) -> torch.optim.Optimizer:
     """The optimiser called `name` for a bare loop; raises what its constructor raises."""
-    return get(name).cls(model, lr, **options)
+    cls: Any = get(name).cls
+    return cls(model, lr, **options)
 
 
 class Factory:
@@ -36,7 +36,7 @@ def optimizer_cls_and_kwargs(
     """For `Trainer(optimizer_cls_and_kwargs=...)` of transformers, and TRL's trainers.
 
     The Trainer does not pass its learning rate and weight decay on, so give them here. Its clipping acts on raw gradients: set
-    `max_grad_norm=0` where the row says `invariant`.
+    `max_grad_norm=0` where the options say that they do not take it (`takes_clipping`: LoRA-RITE, LoRA-Pro).
 
     Args:
         name: a row's.
@@ -51,5 +51,5 @@ def optimizer_cls_and_kwargs(
     row.check(**options)
     check_lr(row.cls.__name__, lr)
     if model is not None:
-        split(model, frozen_down=name == "lora_fa", algebra=name != "lora_plus")
+        row.cls.split(model)
     return Factory(name), {"lr": lr, **options}

@@ -20,7 +20,7 @@ from torch import Tensor
 from rankfold.optim.adam import adam_
 from rankfold.optim.options import Options
 from rankfold.optim.pair_optimizer import PairOptimizer
-from rankfold.optim.pairs import Pair
+from rankfold.optim.registry import OptimizerRow, register
 from rankfold.optim.small import inverse, precise_gram
 from rankfold.optim.stacks import Batch, Shapes
 
@@ -47,11 +47,6 @@ class LoraFa(PairOptimizer):
     def remembers(cls, out: int, in_: int, r: int, options: Options) -> Shapes:
         return {"exp_avg": (out, r), "exp_avg_sq": (out, r)}
 
-    def prepare(self, pairs: list[Pair]) -> None:
-        for pair in pairs:
-            pair.down.requires_grad_(False)
-            pair.down.grad = None
-
     def rule(self, batches: list[Batch], group: dict[str, Any]) -> None:
         lr, (beta1, beta2), decay = group["lr"], group["betas"], group["weight_decay"]
         for batch in batches:
@@ -77,3 +72,14 @@ class LoraFa(PairOptimizer):
             cache = {k: v for k, v in cache.items() if not ours & {ptr for ptr, _ in k}} | {key: found}
             self._inverses = cache
         return cache[key]
+
+
+register(
+    OptimizerRow(
+        name="lora_fa",
+        title="LoRA-FA",
+        paper="2308.03303",
+        summary="Freezes A; trains B with the projected full gradient.",
+        cls=LoraFa,
+    )
+)

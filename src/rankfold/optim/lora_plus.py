@@ -15,9 +15,12 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from rankfold.optim.adam import moments
 from rankfold.optim.options import Options, check_lr, is_number
-from rankfold.optim.pairs import Pair, split_of
-from rankfold.optim.state_check import check_state, restore_types
+from rankfold.optim.pair_aware import PairAware
+from rankfold.optim.pairs import Pair
+from rankfold.optim.registry import OptimizerRow, register
+from rankfold.optim.stacks import Shapes
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,7 @@ class LoraPlusOptions(Options):
         self.require("embedding_lr", ok, "a number >= 0, or null for the rates of other pairs")
 
 
-class LoraPlus(torch.optim.AdamW):
+class LoraPlus(PairAware, torch.optim.AdamW):
     """AdamW on LoRA+'s groups (arXiv 2402.12354). `LoraPlus.groups(model, lr)` makes the groups for any other optimiser.
 
     Args:
@@ -48,6 +51,7 @@ class LoraPlus(torch.optim.AdamW):
     """
 
     Options: ClassVar[type[Options]] = LoraPlusOptions
+    joint = False
 
     def __init__(
         self,
@@ -69,7 +73,7 @@ class LoraPlus(torch.optim.AdamW):
         """The parameter groups: downs at lr, ups at λ·lr, embeddings' pairs, plain matrices, plain vectors (not decayed)."""
         check_lr("LoraPlus", lr)
         given = LoraPlusOptions.of(options)
-        parts = split_of("LoraPlus", model, algebra=False)
+        parts = LoraPlus.take(model)
         slow = given.embedding_lr is not None
         pairs = [p for p in parts.pairs if not (p.embedding and slow)]
         embeddings = [p for p in parts.pairs if p.embedding and slow]
@@ -87,8 +91,17 @@ class LoraPlus(torch.optim.AdamW):
             if params
         ]
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores a state exactly; raises RankfoldError for that of another model, rank or optimiser."""
-        check_state(self, state_dict, {})
-        super().load_state_dict(state_dict)
-        restore_types(self, state_dict)
+    @classmethod
+    def remembers(cls, out: int, in_: int, r: int, options: Options) -> Shapes:
+        return moments(out, in_, r)
+
+
+register(
+    OptimizerRow(
+        name="lora_plus",
+        title="LoRA+",
+        paper="2402.12354",
+        summary="AdamW with a higher learning rate for B than for A.",
+        cls=LoraPlus,
+    )
+)

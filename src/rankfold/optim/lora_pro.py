@@ -21,9 +21,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from rankfold.optim.adam import adam_
+from rankfold.optim.adam import adam_, adam_on_both_, moments
 from rankfold.optim.options import Options
 from rankfold.optim.pair_optimizer import PairOptimizer
+from rankfold.optim.registry import OptimizerRow, register
 from rankfold.optim.small import eigh, function, gram, sylvester
 from rankfold.optim.stacks import Batch, Shapes
 
@@ -45,6 +46,10 @@ class LoraProOptions(Options):
         self.require("x_mode", self.x_mode in ("sylvester", "symmetry", "zero"), '"sylvester", "symmetry" or "zero"')
         ok = self.mode != "sgd" or self.weight_decay == 0
         self.require("weight_decay", ok, '0 in mode="sgd", whose rule has none; take mode="efficient" for decay')
+
+    @property
+    def takes_clipping(self) -> bool:
+        return self.mode == "sgd"  # the others divide by the size of what they see, as Adam does
 
 
 @dataclass(frozen=True)
@@ -105,9 +110,8 @@ def full_direction(batch: Batch, h_up: Tensor, h_down: Tensor, group: dict[str, 
         g = left[some] @ right[some]
         u = torch.zeros_like(g)
         m, v = batch.state["exp_avg"][some], batch.state["exp_avg_sq"][some]
-        adam_(
-            [u], [g], [m], [v], batch.step, lr=-1.0, betas=group["betas"], eps=group["eps"]
-        )  # from 0, and back: u is U
+        # Backwards from 0, so that u is Adam's direction itself
+        adam_([u], [g], [m], [v], batch.step, lr=-1.0, betas=group["betas"], eps=group["eps"])
         g_up[some] = u @ batch.seen_down[some].mT
         g_down[some] = batch.seen_up[some].mT @ u
     return g_up * batch.scale, g_down * batch.scale
@@ -125,8 +129,7 @@ class LoraPro(PairOptimizer):
             return {}
         if options.mode == "full":
             return {"exp_avg": (out, in_), "exp_avg_sq": (out, in_)}
-        down, up = (r, in_), (out, r)
-        return {"exp_avg_down": down, "exp_avg_sq_down": down, "exp_avg_up": up, "exp_avg_sq_up": up}
+        return moments(out, in_, r)
 
     def rule(self, batches: list[Batch], group: dict[str, Any]) -> None:
         lr, mode, x_mode, decay = group["lr"], group["mode"], group["x_mode"], group["weight_decay"]
@@ -137,12 +140,7 @@ class LoraPro(PairOptimizer):
             first = "zero" if mode == "full" else x_mode
             h_up, h_down = project(up, down, batch.grad_up, batch.grad_down, batch.scale, sizes, first)
             if mode == "efficient":
-                kept = batch.state
-                adam_(
-                    [batch.down, batch.up], [h_down, h_up],
-                    [kept["exp_avg_down"], kept["exp_avg_up"]], [kept["exp_avg_sq_down"], kept["exp_avg_sq_up"]],
-                    batch.step, lr=lr, betas=group["betas"], eps=group["eps"], weight_decay=decay,
-                )  # fmt: skip
+                adam_on_both_(batch, h_down, h_up, group)
                 continue
             if mode == "full":
                 g_up, g_down = full_direction(batch, h_up, h_down, group)
@@ -152,3 +150,14 @@ class LoraPro(PairOptimizer):
                     batch.down.mul_(math.sqrt(max(1 - lr * decay, 0.0)))
             batch.up.sub_(h_up, alpha=lr)
             batch.down.sub_(h_down, alpha=lr)
+
+
+register(
+    OptimizerRow(
+        name="lora_pro",
+        title="LoRA-Pro",
+        paper="2407.18242",
+        summary="Moves W as close to its full gradient as the pair can.",
+        cls=LoraPro,
+    )
+)

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from rankfold.optim.options import Options, is_number
 from rankfold.optim.pair_optimizer import PairOptimizer
+from rankfold.optim.registry import OptimizerRow, register
 from rankfold.optim.small import function, inverse_root, precise_gram, widest
 from rankfold.optim.stacks import Batch, Shapes
 
@@ -52,6 +53,10 @@ class LoraRiteOptions(Options):
             self.require(name, isinstance(getattr(self, name), bool), "true or false")
         for name in ("clip", "skip", "cap"):
             self.require(name, is_number(getattr(self, name)) and getattr(self, name) >= 0, "a number >= 0")
+
+    @property
+    def takes_clipping(self) -> bool:
+        return False  # the raw norm depends on the factorisation; `clip` is the norm that does not
 
 
 @dataclass
@@ -171,3 +176,14 @@ class LoraRite(PairOptimizer):
             batch.up.baddbmm_(batch.state["first_up"].mT, magnify_up, beta=kept, alpha=-lr)
             if group["balance"]:
                 balance_(batch.down, batch.up)
+
+
+register(
+    OptimizerRow(
+        name="lora_rite",
+        title="LoRA-RITE",
+        paper="2410.20625",
+        summary="Adaptive steps that do not depend on how the update is factored.",
+        cls=LoraRite,
+    )
+)

@@ -36,6 +36,11 @@ class Options:
         self.require("weight_decay", is_number(self.weight_decay) and self.weight_decay >= 0, "a number >= 0")
         self.require("plain_lr", self.plain_lr is None or (is_number(self.plain_lr) and self.plain_lr >= 0), "a number >= 0, or null for lr")  # fmt: skip
 
+    @property
+    def takes_clipping(self) -> bool:
+        """Whether a trainer's clipping, by the norm of the factors' raw gradients, suits the step; if not, it is off by default."""
+        return True
+
     @classmethod
     def title(cls) -> str:
         return cls.__name__.removesuffix("Options")

@@ -30,7 +30,7 @@ class Candidate:
     """Two factors that a layer multiplies. One of them may be frozen, a buffer, or computed from something else.
 
     Args:
-        name: the layer's full name, and the adapter's where it is not "default".
+        name: of what is adapted (a layer, or one expert's matrix), and the adapter's where it is not "default".
         down, up: as in `Factors`.
         scale: what multiplies the product.
         gate: its trained diagonal, where it has one.
@@ -61,7 +61,7 @@ class Owned:
 def owned(name: str, module: nn.Module) -> Owned | None:
     """What the layer `module`, called `name`, declares; None for a module that is not an adapted layer."""
     if isinstance(module, AdaptedLayer):
-        return _of_ours(name, module)
+        return _of_ours(module)
     if isinstance(module, LoraLayer):
         return _of_peft(name, module)
     return None
@@ -71,10 +71,11 @@ def _called(name: str, adapter_name: str) -> str:
     return name if adapter_name == "default" else f"{name}[{adapter_name}]"
 
 
-def _of_ours(name: str, layer: AdaptedLayer) -> Owned:
+def _of_ours(layer: AdaptedLayer) -> Owned:
     found = Owned()
-    for adapter_name, adapter in layer.lowrank_adapters.items():
-        assert isinstance(adapter, Adapter)
+    for adapter_name, adapter in ((n, a) for n in layer.lowrank_adapters for a in layer.adapters([n])):
+        if not any(True for _ in adapter.parameters()):  # tied: the embedding's
+            continue
         pool: set[int] = set()
         if adapter.shared is not None:
             found.leave(adapter.shared, "shared by several layers")
@@ -83,18 +84,20 @@ def _of_ours(name: str, layer: AdaptedLayer) -> Owned:
             found.leave(adapter, "its layer's update depends on the input")
             continue
         penalised = _penalised(adapter)
-        for block in adapter.blocks():
+        for block in adapter.update():
             gate = None if block.gate is None else _gate(block.gate)
             computed = block.gate is not None and gate is None  # no diagonal that could be read again at the next step
+            if computed or any(t.requires_grad and not isinstance(t, nn.Parameter) for t in (block.down, block.up)):
+                found.leave(adapter, "computed from other parameters at each forward")
             if not computed and not pool & {id(block.down), id(block.up)}:
-                called = _called(name, adapter_name)
-                found.candidates.append(Candidate(called, block.down, block.up, block.scale, gate, penalised=penalised))
+                name, embedding = _called(adapter.site.name, adapter_name), adapter.site.kind == "embedding"
+                found.candidates.append(Candidate(name, block.down, block.up, block.scale, gate, embedding, penalised))
     return found
 
 
 def _penalised(adapter: Adapter) -> str:
     """The method's title where its controller says that it adds a loss term on the factors."""
-    row = next((m for m in registry.METHODS.values() if type(adapter) is m.adapter), None)
+    row = registry.METHODS.get(adapter.config.method)
     return row.title if row is not None and getattr(row.controller, "penalises_factors", False) else ""
 
 

@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rankfold.errors import RankfoldError
 from rankfold.optim.adam import plain_adamw
-from rankfold.optim.options import Options, check_lr
-from rankfold.optim.pairs import Pair, split_of
+from rankfold.optim.options import check_lr
+from rankfold.optim.pair_aware import PairAware
+from rankfold.optim.pairs import Pair
 from rankfold.optim.stacks import Batch, Shapes, Stack, by_shape
-from rankfold.optim.state_check import check_state, restore_types
 
 #: `param_group["kind"]`.
 PAIRS, PLAIN = "pairs", "plain"
 
 
-class PairOptimizer(torch.optim.Optimizer):
+class PairOptimizer(PairAware):
     """Base of the optimisers that step both factors of a pair together.
 
     Args:
@@ -36,16 +36,11 @@ class PairOptimizer(torch.optim.Optimizer):
         RankfoldError: what `pairs` raises; an option that does not exist or is out of range.
     """
 
-    #: The class's options, and whether it trains `down` too.
-    Options: ClassVar[type[Options]] = Options
-    trains_down: ClassVar[bool] = True
-
     def __init__(self, model: nn.Module | Sequence[Pair], lr: float = 1e-3, **options: Any) -> None:
         check_lr(type(self).__name__, lr)
         self.options = self.Options.of(options)
-        parts = split_of(type(self).__name__, model, frozen_down=not self.trains_down)
+        parts = self.take(model)
         own, plain = parts.pairs, parts.plain
-        self.prepare(own)
         self.pairs = own
         self._stacks = self._stacked()
         groups: list[dict[str, Any]] = [
@@ -62,19 +57,11 @@ class PairOptimizer(torch.optim.Optimizer):
                 groups.append({"params": params} | ({"weight_decay": 0.0} if vectors else {}))
         super().__init__(groups, {"lr": float(lr), **asdict(self.options), "kind": PLAIN})
 
-    # What a rule says -------------------------------------------------------------------------------------------------
-
-    @classmethod
-    def remembers(cls, out: int, in_: int, r: int, options: Options) -> Shapes:
-        """The state of one pair: name to shape. It starts at zero."""
-        raise NotImplementedError
+    # What a rule says, besides `remembers` ----------------------------------------------------------------------------
 
     def rule(self, batches: list[Batch], group: dict[str, Any]) -> None:
         """One step: changes factors and state of every batch in place. `group` has lr and the options."""
         raise NotImplementedError
-
-    def prepare(self, pairs: list[Pair]) -> None:
-        """Prepares the pairs before the first step."""
 
     # What torch asks --------------------------------------------------------------------------------------------------
 
@@ -104,11 +91,8 @@ class PairOptimizer(torch.optim.Optimizer):
             param_group["lr"] = self.options.plain_lr
         super().add_param_group(param_group)
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores a state exactly, types included; raises RankfoldError for that of another model, rank or optimiser."""
-        check_state(self, state_dict, {pair.up: self._shapes(pair) for pair in self.pairs})
-        super().load_state_dict(state_dict)
-        restore_types(self, state_dict)
+    def expected(self) -> Mapping[nn.Parameter, Shapes]:
+        return {pair.up: self._shapes(pair) for pair in self.pairs}
 
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"options": self.options, "pairs": self.pairs}

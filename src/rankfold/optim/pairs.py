@@ -68,27 +68,28 @@ class Split:
     plain: list[Plain]
 
 
-def pairs(model: nn.Module, *, frozen_down: bool = False, algebra: bool = True) -> list[Pair]:
+def pairs(model: nn.Module, *, frozen_down: bool = False, joint: bool = True) -> list[Pair]:
     """The pairs of `model`: rankfold's adapters and PEFT's LoRA layers, in the model's order.
 
     Args:
         model: a model with adapted layers; adapters that are frozen as a whole are left out.
         frozen_down: also take pairs whose `down` is frozen, as LoRA-FA does.
-        algebra: whether the step needs whole factors, and gradients that are the update's alone. LoRA+ needs neither.
+        joint: whether a step is computed from both factors: they must then be whole, and their gradients the update's alone.
+            LoRA+ needs neither.
 
     Raises:
         RankfoldError: no pairs; a pair with one frozen factor; factors that two pairs share; factors that are sharded.
     """
-    return split(model, frozen_down=frozen_down, algebra=algebra).pairs
+    return split(model, frozen_down=frozen_down, joint=joint).pairs
 
 
-def split(model: nn.Module, *, frozen_down: bool = False, algebra: bool = True) -> Split:
+def split(model: nn.Module, *, frozen_down: bool = False, joint: bool = True) -> Split:
     """Every trained parameter of `model`, as pairs and as plain ones. Arguments and errors are those of `pairs`."""
     declared = list(layers(model))
     why_not: dict[int, str] = {}
     for layer in declared:
         why_not |= layer.why_not
-    found = [_pair(c, frozen_down, algebra) for layer in declared for c in layer.candidates if _trained(c)]
+    found = [_pair(c, frozen_down, joint) for layer in declared for c in layer.candidates if _trained(c)]
     if not found:
         reasons = sorted({why_not[id(p)] for p in model.parameters() if p.requires_grad and id(p) in why_not})
         raise RankfoldError(
@@ -107,15 +108,11 @@ def split(model: nn.Module, *, frozen_down: bool = False, algebra: bool = True) 
     return Split(found, plain)
 
 
-def split_of(
-    owner: str, model: nn.Module | Sequence[Pair], *, frozen_down: bool = False, algebra: bool = True
-) -> Split:
-    """What an optimiser called `owner` is to train: all of a model, or the given pairs and nothing else."""
-    if isinstance(model, nn.Module):
-        return split(model, frozen_down=frozen_down, algebra=algebra)
-    found = list(model) if isinstance(model, Sequence) else []
+def split_pairs(owner: str, given: Sequence[Pair]) -> Split:
+    """The given pairs and nothing else, for an optimiser called `owner`; raises RankfoldError where they are none."""
+    found = list(given) if isinstance(given, Sequence) else []
     if not found or not all(isinstance(p, Pair) for p in found):
-        text = repr(model) if len(repr(model)) <= 60 else type(model).__name__
+        text = repr(given) if len(repr(given)) <= 60 else type(given).__name__
         raise RankfoldError(
             f"{owner}: model={text} is neither a model nor a list of its pairs; give the model, or rankfold.optim.pairs(model)"
         )
@@ -152,26 +149,30 @@ def _sharded(c: Candidate) -> bool:
     return any(isinstance(t, DTensor) or t.ndim != 2 for t in trained)
 
 
-def _pair(c: Candidate, frozen_down: bool, algebra: bool) -> Pair:
-    if algebra and _sharded(c):
+def _pair(c: Candidate, frozen_down: bool, joint: bool) -> Pair:
+    if joint and _sharded(c):
         raise RankfoldError(
             f"{c.name}: its factors are sharded over processes (FSDP or ZeRO-3), and a pair optimiser needs both whole; use DDP, "
             "or take LoraPlus or AdamW"
         )
-    if algebra and c.penalised:
+    if joint and c.penalised:
         raise RankfoldError(
             f"{c.name}: {c.penalised} adds a penalty on the factors to the loss, and a pair optimiser would take its gradient "
             "for one of the update; take LoraPlus or AdamW"
         )
     frozen = [n for n, t in (("down", c.down), ("up", c.up)) if not (t.requires_grad and isinstance(t, nn.Parameter))]
     if frozen and not (frozen_down and frozen == ["down"] and isinstance(c.down, nn.Parameter)):
+        fixes: list[str] = []
+        if isinstance(getattr(c, frozen[0]), nn.Parameter):  # else the method itself keeps it in a buffer
+            fixes = [f"make {frozen[0]}.requires_grad true"]
+            fixes += ["take LoraFa, which trains up alone"] if frozen == ["down"] else []
         raise RankfoldError(
-            f"{c.name}: {frozen[0]} is frozen and the other factor is not, so there is no pair to train; make "
-            f"{frozen[0]}.requires_grad true, take LoraFa (it trains up alone), or AdamW"
+            f"{c.name}: {frozen[0]} is frozen and the other factor is not, so there is no pair to train; "
+            + ", or ".join([*fixes, "take torch.optim.AdamW"])
         )
     assert isinstance(c.down, nn.Parameter)
     assert isinstance(c.up, nn.Parameter)
-    if algebra and c.up.shape[1] != c.down.shape[0]:
+    if joint and c.up.shape[1] != c.down.shape[0]:
         raise RankfoldError(f"{c.name}: up {tuple(c.up.shape)} and down {tuple(c.down.shape)} do not multiply")
     return Pair(c.name, c.down, c.up, float(c.scale), c.gate, c.embedding)
 

@@ -1,22 +1,19 @@
-"""The optimisers by name: one row each."""
+"""The table of optimisers: one row each, which the file of the optimiser registers. Those of third parties do the same."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
 from dataclasses import Field, dataclass, fields
+from math import prod
 from typing import Any
 
-import torch
+from torch import nn
 
 from rankfold.errors import RankfoldError
-from rankfold.optim.lora_fa import LoraFa
-from rankfold.optim.lora_plus import LoraPlus
-from rankfold.optim.lora_pro import LoraPro
-from rankfold.optim.lora_rite import LoraRite
+from rankfold.host import registry as methods
 from rankfold.optim.options import Options
-from rankfold.optim.pair_optimizer import PairOptimizer
-from rankfold.optim.riemannian import Riemannian
+from rankfold.optim.pair_aware import PairAware
 
 
 @dataclass(frozen=True)
@@ -24,20 +21,18 @@ class OptimizerRow:
     """What is known of an optimiser without making one.
 
     Args:
-        name: what `create` and `optimizer_cls_and_kwargs` call it.
+        name: what run files, `rankfold optimizers` and `create` call it.
         title: what the paper calls it.
-        paper: arXiv id.
+        paper: arXiv id, or "" where there is none.
         summary: one line.
         cls: the torch optimiser.
-        invariant: whether its step of W is the same for (A, B) and (R·A, B·R⁻¹); clipping by the raw norm breaks that.
     """
 
     name: str
     title: str
     paper: str
     summary: str
-    cls: type[LoraPlus] | type[PairOptimizer]
-    invariant: bool = False
+    cls: type[PairAware]
 
     def check(self, **options: Any) -> Options:
         """The options, completed; raises RankfoldError for one that does not exist or is out of range."""
@@ -58,40 +53,49 @@ class OptimizerRow:
             itemsize: bytes of one element of the state.
         """
         given = self.check(**options)
-        elements = 2 * plain
-        for out, in_, r in shapes:
-            if issubclass(self.cls, PairOptimizer):
-                elements += sum(_count(shape) for shape in self.cls.remembers(out, in_, r, given).values())
-            else:
-                elements += 2 * r * (out + in_)
-        return elements * itemsize
+        of_pairs = sum(prod(kept) for shape in shapes for kept in self.cls.remembers(*shape, given).values())
+        return (of_pairs + 2 * plain) * itemsize
+
+    def state_bytes_of(self, model: nn.Module, **options: Any) -> int:
+        """The same for a model, whose factors may be on the meta device; raises what `pairs` raises."""
+        parts = self.cls.split(model)
+        plain = sum(p.parameter.numel() for p in parts.plain)
+        return self.state_bytes([pair.shape for pair in parts.pairs], plain, **options)
 
 
-def _count(shape: tuple[int, ...]) -> int:
-    return torch.Size(shape).numel()
+#: All rows by name: ours, and those that third parties have registered so far.
+OPTIMIZERS: dict[str, OptimizerRow] = {}
 
 
-OPTIMIZERS: dict[str, OptimizerRow] = {
-    row.name: row
-    for row in (
-        OptimizerRow("lora_plus", "LoRA+", "2402.12354", "AdamW with a higher learning rate for B than for A.", LoraPlus),
-        OptimizerRow(
-            "lora_pro", "LoRA-Pro", "2407.18242", "Moves W as close to its full gradient as the pair can.", LoraPro
-        ),
-        OptimizerRow(
-            "lora_rite", "LoRA-RITE", "2410.20625", "Adaptive steps that do not depend on how the update is factored.", LoraRite, True
-        ),
-        OptimizerRow("lora_fa", "LoRA-FA", "2308.03303", "Freezes A; trains B with the projected full gradient.", LoraFa),
-        OptimizerRow(
-            "riemannian", "Riemannian LoRA", "2402.02347", "AdamW or SGD on gradients divided by the other factor's size.", Riemannian
-        ),
-    )
-}  # fmt: skip
+def register(row: OptimizerRow) -> OptimizerRow:
+    """Adds a row; a second one of that name takes its place if it is of the same module (a notebook's cell that runs again).
+
+    Raises:
+        RankfoldError: another module's optimiser of that name.
+    """
+    before = OPTIMIZERS.get(row.name)
+    if before is not None and before.cls.__module__ != row.cls.__module__:
+        raise RankfoldError(f"OptimizerRow: name={row.name!r} is taken by {before.title}; choose another")
+    OPTIMIZERS[row.name] = row
+    return row
+
+
+def rows() -> list[OptimizerRow]:
+    """All rows by name, those of installed packages included."""
+    methods.discover()  # the modules that entry points name may register optimisers too
+    return sorted(OPTIMIZERS.values(), key=lambda row: row.name)
+
+
+def known(name: str) -> bool:
+    """Whether there is an optimiser of that name, those of installed packages included."""
+    if name not in OPTIMIZERS:
+        rows()
+    return name in OPTIMIZERS
 
 
 def get(name: str) -> OptimizerRow:
     """The row called `name`; raises RankfoldError that names the nearest."""
-    if name not in OPTIMIZERS:
+    if not known(name):
         near = difflib.get_close_matches(name, OPTIMIZERS, n=1)
         hint = f"did you mean {near[0]!r}?" if near else "there are " + ", ".join(OPTIMIZERS)
         raise RankfoldError(f"optimizer={name!r} is not known; {hint}")

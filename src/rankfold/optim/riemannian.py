@@ -16,9 +16,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from rankfold.optim.adam import adam_
+from rankfold.optim.adam import adam_on_both_, moments
 from rankfold.optim.options import Options, is_number
 from rankfold.optim.pair_optimizer import PairOptimizer
+from rankfold.optim.registry import OptimizerRow, register
 from rankfold.optim.small import gram, inverse
 from rankfold.optim.stacks import Batch, Shapes
 
@@ -59,8 +60,7 @@ class Riemannian(PairOptimizer):
         assert isinstance(options, RiemannianOptions)
         if options.base == "sgd":
             return {}
-        down, up = (r, in_), (out, r)
-        return {"exp_avg_down": down, "exp_avg_sq_down": down, "exp_avg_up": up, "exp_avg_sq_up": up}
+        return moments(out, in_, r)
 
     def rule(self, batches: list[Batch], group: dict[str, Any]) -> None:
         for batch in batches:
@@ -69,9 +69,15 @@ class Riemannian(PairOptimizer):
                 for p, g in ((batch.down, g_down), (batch.up, g_up)):
                     p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(g, alpha=group["lr"])
                 continue
-            kept = batch.state
-            adam_(
-                [batch.down, batch.up], [g_down, g_up],
-                [kept["exp_avg_down"], kept["exp_avg_up"]], [kept["exp_avg_sq_down"], kept["exp_avg_sq_up"]],
-                batch.step, lr=group["lr"], betas=group["betas"], eps=group["eps"], weight_decay=group["weight_decay"],
-            )  # fmt: skip
+            adam_on_both_(batch, g_down, g_up, group)
+
+
+register(
+    OptimizerRow(
+        name="riemannian",
+        title="Riemannian LoRA",
+        paper="2402.02347",
+        summary="AdamW or SGD on gradients divided by the other factor's size.",
+        cls=Riemannian,
+    )
+)

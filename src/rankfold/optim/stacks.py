@@ -72,9 +72,8 @@ class Stack:
         after a state was loaded or moved."""
         entries = [kept[pair.up] for pair in self.pairs]
         if not self._rows or any(
-            entry.get(name) is not row[name]
+            "step" not in entry or any(entry.get(name) is not row[name] for name in self.shapes)
             for entry, row in zip(entries, self._rows, strict=True)
-            for name in self.shapes
         ):
             up = self.pairs[0].up
             self._state = {}

@@ -46,14 +46,7 @@ def describe(model: nn.Module) -> BaseFacts:
         size = None if saved is None else plain - saved
         known = "" if size is not None else "; its bytes are not known here"
         notes.append(f"the base is quantised ({how}){known}: counts are of its plain shapes, kernels were not tried")
-    experts = sum(p.numel() for m in model.modules() for p in m.parameters(recurse=False) if _fused(m, p))
-    if experts:
-        notes.append(f"{experts:,} of the base's parameters are fused experts (3-D), which no method here adapts")
     return BaseFacts(type(model).__name__, total, size, how, base_flops(model), notes)
-
-
-def _fused(module: nn.Module, parameter: nn.Parameter) -> bool:
-    return parameter.ndim == 3 and not isinstance(module, nn.Conv1d)
 
 
 def _quantisation(model: nn.Module) -> dict[str, Any]:

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import yaml
 from peft import PeftConfig
 from torch import nn
 
@@ -14,8 +13,9 @@ from rankfold.errors import RankfoldError, nearest
 from rankfold.host import registry
 from rankfold.host.config import LowRankConfig
 from rankfold.plan.peft_methods import NEEDED, RIVALS, fields_at
-from rankfold.runfile.methods import SET_BY_THE_RUN, config_class, config_fields
+from rankfold.runfile.methods import SET_BY_THE_RUN, bad_pattern, config_class, config_fields
 from rankfold.runfile.peft_methods import ALIASES
+from rankfold.runfile.yaml import YamlError, read
 from rankfold.tasks import table
 
 
@@ -87,14 +87,27 @@ def parse(text: str) -> Candidate:
     label = f"{prefix}:{label}" if prefix else label
     name, fields = ALIASES.get(label, (label, {}))
     known, fields = config_fields(config_class(name)), dict(fields)
+    for key, value in written(text, given, f"{label}:r=8").items():
+        if key not in known or key in SET_BY_THE_RUN:
+            raise RankfoldError(f"'{text}': {label} has no field '{key}'{nearest(key, known)}")
+        if why := bad_pattern(key, value):
+            raise RankfoldError(f"'{text}': {key}={why}")
+        fields[key] = value
+    return Candidate(label, name, fields)
+
+
+def written(text: str, given: str, example: str) -> dict[str, Any]:
+    """The values of "field=value,…"; raises RankfoldError, which quotes the whole `text`, where they are not written so."""
+    fields = {}
     for pair in filter(None, (part.strip() for part in given.split(","))):
         key, equals, value = pair.partition("=")
         if not equals or not value:
-            raise RankfoldError(f"'{text}': '{pair}' must look like field=value, as in {label}:r=8")
-        if key not in known or key in SET_BY_THE_RUN:
-            raise RankfoldError(f"'{text}': {label} has no field '{key}'{nearest(key, known)}")
-        fields[key] = yaml.safe_load(value)
-    return Candidate(label, name, fields)
+            raise RankfoldError(f"'{text}': '{pair}' must look like field=value, as in {example}")
+        try:
+            fields[key], _ = read(value)
+        except YamlError as error:
+            raise RankfoldError(f"'{text}': {key}={value} is {error}") from None
+    return fields
 
 
 def chosen(names: Sequence[str] | None) -> list[Candidate]:

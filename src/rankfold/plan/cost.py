@@ -13,9 +13,12 @@ from torch import nn
 
 from rankfold.errors import RankfoldError
 from rankfold.host.config import LowRankConfig
+from rankfold.host.targets import absent_names
+from rankfold.host.unreached import in_words, unreached
 from rankfold.io.models import meta_copy
 from rankfold.plan.flops import adapter_flops, base_flops
 from rankfold.plan.folding import Fold, forecast
+from rankfold.plan.optimizer import PlannedOptimizer
 from rankfold.plan.ranks import at_the_end
 from rankfold.train import budget
 
@@ -28,7 +31,7 @@ class Cost:
         trained: parameters that the optimiser changes in the adapter; at the start, where ranks fall during training.
         head: parameters trained in full beside it.
         stored: parameters in the saved adapter's file, head included.
-        optimizer_bytes: AdamW's two float32 states of all that is trained.
+        optimizer_bytes: the optimiser's float32 state; by default AdamW's two, of all that is trained.
         fold: the plain LoRA it folds into, or why there is none. Where ranks fall it is the largest that may come out.
         flops: the adapter's matrix products for one token over the base's, forward, and with backward; None where
             they could not be counted (flops.py says what is).
@@ -55,28 +58,30 @@ class Cost:
         return self.fold.rank if isinstance(self.fold, Fold) else None
 
 
-def cost(base: nn.Module, config: PeftConfig) -> Cost:
+def cost(base: nn.Module, config: PeftConfig, optimizer: PlannedOptimizer | None = None) -> Cost:
     """The cost of a method, ours or PEFT's; neither the model nor the config is changed.
 
     Args:
         base: a transformers model, of `meta_model` or a real one.
+        optimizer: whose state is counted; by default AdamW's.
 
     Raises:
         ValueError: the method cannot run on this model; in one sentence.
     """
     model = adapted(base, config)
+    state_bytes = optimizer.state_bytes(model) if optimizer else None  # first: it may freeze factors
     spent = budget.count(model)
     saved = _saved(model)
     fold, added, whole = forecast(model), adapter_flops(model), base_flops(base)
     end = at_the_end(config)
-    notes = []
+    notes = [found] if (found := in_words(unreached(model))) else []
     if added is None:
         notes.append("its operations could not be counted without values")
     return Cost(
         trained=spent.adapter,
         head=spent.head,
         stored=sum(t.numel() for t in saved.values()),
-        optimizer_bytes=spent.memory()["optimiser"],
+        optimizer_bytes=spent.memory(state_bytes)["optimiser"],
         fold=fold,
         flops=(added[0] / whole, added[1] / (2 * whole)) if added and whole else None,
         trained_at_end=None if end is None else trained(base, end),
@@ -100,6 +105,9 @@ def trained(base: nn.Module, config: PeftConfig) -> int:
 def adapted(base: nn.Module, config: PeftConfig) -> PeftModel:
     """A copy of the model without values, with the adapter; arguments and errors as `cost`."""
     config = copy.deepcopy(config)
+    for name, absent in absent_names(config, base):
+        if name in ("target_modules", "target_parameters"):
+            raise RankfoldError(f"{type(config).__name__}: {name}: nothing in the model is called {absent!r}")
     if isinstance(config, LowRankConfig):
         config.allow_unscheduled = True
     try:

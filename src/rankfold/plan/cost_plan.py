@@ -74,7 +74,7 @@ def _still_needed(name: str) -> dict[str, tuple[Any, str]]:
 
 @dataclass(frozen=True)
 class CostPlan:
-    """All rows, and the facts they rest on."""
+    """All rows, and the facts they rest on. `optimizer` is the one whose state is counted; None: AdamW."""
 
     model: str
     task: str | None
@@ -82,9 +82,10 @@ class CostPlan:
     targets: list[str] | str
     budget: int | None
     rows: list[Row]
+    optimizer: str | None = None
 
     def to_json(self) -> str:
         about = {"format": "rankfold-plan-1", "model": self.model, "task": self.task, "base": asdict(self.base)}
         rows = [row.to_dict() for row in self.rows]
-        values = {**about, "targets": self.targets, "budget": self.budget, "methods": rows}
+        values = {**about, "targets": self.targets, "budget": self.budget, "optimizer": self.optimizer, "methods": rows}
         return json.dumps(values, indent=2) + "\n"

@@ -17,6 +17,7 @@ from rankfold.plan.cost_plan import CostPlan, Row
 from rankfold.plan.folding import Fold
 from rankfold.plan.match import match, parse_budget
 from rankfold.plan.meta import meta_model
+from rankfold.plan.optimizer import PlannedOptimizer
 from rankfold.plan.ranks import in_words, named, setting
 from rankfold.plan.show import table
 
@@ -34,6 +35,7 @@ def run_costs(
     r: int | None = None,
     budget: str | None = None,
     budget_of: str | None = None,
+    optimizer: str | None = None,
     labels: int = 2,
     revision: str | None = None,
     json: bool = False,
@@ -48,6 +50,7 @@ def run_costs(
         r: rank of every method, where its own fields give none.
         budget: trained parameters of the adapter, such as "1.2M": ranks are solved for it.
         budget_of: the same, as what this method trains: "lora:r=8".
+        optimizer: whose state is counted, as `PlannedOptimizer.parse` reads it; by default AdamW.
         labels: classes of a classification head.
         json: print the plan as JSON instead of the table.
 
@@ -55,18 +58,22 @@ def run_costs(
         ValueError: what is wrong, in one line; also a budget that no method can meet.
     """
     candidates = chosen(methods)
+    planned = PlannedOptimizer.parse(optimizer) if optimizer else None
     if r is not None and (budget or budget_of):
         raise RankfoldError("--r and a budget contradict each other: a budget solves for the ranks")
-    if r is not None and r < 1:
-        raise RankfoldError(f"--r {r} must be an integer > 0")
+    for flag, number in (("r", r), ("labels", labels)):
+        if number is not None and number < 1:
+            raise RankfoldError(f"--{flag} {number} must be an integer > 0")
+    if targets is not None and not targets:
+        raise RankfoldError("--targets names no module; give ends of names, such as q_proj,v_proj, or leave it out")
     limit = _limit(budget)
-    yardstick = parse(budget_of) if budget_of else None
+    yardstick = None if budget_of is None else parse(budget_of)
     base = meta_model(model, task, revision, labels)
     where = _targets(targets)
     if yardstick is not None:
         limit = trained(base, yardstick.with_rank(RANK).config(base, task, where))
-    rows = [_row(base, c.with_rank(r or RANK), task, where, limit) for c in candidates]
-    plan = CostPlan(model, task, describe(base), where, limit, rows)
+    rows = [_row(base, c.with_rank(r or RANK), task, where, limit, planned) for c in candidates]
+    plan = CostPlan(model, task, describe(base), where, limit, rows, optimizer)
     if not any(row.cost for row in rows):
         raise RankfoldError(_none(rows, limit))
     if json:
@@ -86,7 +93,7 @@ def run_costs(
 
 def _limit(budget: str | None) -> int | None:
     try:
-        return parse_budget(budget) if budget else None
+        return None if budget is None else parse_budget(budget)
     except ValueError as error:
         raise RankfoldError(f"--budget {error}") from None
 
@@ -95,19 +102,26 @@ def _targets(given: Sequence[str] | None) -> list[str] | str:
     return ALL if not given or list(given) == [ALL] else list(given)
 
 
-def _row(base: nn.Module, candidate: Candidate, task: str | None, targets: list[str] | str, limit: int | None) -> Row:
+def _row(
+    base: nn.Module,
+    candidate: Candidate,
+    task: str | None,
+    targets: list[str] | str,
+    limit: int | None,
+    optimizer: PlannedOptimizer | None,
+) -> Row:
     method = {"name": candidate.name, "target_modules": targets, **candidate.fields}
     full = False
     try:
         config = candidate.config(base, task, targets)
         if limit is None or not _solvable(config):
-            found, share = cost(base, config), None
+            found, share = cost(base, config, optimizer), None
             if limit is not None:
                 share = found.trained / limit
                 if share > 1:
                     return Row(candidate.label, method, reason=_too_large(config, found.trained, limit))
         else:
-            solved = match(base, config, limit)
+            solved = match(base, config, limit, optimizer)
             config, found, share, full = solved.config, solved.cost, solved.share, solved.full
     except ValueError as error:
         return Row(candidate.label, method, reason=str(error))

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.pytorch_utils import Conv1D
 
+from rankfold.host.layer import AdaptedLayer
 from rankfold.plan.layers import adapted_layers, alike, in_and_out
 
 TOKENS = 2048
@@ -60,7 +61,13 @@ def adapter_flops(model: nn.Module) -> tuple[float, float] | None:
         layer: Any = layers[names[0]]
         if hasattr(layer, "link_to"):
             layer.link_to(None, 0)  # alone: its siblings are counted for themselves
-        into, out = in_and_out(layer.get_base_layer())
+        if _is_ours_of_another_kind(layer):
+            pairs = len(names) * _of_pairs(layer) * _share_of_experts(model, layer.get_base_layer())
+            forward, both = forward + pairs, both + 3 * pairs
+            continue
+        if not hasattr(layer.get_base_layer(), "weight"):  # fused experts: what they do depends on the routing
+            return None
+        into, out = in_and_out(layer)
         if layer.get_base_layer().weight.is_floating_point():
             layer.to(torch.bfloat16)  # in float32 our contraction may take another order for so many tokens
         dtype = layer.get_base_layer().weight.dtype
@@ -80,6 +87,21 @@ def adapter_flops(model: nn.Module) -> tuple[float, float] | None:
         forward += len(names) * (there - base) / TOKENS
         both += len(names) * (back - 2 * base) / TOKENS
     return forward, both
+
+
+def _is_ours_of_another_kind(layer: nn.Module) -> bool:
+    return isinstance(layer, AdaptedLayer) and not layer.kind.linear
+
+
+def _of_pairs(layer: AdaptedLayer) -> int:
+    """Of one token, or of one position of a convolution's output, forward: by formula, because its input is not a vector."""
+    looked_up = layer.kind.name == "embedding"
+    groups: int = getattr(layer.get_base_layer(), "groups", 1)
+    return sum(
+        2 * block.rank * (block.shape[0] + (0 if looked_up else groups * block.shape[1]))
+        for adapter in layer.adapters(list(layer.lowrank_adapters))
+        for block in adapter.blocks()
+    )
 
 
 def _addmm(added: Any, a: torch.Size, b: torch.Size, *_: Any, **__: Any) -> int:

@@ -10,9 +10,11 @@ from torch import Tensor
 
 from rankfold.fold import native as ours
 from rankfold.fold import peft_adapters
+from rankfold.fold.lora_tensors import check_kinds
 from rankfold.fold.profiles.uniform import SERVE_RANKS, serve_rank
 from rankfold.fold.source import Source
 from rankfold.host.config import LowRankConfig
+from rankfold.host.parameter_layer import AdaptedParameters
 from rankfold.plan.layers import adapted_layers, alike
 
 
@@ -46,13 +48,17 @@ def forecast(model: PeftModel) -> Fold | str:
                 if isinstance(config, LowRankConfig)
                 else peft_adapters.from_model(model)
             )
+            check_kinds(source, "uniform")
             layers = adapted_layers(model.get_base_model())
             rank = 0
             for names in alike(layers):
-                update = source.update(names[0])
-                if isinstance(update, Tensor):
-                    return "its update is dense: `rankfold fold --rank N` or `--error E` comes near it"
-                rank = max(rank, min(update.rank, *update.shape))
+                layer = layers[names[0]]
+                several = isinstance(layer, AdaptedParameters)
+                for name in [a.site.name for a in layer.adapters(["default"])] if several else names[:1]:
+                    update = source.update(name)
+                    if isinstance(update, Tensor):
+                        return "its update is dense: `rankfold fold --rank N` or `--error E` comes near it"
+                    rank = max(rank, min(update.rank, *update.shape))
     except (ValueError, TypeError) as error:
         return str(error)
     served = serve_rank(rank)

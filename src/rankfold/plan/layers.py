@@ -8,7 +8,8 @@ from typing import Any
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from rankfold.host.peft_api import in_out_features
+from rankfold.host.layer import AdaptedLayer
+from rankfold.host.peft_api import LoraLayer, in_out_features
 
 
 def adapted_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -27,7 +28,9 @@ def alike(layers: dict[str, nn.Module]) -> list[list[str]]:
     return list(kinds.values())
 
 
-def in_and_out(linear: nn.Module) -> tuple[int, int]:
-    """The sizes of a linear layer, quantised and Conv1D included."""
-    into, out = in_out_features(linear)
+def in_and_out(layer: nn.Module) -> tuple[int, int]:
+    """The sizes of a linear layer, quantised and Conv1D included, or of what a tuner layer adapts."""
+    if isinstance(layer, AdaptedLayer | LoraLayer):
+        return layer.in_features, layer.out_features
+    into, out = in_out_features(layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer)
     return int(into), int(out)  # pyright: ignore[reportArgumentType]

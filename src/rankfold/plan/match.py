@@ -14,6 +14,7 @@ from torch import nn
 from rankfold.errors import RankfoldError
 from rankfold.plan.cost import Cost, adapted, cost
 from rankfold.plan.layers import adapted_layers, in_and_out
+from rankfold.plan.optimizer import PlannedOptimizer
 from rankfold.plan.ranks import Setting, setting
 from rankfold.train.budget import count as count_parameters
 
@@ -42,10 +43,10 @@ class Match(Solved):
     share: float = field(kw_only=True)
 
 
-def match(base: nn.Module, config: PeftConfig, budget: int) -> Match:
-    """As `solve`, with the cost of what was found; arguments and errors are the same."""
+def match(base: nn.Module, config: PeftConfig, budget: int, optimizer: PlannedOptimizer | None = None) -> Match:
+    """As `solve`, with the cost of what was found; arguments and errors are the same. `optimizer` as in `cost`."""
     solved = solve(base, config, budget)
-    spent = cost(base, solved.config)
+    spent = cost(base, solved.config, optimizer)
     return Match(**vars(solved), cost=spent, share=spent.trained / budget)
 
 
@@ -123,7 +124,7 @@ def _meets(points: dict[int, int], budget: int) -> int:
 
 def _most(model: nn.Module, found: Setting) -> int:
     """The rank of the largest matrix that has the adapter; for a number of entries, all of the smallest matrix."""
-    sizes = [in_and_out(layer.get_base_layer()) for layer in adapted_layers(model).values()]  # pyright: ignore
+    sizes = [in_and_out(layer) for layer in adapted_layers(model).values()]
     return max(map(min, sizes), default=1) if found.is_rank else min((a * b for a, b in sizes), default=1)
 
 

@@ -15,7 +15,7 @@ def table(plan: CostPlan) -> Group:
     t = text.table()
     t.add_column("method", no_wrap=True)
     t.add_column("ranks", no_wrap=True)
-    for name in ("trained", "stored", "folded", "serve at", "AdamW", "FLOPs", "+back"):
+    for name in ("trained", "stored", "folded", "serve at", _state(plan), "FLOPs", "+back"):
         t.add_column(name, justify="right", no_wrap=True)
     if plan.budget:
         t.add_column("budget", justify="right", no_wrap=True)
@@ -47,11 +47,17 @@ def _serve(fold: Fold, falls: bool) -> str:
     return rank if fold.rank == fold.served and not falls else f"{rank} → {fold.served}"
 
 
+def _state(plan: CostPlan) -> str:
+    """The heading of the optimiser's bytes."""
+    return "state" if plan.optimizer else "AdamW"
+
+
 def _title(plan: CostPlan) -> str:
     b = plan.base
     bytes_ = "bytes unknown" if b.bytes is None else text.size(b.bytes)
     targets = plan.targets if isinstance(plan.targets, str) else ",".join(plan.targets)
     title = f"{plan.model}: {b.architecture}, {b.parameters:,} parameters, {bytes_}; adapters on {targets}"
+    title += f"\nstate: of {plan.optimizer}" if plan.optimizer else ""
     return f"{title}\nbudget: {plan.budget:,} trained parameters in the adapter" if plan.budget else title
 
 
@@ -63,9 +69,12 @@ def _below(plan: CostPlan) -> list[str]:
         for note in [row.reason, *no_fold, *row.notes]:
             if note:
                 said.setdefault(note, []).append(row.label)
-    lines = [f"{', '.join(labels)}: {note}" for note, labels in said.items()]
+    able = [row.label for row in plan.rows if row.cost]
+    lines = [note if labels == able else f"{', '.join(labels)}: {note}" for note, labels in said.items()]
     if max(heads) > 0:
-        lines.append(f"beside every adapter a head of {max(heads):,} parameters is trained; stored and AdamW hold it")
+        lines.append(
+            f"beside every adapter a head of {max(heads):,} parameters is trained; stored and {_state(plan)} hold it"
+        )
     return [
         *lines,
         *plan.base.notes,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from rankfold.runfile.optimizers import clip_norm, row_of
 from rankfold.runfile.schema import RunFile
 from rankfold.tasks import table
 
@@ -34,9 +35,9 @@ def trainer_arguments(run: RunFile, *, validated: bool, max_length: int | None =
         "learning_rate": t.learning_rate,
         "lr_scheduler_type": t.schedule,
         "warmup_steps": t.warmup,
-        "optim": t.optimizer,
+        "optim": t.optimizer if row_of(t.optimizer) is None else "adamw_torch",  # one of ours is handed over as a class
         "weight_decay": t.weight_decay,
-        "max_grad_norm": t.max_grad_norm,
+        "max_grad_norm": clip_norm(t),
         "bf16": t.precision == "bf16",
         "fp16": t.precision == "fp16",
         "seed": t.seed,

@@ -12,7 +12,8 @@ from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
 
 from rankfold.errors import nearest, short
 from rankfold.runfile.arguments import RENAMED, trainer_arguments
-from rankfold.runfile.methods import SET_BY_THE_RUN, config_class, config_fields, refuse
+from rankfold.runfile.methods import SET_BY_THE_RUN, bad_pattern, config_class, config_fields, refuse
+from rankfold.runfile.optimizers import check_optimizer
 from rankfold.runfile.problems import Problem, allowed
 from rankfold.runfile.schema import RunFile
 from rankfold.tasks import table
@@ -54,6 +55,8 @@ def _check_method(run: RunFile) -> list[Problem]:
             problems.append(Problem(path, f"'{name}' has no such field (value {short(value)}){nearest(key, known)}"))
         elif not _fits(value, hints[key]):
             problems.append(Problem(path, f"{short(value)} is not {allowed(hints[key])}"))
+        elif why := bad_pattern(key, value):
+            problems.append(Problem(path, why))
     if problems:
         return problems
     try:
@@ -113,7 +116,6 @@ def _check_training(run: RunFile) -> list[Problem]:
         get_available_reporting_integrations,
     )
     from transformers.trainer_utils import SchedulerType
-    from transformers.training_args import OptimizerNames
 
     t, task = run.training, table.get(run.task)
     problems = []
@@ -121,10 +123,10 @@ def _check_training(run: RunFile) -> list[Problem]:
     def problem(key: str, message: str) -> None:
         problems.append(Problem(("training", key), message))
 
-    for key, value, enum in (("schedule", t.schedule, SchedulerType), ("optimizer", t.optimizer, OptimizerNames)):
-        names = [member.value for member in enum]
-        if value not in names:
-            problem(key, f"unknown {key} '{value}'{nearest(value, names, 'known')}")
+    schedules = [member.value for member in SchedulerType]
+    if t.schedule not in schedules:
+        problem("schedule", f"unknown schedule '{t.schedule}'{nearest(t.schedule, schedules, 'known')}")
+    problems += check_optimizer(run)
     trackers = [t.report_to] if isinstance(t.report_to, str) else t.report_to
     for name in trackers:
         if name not in INTEGRATION_TO_CALLBACK and name not in ("none", "all"):
@@ -134,7 +136,7 @@ def _check_training(run: RunFile) -> list[Problem]:
     if t.epochs is not None and t.max_steps is not None:
         problem("max_steps", f"{t.max_steps} contradicts epochs: {t.epochs:g}; give one of the two")
     if t.metric is not None and t.metric not in task.metrics:
-        problem("metric", f"'{t.metric}' is no metric of {run.task}{nearest(t.metric, task.metrics, 'known')}")
+        problem("metric", f"'{t.metric}' is not a metric of {run.task}{nearest(t.metric, task.metrics, 'known')}")
     if isinstance(t.evaluate_every, int) and t.evaluate_every < 1:
         problem("evaluate_every", f"{t.evaluate_every} is not allowed, should be greater than 0")
     if t.early_stopping and not run.keeps_best:

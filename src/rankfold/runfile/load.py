@@ -36,7 +36,7 @@ def read_values(path: Path) -> tuple[Any, dict[KeyPath, int]]:
     """The plain values of a YAML file, and the line of every key path in it.
 
     Raises:
-        RunFileError: it is no YAML. OSError: it cannot be read.
+        RunFileError: it is not YAML. OSError: it cannot be read.
     """
     if path.is_dir():
         there = sorted(file.name for file in path.glob("*.yaml"))
@@ -75,7 +75,7 @@ def overridden(
     """Plain values with short forms and paths expanded and overrides applied, which `lines` learns of.
 
     Raises:
-        RunFileError: they are no mapping, an override is none, or a path names a variable that is not set.
+        RunFileError: they are not a mapping, nor is an override, or a path names a variable that is not set.
     """
     if not isinstance(values, dict):
         keys = ", ".join(root.model_fields)
@@ -109,7 +109,7 @@ def apply(override: str, values: dict[str, Any], lines: dict[KeyPath, int]) -> N
     """Set what `key=value` says, in the values and in the lines that place their problems.
 
     Raises:
-        RunFileError: it is no `key=value`, or the key goes through something that is no section.
+        RunFileError: it is not `key=value`, or the key goes through something that is not a section.
     """
     key, equals, text = override.partition("=")
     path = tuple(key.split("."))

@@ -73,7 +73,8 @@ class Columns(BaseModel):
 class Data(Section):
     source: str | None = Field(
         default=None,
-        description="A bundled name, a JSONL, CSV or Parquet file, a folder with train.jsonl (...), or a datasets name.",
+        description="A bundled name, a JSONL, CSV or Parquet file, a folder with train.jsonl (...) or with a folder of images for "
+        "each class, or a datasets name.",
     )
     subset: str | None = Field(default=None, description="Configuration of a `datasets` name that has several.")
     train: str | None = Field(
@@ -155,10 +156,20 @@ class Training(Section):
     warmup: float = Field(
         default=0.0, ge=0, description="Warm-up: below 1 a share of all steps, from 1 on a number of steps."
     )
-    optimizer: str = Field(default="adamw_torch", description="Optimiser, by its name in transformers.")
+    optimizer: str = Field(
+        default="adamw_torch",
+        description="Optimiser, by its name in transformers or `rankfold optimizers` (lora_plus, lora_rite, ...).",
+    )
+    optimizer_options: dict[str, Any] = Field(
+        default={},
+        description="Options of an optimiser of `rankfold optimizers`, as in {ratio: 16}; its page has them.",
+    )
     weight_decay: float = Field(default=0.0, ge=0, description="Decoupled weight decay.")
-    max_grad_norm: float = Field(
-        default=1.0, ge=0, description="Gradients are clipped to this norm; 0 turns clipping off."
+    max_grad_norm: float | None = Field(
+        default=None,
+        ge=0,
+        description="Gradients are clipped to this norm; 0 turns clipping off. By default 1, and 0 for lora_rite and lora_pro, whose "
+        "steps it would distort.",
     )
     precision: Literal["fp32", "bf16", "fp16"] = Field(
         default="fp32", description="Type of the computation: fp32, or autocast to bf16 or fp16."

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Sequence
-from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 from rankfold.errors import short
-from rankfold.tasks.chats import CARRIED, Chat, Options, not_a_chat, options, tidy, token_ids, turns
+from rankfold.tasks.chats import carried, not_a_chat, tidy_all, token_ids, turns
+from rankfold.tasks.completions import options_of, pairs_of_chats, pairs_of_texts, same_beginning, whole_texts
 from rankfold.tasks.formats import advice, as_ours, refuse_undesired
 from rankfold.tasks.rows import DataError, Encoded, Rows
-from rankfold.tasks.task import Metric, Task
+from rankfold.tasks.task import LOSS, SHARE, Metric, Task
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -30,8 +30,8 @@ class CausalLm(Task):
     models = ("AutoModelForCausalLM",)
     peft_type = "CAUSAL_LM"
     metrics = {  # noqa: RUF012
-        "loss": Metric(greater_is_better=False),
-        "token_accuracy": Metric(greater_is_better=True, logged_as="mean_token_accuracy"),
+        "loss": Metric(greater_is_better=False, bounds=LOSS),
+        "token_accuracy": Metric(greater_is_better=True, logged_as="mean_token_accuracy", bounds=SHARE),
     }
     loss_of_labels = True
     weighted = True
@@ -64,6 +64,10 @@ output: runs/compare-phonemes
         "2460000",
     )
 
+    @property
+    def heads(self) -> tuple[str, ...]:
+        return (*super().heads, "LMHeadModel")  # as GPT-2's and XLM's are called
+
     def as_ours(self, split: Dataset, names: dict[str, str]) -> Dataset:
         if any(names.get(role, role) != role for role in self.columns):
             return split
@@ -72,10 +76,7 @@ output: runs/compare-phonemes
         return split if known else as_ours(split)
 
     def carried(self, split: Dataset, names: dict[str, str], kind: tuple[str, ...]) -> tuple[str, ...]:
-        first = names.get(kind[0], kind[0])
-        if first not in split.column_names or isinstance(split[0][first], str):
-            return ()
-        return tuple(column for column in CARRIED if column in split.column_names)
+        return carried(split, names.get(kind[0], kind[0]))
 
     def advice(self, columns: list[str]) -> str:
         return advice(columns)
@@ -89,9 +90,8 @@ output: runs/compare-phonemes
             return f"holds {short(value)}; it must be text, or a list of {{role, content}}"
         return f"holds {short(value)}, not text" if kind == TEXT else not_a_chat(value)
 
-    def tidy(self, split: Dataset, kind: tuple[str, ...]) -> Dataset:
-        chats = [column for column in kind if isinstance(split[0][column], list)]
-        return split.map(lambda row: {column: tidy(row[column]) for column in chats}) if chats else split
+    def tidy(self, split: Dataset, kind: tuple[str, ...], name: str, notes: list[str]) -> Dataset:
+        return tidy_all(split, kind)
 
     def encode(self, rows: Rows, split: str, processor: Any, max_length: int | None, data: Any) -> Encoded:
         """Tokens, and as labels those of them that are to be learnt. TRL cuts and packs them."""
@@ -104,19 +104,13 @@ output: runs/compare-phonemes
             )
         tokens = _tokens_of(rows.kind, processor, is_chat, data.loss_on == "completion")
         # Of their own, so that what `datasets` takes a fingerprint of does not hold the rows
-        kind, carried = rows.kind, [column for column in rows.carried if column in table.column_names]
-
-        def given(batch: dict[str, list], i: int, number: int) -> Options:
-            try:
-                return options({column: batch[column][i] for column in carried})
-            except ValueError as e:
-                raise DataError(f"{split}, row {number + 1}: {', '.join(carried)}: {e}") from e
+        kind, extra = rows.kind, tuple(column for column in rows.carried if column in table.column_names)
 
         def encode(batch: dict[str, list], numbers: list[int]) -> dict[str, list]:
             ids, labels = [], []
             columns = [batch[column] for column in kind]
             if is_chat:
-                columns.append([given(batch, i, number) for i, number in enumerate(numbers)])
+                columns.append(options_of(batch, extra, split, numbers))
             for number, (row, learnt) in zip(numbers, tokens(*columns), strict=True):
                 if not any(learnt):
                     raise DataError(
@@ -128,6 +122,10 @@ output: runs/compare-phonemes
 
         made = table.map(encode, batched=True, with_indices=True, remove_columns=table.column_names)
         return Encoded(made.remove_columns("length"), made["length"][:])
+
+    def learnable(self, rows: Dataset, kept: slice) -> Sequence[int]:
+        # Nothing predicts the first token.
+        return [i for i, labels in enumerate(rows["labels"]) if any(label != -100 for label in labels[kept][1:])]
 
     def trainer(self) -> type:
         from trl.trainer.sft_trainer import SFTTrainer
@@ -143,7 +141,10 @@ output: runs/compare-phonemes
         # Every row counts once in evaluation.
         return {"max_length": max_length, "packing": data.packing, "eval_packing": False}
 
-    def scores(self, output: Any, inputs: dict[str, Any], metric: str) -> tuple[Tensor, Tensor]:
+    def scores(
+        self, outputs: Sequence[Any], inputs: dict[str, Any], metric: str, trainer: Any
+    ) -> tuple[Tensor, Tensor]:
+        (output,) = outputs
         # TRL's fused head gives, per token and zero where no label is, what its own metrics are made of.
         tokens = output.label_mask.detach().double().sum(1)
         total = (output.is_top1 if metric == "token_accuracy" else -output.log_probs).detach().double().sum(1)
@@ -159,7 +160,7 @@ def _tokens_of(
 ) -> Callable[..., Iterable[Learnt]]:
     """What turns the columns of a batch, and of chats the options, into its rows' tokens."""
     if kind == PAIR:
-        wholes_and_prompts: Callable[..., tuple[Any, Any]] = _pairs_of_chats if is_chat else _pairs_of_texts
+        wholes_and_prompts: Callable[..., tuple[Any, Any]] = pairs_of_chats if is_chat else pairs_of_texts
         return lambda *columns: (
             _behind(whole, prompt if answers_only else ())
             for whole, prompt in zip(*wholes_and_prompts(*columns, tokenizer), strict=True)
@@ -170,34 +171,14 @@ def _tokens_of(
         return lambda chats, given: (
             _behind(token_ids(tokenizer, c, given=g), ()) for c, g in zip(chats, given, strict=True)
         )
-    return lambda texts: (_behind(ids, ()) for ids in _texts(texts, tokenizer))
+    return lambda texts: (_behind(ids, ()) for ids in whole_texts(texts, tokenizer))
 
 
 def _behind(whole: list[int], prompt: Sequence[int]) -> Learnt:
     """Learns what follows the prompt, from the first token that differs: a tokenizer may end the prompt differently when
     nothing follows."""
-    begins = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(whole, prompt, strict=False)))
+    begins = same_beginning(whole, prompt)
     return whole, [at >= begins for at in range(len(whole))]
-
-
-def _texts(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """The tokens of texts, with the end of the text."""
-    end = str(tokenizer.eos_token or "")
-    ended = [text if text.endswith(end) else text + end for text in texts]
-    return tokenizer(ended, verbose=False)["input_ids"]  # pyright: ignore[reportReturnType]
-
-
-def _pairs_of_texts(prompts: list[str], completions: list[str], tokenizer: PreTrainedTokenizerBase) -> tuple[Any, Any]:
-    wholes = _texts([p + c for p, c in zip(prompts, completions, strict=True)], tokenizer)
-    return wholes, tokenizer(prompts, verbose=False)["input_ids"]
-
-
-def _pairs_of_chats(
-    prompts: list[Chat], completions: list[Chat], given: list[Options], tokenizer: PreTrainedTokenizerBase
-) -> tuple[Any, Any]:
-    rows = list(zip(prompts, completions, given, strict=True))
-    wholes = [token_ids(tokenizer, prompt, completion, given=g) for prompt, completion, g in rows]
-    return wholes, [token_ids(tokenizer, prompt, ask=True, given=g) for prompt, _, g in rows]
 
 
 TASK = CausalLm()

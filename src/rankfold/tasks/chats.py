@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +11,7 @@ from rankfold.errors import nearest, short
 from rankfold.tasks.rows import DataError
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
 ROLES = ("system", "user", "assistant", "tool", "developer")
@@ -39,17 +40,13 @@ def options(row: dict[str, Any]) -> Options:
     return ({"tools": tools} if tools else {}) | (variables or {})
 
 
-def _plain(value: Any) -> Any:
-    """JSON read, and without the nulls that Arrow puts where other rows have a key."""
-    if isinstance(value, str):
+def _plain(value: Any, inside: bool = False) -> Any:
+    """JSON read, and without the nulls that Arrow puts where other rows have a key; texts inside stay what they are."""
+    if isinstance(value, str) and not inside:
         return json.loads(value) if value.strip() else None
     if isinstance(value, dict):
-        return {key: _plain_inside(part) for key, part in value.items() if part is not None}
-    return [_plain_inside(part) for part in value] if isinstance(value, list) else value
-
-
-def _plain_inside(value: Any) -> Any:
-    return value if isinstance(value, str) else _plain(value)
+        return {key: _plain(part, inside=True) for key, part in value.items() if part is not None}
+    return [_plain(part, inside=True) for part in value] if isinstance(value, list) else value
 
 
 def tidy(chat: Chat) -> Chat:
@@ -58,6 +55,19 @@ def tidy(chat: Chat) -> Chat:
         {TO_OURS.get(key, key): ALIASES.get(part, part) if key in ("role", "from") else part for key, part in m.items()}
         for m in chat
     ]
+
+
+def tidy_all(split: Dataset, columns: Iterable[str]) -> Dataset:
+    """The rows with those of the columns that hold chats tidied."""
+    chats = [column for column in columns if isinstance(split[0][column], list)]
+    return split.map(lambda row: {column: tidy(row[column]) for column in chats}) if chats else split
+
+
+def carried(split: Dataset, column: str) -> tuple[str, ...]:
+    """Which of `CARRIED` the rows have, if the column holds chats."""
+    if column not in split.column_names or isinstance(split[0][column], str):
+        return ()
+    return tuple(name for name in CARRIED if name in split.column_names)
 
 
 TO_OURS = {"from": "role", "value": "content"}

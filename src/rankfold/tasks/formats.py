@@ -29,8 +29,8 @@ def as_ours(split: Dataset) -> Dataset:
         chats = isinstance(split[0]["chosen"], list)
         use = "{messages: chosen}" if chats else "{completion: chosen}" if "prompt" in columns else "{text: chosen}"
         raise DataError(
-            "these are rows of preferences (chosen, rejected), as for DPO, and only what is wanted can be learnt here; to learn "
-            f"the chosen answers alone, use data.columns: {use}"
+            "these are rows of preferences (chosen, rejected), as for DPO: use task: preference; to learn the chosen answers alone, "
+            f"use data.columns: {use}"
         )
     return split
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -9,6 +10,9 @@ from rankfold.errors import RankfoldError
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+
+SPLITS = ("train", "validation", "test")
 
 
 class DataError(RankfoldError):
@@ -24,7 +28,8 @@ class Rows:
         targets: those of them that hold what is to be learnt.
         carried: further columns that the task passes on where a split has them.
         labels: the classes in order of their index, where the task has classes.
-        class_counts: training rows of each class.
+        class_counts: what there is of each class in training.
+        counted: what that is, in words.
         notes: sentences for the reader.
     """
 
@@ -34,6 +39,7 @@ class Rows:
     carried: tuple[str, ...] = ()
     labels: list[str] = field(default_factory=list)
     class_counts: dict[str, int] = field(default_factory=dict)
+    counted: str = "rows"
     notes: list[str] = field(default_factory=list)
 
     def __getitem__(self, split: str) -> Dataset | None:
@@ -44,7 +50,7 @@ class Rows:
         return tuple(column for column in self.kind if column not in self.targets)
 
     def classes_in_words(self, most: int = 12) -> str:
-        """The classes with their training rows: "2: neg 10, pos 12"; empty where the task has none."""
+        """The classes with what there is of each: "2: neg 10, pos 12"; empty where the task has none."""
         listed = [f"{label} {count:,}" for label, count in self.class_counts.items()]
         return f"{len(listed):,}: {', '.join(listed[:most])}{', ...' if listed[most:] else ''}" if listed else ""
 
@@ -54,9 +60,22 @@ class Encoded:
     """One split as the trainer takes it.
 
     Args:
-        rows: token ids (or pixels) and labels.
-        lengths: tokens of every row before anything was cut off.
+        rows: token ids (or pictures) and labels.
+        lengths: tokens of every row before anything was cut off; 1 where rows are not tokens.
+        second: where a row is a pair of sequences, those of its second one; else empty.
     """
 
     rows: Dataset
     lengths: list[int]
+    second: list[int] = field(default_factory=list)
+
+    @property
+    def longest(self) -> list[int]:
+        """Tokens of the longest sequence of every row."""
+        return [max(pair) for pair in zip(self.lengths, self.second, strict=True)] if self.second else self.lengths
+
+    def select(self, rows: Sequence[int]) -> Encoded:
+        """Some rows of it, by their number."""
+        return Encoded(
+            self.rows.select(rows), *([part[i] for i in rows] for part in (self.lengths, self.second) if part)
+        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 import pkgutil
 from pathlib import Path
 
@@ -32,9 +33,17 @@ def get(name: str) -> Task:
     return TASKS[name]
 
 
-def of_peft_type(name: object) -> Task | None:
-    """The task of an adapter's `task_type`, a string or PEFT's enum."""
-    return next((task for task in TASKS.values() if task.peft_type == getattr(name, "value", name)), None)
+def of_adapter(task_type: object, model_class: str = "") -> Task | None:
+    """The task of an adapter's `task_type`, a string or PEFT's enum; where it has none, of the class that it was trained on."""
+    if task_type is not None:
+        return next((task for task in TASKS.values() if task.peft_type == getattr(task_type, "value", task_type)), None)
+    return next((task for task in TASKS.values() if model_class.endswith(task.heads)), None)
+
+
+def bounds_of(metric: str) -> tuple[float, float]:
+    """The smallest and the largest value of a metric, which means the same in every task; none for one that no task has."""
+    known = (task.metrics[metric].bounds for task in TASKS.values() if metric in task.metrics)
+    return next(known, (-math.inf, math.inf))
 
 
 def columns() -> dict[str, str]:

@@ -7,8 +7,11 @@ is imported inside the methods.
 from __future__ import annotations
 
 import json
+import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from rankfold.errors import short
@@ -27,11 +30,16 @@ class Metric:
         greater_is_better: which of two values is better.
         logged_as: the trainer's name for it, where it is another.
         of_rows: it is a mean over rows, so a comparison can resample it.
+        bounds: the smallest and the largest value it can have; intervals end there.
     """
 
     greater_is_better: bool
     logged_as: str | None = None
     of_rows: bool = True
+    bounds: tuple[float, float] = (-math.inf, math.inf)
+
+
+SHARE, LOSS = (0.0, 1.0), (0.0, math.inf)
 
 
 class Task(ABC):
@@ -53,14 +61,16 @@ class Task(ABC):
     """Fields of the run file's `data` that mean nothing for this task."""
     max_length: ClassVar[int | None]
     """Longest row in tokens where the run file names none; None for rows that are not tokens."""
+    keyed: ClassVar[str] = "rows"
+    """What `key` tells apart, in words."""
 
     # --- model
     processor: ClassVar[str] = "AutoTokenizer"
     """The class of transformers that turns rows into the model's inputs."""
     models: ClassVar[tuple[str, ...]]
     """The Auto classes of transformers. The first one is trained; `rankfold plan` tries the others too."""
-    peft_type: ClassVar[str]
-    """PEFT's TaskType."""
+    peft_type: ClassVar[str | None]
+    """PEFT's TaskType; None where PEFT has none, and the model's class says what the adapter is for."""
     new_head: ClassVar[bool] = False
     """The head has one output per class, starts at random and is trained in full."""
 
@@ -73,6 +83,8 @@ class Task(ABC):
     """The model's loss is the mean over its own batch and ignores the other batches of a step."""
     weighted: ClassVar[bool] = False
     """A row counts by its number of tokens in the metric."""
+    passes: ClassVar[int] = 1
+    """Forward passes that the trainer makes of a batch in evaluation."""
     own_arguments: ClassVar[tuple[str, ...]] = ()
     """Arguments of the trainer that `training.extra` may not set, beside those that `arguments` gives."""
 
@@ -94,7 +106,24 @@ class Task(ABC):
         """The trainer's name for a metric, without prefix."""
         return self.metrics[metric].logged_as or metric
 
+    @property
+    def heads(self) -> tuple[str, ...]:
+        """Ends of the names of the model classes that it trains."""
+        return tuple(name.removeprefix("AutoModel") for name in self.models)
+
     # --- rows ---------------------------------------------------------------------------------------------------------------
+
+    def folder(self, folder: Path) -> dict[str, Dataset] | None:
+        """The splits in a folder that has no files of rows; None where it holds nothing for this task.
+
+        Raises:
+            DataError: a part of it is empty.
+        """
+        return None
+
+    def placed(self, split: Dataset, names: dict[str, str], folder: Path) -> Dataset:
+        """Rows of a file in `folder`, with the files that they name found from there."""
+        return split
 
     def as_ours(self, split: Dataset, names: dict[str, str]) -> Dataset:
         """Rows as they were found, with columns of a usual form brought to those of one of `kinds`.
@@ -142,8 +171,16 @@ class Task(ABC):
         """What is wrong with one input, as the end of a sentence, or None."""
         return None if isinstance(value, str) else f"holds {short(value)}, not text"
 
-    def tidy(self, split: Dataset, kind: tuple[str, ...]) -> Dataset:
-        """A checked split in the form that `encode` takes."""
+    def tidy(self, split: Dataset, kind: tuple[str, ...], name: str, notes: list[str]) -> Dataset:
+        """A split whose inputs are right one by one, in the form that `encode` takes.
+
+        Args:
+            name: of the split.
+            notes: takes sentences for the reader.
+
+        Raises:
+            DataError: values of a row that do not fit each other.
+        """
         return split
 
     def key(self, row: Any, inputs: tuple[str, ...]) -> str:
@@ -167,6 +204,14 @@ class Task(ABC):
             DataError: rows that cannot be encoded.
         """
 
+    def learnable(self, rows: Dataset, kept: slice) -> Sequence[int]:
+        """Numbers of the encoded rows in which something is left to learn.
+
+        Args:
+            kept: what is left of a row's tokens when the trainer cuts it off.
+        """
+        return range(len(rows))
+
     # --- training -----------------------------------------------------------------------------------------------------------
 
     @abstractmethod
@@ -181,15 +226,31 @@ class Task(ABC):
         """Arguments beside those that all tasks share."""
         return {}
 
-    def options(self, processor: Any) -> dict[str, Any]:
+    def options(self, processor: Any, labels: list[str]) -> dict[str, Any]:
         """What the trainer takes beside its arguments: compute_metrics, data_collator."""
         return {}
 
     @abstractmethod
-    def scores(self, output: Any, inputs: dict[str, Any], metric: str) -> tuple[Tensor, Tensor]:
+    def scores(
+        self, outputs: Sequence[Any], inputs: dict[str, Any], metric: str, trainer: Any
+    ) -> tuple[Tensor, Tensor]:
         """The metric of each row of a batch, and what each counts.
 
         Args:
-            output: of the model in evaluation. inputs: what it was called with.
+            outputs: of the model's `passes` in evaluation. inputs: what it was called with.
             metric: one that is `of_rows`.
         """
+
+    # --- afterwards ---------------------------------------------------------------------------------------------------------
+
+    def example(self, config: Any) -> dict[str, Tensor]:
+        """Two rows of what the model takes, always the same, for the probe of a fold.
+
+        Args:
+            config: the model's.
+        """
+        import torch
+
+        words = config.get_text_config().vocab_size
+        ids = torch.randint(min(5, words - 1), words, (2, 16), generator=torch.Generator().manual_seed(0))
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}

@@ -33,13 +33,13 @@ class Budget:
     def trainable(self) -> int:
         return self.adapter + self.head
 
-    def memory(self) -> dict[str, int]:
-        """Bytes while training with AdamW (two float32 states), without activations."""
+    def memory(self, state_bytes: int | None = None) -> dict[str, int]:
+        """Bytes while training, without activations. `state_bytes` are the optimiser's; by default AdamW's two float32 states."""
         return {
             "frozen weights": self.base_bytes,
             "trained weights": self.trained_bytes,
             "gradients": self.trained_bytes,
-            "optimiser": 8 * self.trainable,
+            "optimiser": 8 * self.trainable if state_bytes is None else state_bytes,
         }
 
 
@@ -54,7 +54,7 @@ def count(model: nn.Module) -> Budget:
             head, adapter = (head + p.numel(), adapter) if in_full else (head, adapter + p.numel())
         else:
             base_bytes += size
-            base += 0 if ".original_module." in name else p.numel()  # the head's untouched copy is no second head
+            base += 0 if ".original_module." in name else p.numel()  # the head's untouched copy is not a second head
     return Budget(base, adapter, head, base_bytes, trained_bytes)
 
 

@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING
 
 import yaml
 
+from rankfold.runfile.optimizers import row_of
 from rankfold.text import size
 
 if TYPE_CHECKING:
+    from rankfold.runfile.schema import Training
     from rankfold.train.prepare import Prepared
     from rankfold.train.result import TrainResult
 
@@ -69,6 +71,11 @@ def model_card(prepared: Prepared, result: TrainResult) -> str:
         title, home = row.title, row.config.__module__
     module = "rankfold" if home.startswith("rankfold.") else home
     use = f"import {module}  # makes {title} known to PEFT\n" if ours else ""
+    plain = (
+        "`rankfold fold path/to/this/folder -o folded` makes a plain LoRA of it, which needs no rankfold.\n\n"
+        if ours
+        else ""
+    )
     return f"""---
 {yaml.safe_dump(front, sort_keys=False).strip()}
 ---
@@ -87,7 +94,7 @@ An adapter of `{run.model.name}` for {run.task}, trained with **{title}** by
 | trainable parameters | {result.trainable:,} (adapter {result.adapter:,}, head {result.head:,}) of {result.total:,} |
 | stored parameters | {result.stored:,} ({size(result.stored_bytes)}) |
 {ranks}| training | {result.steps:,} steps ({result.epochs:.3g} epochs){seen}{best} |
-| optimiser | {t.optimizer}, learning rate {t.learning_rate:g} ({t.schedule}), {batch}, seed {t.seed} |
+| optimiser | {_optimizer(t)}, learning rate {t.learning_rate:g} ({t.schedule}), {batch}, seed {t.seed} |
 
 ## Results
 
@@ -103,17 +110,25 @@ model = {model_class}.from_pretrained({prepared.place!r}{arguments})
 model = PeftModel.from_pretrained(model, "path/to/this/folder")
 ```
 
-## Made by
+{plain}## Made by
 
 ```
 {result.command}
 ```
 
 {", ".join(f"{name} {number}" for name, number in result.versions.items())}
-{_citation(data.citation if data else "", run.method.name)}"""
+{_citation(data.citation if data else "", run.method.name, t.optimizer)}"""
 
 
-def _citation(data: str, method: str) -> str:
+def _optimizer(training: Training) -> str:
+    """Its name in a run file, its title where it is one of rankfold's, and its options."""
+    row = row_of(training.optimizer)
+    options = ", ".join(f"{key} {value}" for key, value in training.optimizer_options.items())
+    title = f"{row.title} (`{row.name}`)" if row else training.optimizer
+    return f"{title}, {options}" if options else title
+
+
+def _citation(data: str, method: str, optimizer: str) -> str:
     lines = []
     if data:
         lines.append(f"Data: {data}")
@@ -122,4 +137,6 @@ def _citation(data: str, method: str) -> str:
 
         row = registry.get(method)
         lines.append(f"Method: {row.title}, [arXiv {row.paper}](https://arxiv.org/abs/{row.paper}).")
+    if (found := row_of(optimizer)) is not None and found.paper:
+        lines.append(f"Optimiser: {found.title}, [arXiv {found.paper}](https://arxiv.org/abs/{found.paper}).")
     return "\n" + "\n\n".join(lines) + "\n" if lines else ""

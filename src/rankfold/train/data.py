@@ -7,12 +7,13 @@ Whatever the source, a split ends with the columns of one *kind* of its task. Wh
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rankfold.errors import nearest
 from rankfold.tasks import table
-from rankfold.tasks.rows import DataError, Rows
+from rankfold.tasks.rows import SPLITS, DataError, Rows
 from rankfold.tasks.task import Task
 from rankfold.train.datafile import SUFFIXES, is_data_file, read_file
 
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
 
     from rankfold.runfile.schema import Data, RunFile
 
-SPLITS = ("train", "validation", "test")
-
 
 def load_rows(run: RunFile) -> Rows:
     """Find, check and split the run's rows.
@@ -30,8 +29,8 @@ def load_rows(run: RunFile) -> Rows:
     Raises:
         DataError: with file or split, row or column, and the fix.
     """
-    splits = _find(run.data)
     task, names = table.get(run.task), run.data.columns.names
+    splits = _find(run.data, task)
     splits = {name: task.as_ours(split, names) for name, split in splits.items()}
     train = splits["train"]
     kind = task.kind(train.column_names, names)
@@ -56,9 +55,13 @@ def load_rows(run: RunFile) -> Rows:
 # --- finding ------------------------------------------------------------------------------------------------------------
 
 
-def _find(data: Data) -> dict[str, Dataset]:
+def _find(data: Data, task: Task) -> dict[str, Dataset]:
     """The splits as they are in the source; shares (validation: 0.1) are not held out yet."""
-    found = _source(data.source, data.subset) if data.source else {}
+
+    def read(path: Path) -> Dataset:
+        return task.placed(read_file(path), data.columns.names, path.absolute().parent)
+
+    found = _source(data.source, data.subset, task, read) if data.source else {}
     splits = {}
     for name in SPLITS:
         wanted = getattr(data, name)
@@ -70,10 +73,12 @@ def _find(data: Data) -> dict[str, Dataset]:
         elif wanted in found:
             splits[name] = found[wanted]
         elif is_data_file(wanted):
-            splits[name] = read_file(Path(wanted))
+            splits[name] = read(Path(wanted))
+        elif Path(wanted).is_dir() and (inside := task.folder(Path(wanted))):
+            splits[name] = inside["train"]
         else:
             raise DataError(
-                f"data.{name}: '{wanted}' is no file ({', '.join(SUFFIXES)}) and no split of {data.source}"
+                f"data.{name}: '{wanted}' is neither a file ({', '.join(SUFFIXES)}) nor a split of {data.source}"
                 f"{nearest(wanted, found, 'its splits')}"
             )
     if "train" not in splits:
@@ -84,19 +89,21 @@ def _find(data: Data) -> dict[str, Dataset]:
     return splits
 
 
-def _source(name: str, subset: str | None) -> dict[str, Dataset]:
+def _source(name: str, subset: str | None, task: Task, read: Callable[[Path], Dataset]) -> dict[str, Dataset]:
     from rankfold.io import assets as bundled
 
     if name in bundled.DATASETS:
         return {str(split): rows for split, rows in bundled.dataset(name).items()}
     path = Path(name)
     if path.is_file() or is_data_file(name):
-        return {"train": read_file(path)}
+        return {"train": read(path)}
     if path.is_dir():
         files = {s: file for s in SPLITS for suffix in SUFFIXES if (file := path / f"{s}{suffix}").is_file()}
+        if not files and (inside := task.folder(path)):
+            return inside
         if "train" not in files:
             raise DataError(f"folder '{name}' has no file train.jsonl (or {', '.join(SUFFIXES[1:])})")
-        return {split: read_file(file) for split, file in files.items()}
+        return {split: read(file) for split, file in files.items()}
 
     from datasets import DatasetDict, load_dataset
 
@@ -104,7 +111,7 @@ def _source(name: str, subset: str | None) -> dict[str, Dataset]:
         loaded = load_dataset(name, subset)
     except Exception as e:  # whatever the hub, the network or a loading script can raise
         raise DataError(
-            f"data.source: '{name}' is no local file or folder and no bundled data set"
+            f"data.source: '{name}' is neither a local file or folder nor a bundled data set"
             f"{nearest(name, bundled.DATASETS, 'bundled')}; as a datasets name it cannot be loaded: {e}"
         ) from e
     if not isinstance(loaded, DatasetDict):
@@ -130,9 +137,12 @@ def _with_kind(
             )
     rows = rows.select_columns([*names.values(), *(c for c in carried if c in rows.column_names)])
     for column in names.values():
+        # Names instead of indices, so that files and hub data sets are handled alike.
         if isinstance(feature := rows.features[column], ClassLabel):
-            # Names instead of indices, so that files and hub data sets are handled alike.
             texts = [None if i is None or i < 0 else feature.int2str(i) for i in rows[column]]
+            rows = rows.remove_columns(column).add_column(column, texts)
+        elif isinstance(each := getattr(feature, "feature", None), ClassLabel):
+            texts = [[None if i is None or i < 0 else each.int2str(i) for i in row or ()] for row in rows[column]]
             rows = rows.remove_columns(column).add_column(column, texts)
     return rows.rename_columns({column: role for role, column in names.items() if column != role})
 
@@ -149,7 +159,7 @@ def _check_inputs(rows: Dataset, split: str, found: Rows, task: Task) -> None:
             empty += isinstance(value, str) and not value.strip()
         if empty:
             found.notes.append(f"{split}: {empty:,} of {len(rows):,} rows have an empty {column}")
-    found.splits[split] = task.tidy(rows, found.kind)
+    found.splits[split] = task.tidy(rows, found.kind, split, found.notes)
 
 
 def _hold_out(rows: Rows, run: RunFile, task: Task) -> None:
@@ -187,5 +197,5 @@ def _note_duplicates(rows: Rows, task: Task) -> None:
         split = rows[name]
         if split is not None and (twice := sum(task.key(row, rows.inputs) in train for row in split)):
             rows.notes.append(
-                f"{name}: {twice:,} of {len(split):,} rows also occur in train; scores on them show memory, not learning"
+                f"{name}: {twice:,} of {len(split):,} {task.keyed} also occur in train; scores on them show memory, not learning"
             )

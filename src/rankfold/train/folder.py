@@ -6,12 +6,14 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
 from rankfold.errors import RankfoldError
 from rankfold.runfile.load import load
 from rankfold.runfile.methods import config_class, config_fields
+from rankfold.runfile.optimizers import clip_norm
 from rankfold.runfile.problems import RunFileError
 from rankfold.runfile.schema import RunFile
 from rankfold.text import changes
@@ -70,12 +72,12 @@ def _check_same_run(run: RunFile, saved: Path) -> None:
     if not saved.is_file():
         return
     try:
-        before = load(saved).model_dump()
+        before = _settings(load(saved))
     except RunFileError as e:
         raise FolderError(
             f"output: {saved} is damaged, so --resume cannot tell what was trained; use --overwrite\n{e}"
         ) from e
-    now = run.model_dump()
+    now = _settings(run)
     # A schedule of ranks that is as long as the run cannot be made longer half-way.
     length = ("epochs", "max_steps") if "total_step" in config_fields(config_class(run.method.name)) else ()
     for values in (before, now):
@@ -88,6 +90,11 @@ def _check_same_run(run: RunFile, saved: Path) -> None:
             f"output: the run in '{saved.parent}' is another one: {'; '.join(changed)}. Undo the change to resume it, or name "
             f"another output (of training, {', '.join(may)} may change)"
         )
+
+
+def _settings(run: RunFile) -> dict[str, Any]:
+    values = run.model_dump()
+    return values | {"training": values["training"] | {"max_grad_norm": clip_norm(run.training)}}  # what null means
 
 
 def clear(folder: Path) -> None:

@@ -54,6 +54,11 @@ class StepwiseTrainer(Trainer):
         if not self.control.should_training_stop:
             super()._run_epoch(*args, **kwargs)
 
+    def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        # TRL's trainer of preferences would look for texts; unlike the others it does not see that rows are tokens already.
+        prepare: Any = getattr(super(), "_prepare_dataset")  # noqa: B009 - transformers' own trainer has none
+        return dataset if "chosen_ids" in dataset.column_names else prepare(dataset, *args, **kwargs)
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         with self.around_checkpoint(Path(self.args.output_dir or ".", f"checkpoint-{self.state.global_step}")):
             super()._save_checkpoint(model, trial)
@@ -72,11 +77,23 @@ def make_arguments(cls: type, arguments: dict[str, Any]) -> Any:
     return cls(**named)
 
 
+def drop_reference(model: Any) -> None:
+    """Deletes the copy of the adapter that TRL's trainer of preferences adds to a model as its reference: it must not be saved."""
+    if "ref" in model.peft_config:
+        model.delete_adapter("ref")
+
+
 def loss_is_of_its_batch(trainer: Trainer) -> None:
     """Tells Trainer, which looks at the model's signature alone, that the loss is not divided by the rows of all batches:
     else it would multiply it by the accumulated batches or the processes."""
     require("transformers", trainer, "model_accepts_loss_kwargs")
     trainer.model_accepts_loss_kwargs = False
+
+
+def make_optimizer_by(trainer: Trainer, factory: Any, keywords: dict[str, Any]) -> None:
+    """Has the trainer make its optimiser as `factory()(model, **keywords)`. Not by its argument, which TRL's DPOTrainer lacks."""
+    require("transformers", trainer, "optimizer_cls_and_kwargs")
+    trainer.optimizer_cls_and_kwargs = (factory, keywords)
 
 
 #: What some models do to their logits besides the head's product; TRL's head knows how, ours does not.

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from rankfold.errors import RankfoldError, nearest, short
 from rankfold.host.targets import absent_names
 from rankfold.io import assets as bundled
 from rankfold.io.adapters import read_config, read_labels, read_tensors
-from rankfold.io.models import ModelError, skeleton
+from rankfold.io.models import ModelError, reading, skeleton
 from rankfold.tasks import table
 from rankfold.train.budget import count
 
@@ -72,11 +73,13 @@ def load_model(
     options: dict[str, Any] = {"attn_implementation": run.model.attention} if run.model.attention else {}
     if not weights:
         dtype = config.dtype if run.model.dtype == "auto" else getattr(torch, run.model.dtype)
-        model = skeleton(config, (auto,), dtype=dtype, trust_remote_code=run.model.trust_remote_code, **options)
+        with _naming_attention(run.model):
+            model = skeleton(config, (auto,), dtype=dtype, trust_remote_code=run.model.trust_remote_code, **options)
         return model, heads(model) if task.new_head else []
-    model, report = _from(
-        auto, run.model, place, config=config, dtype=run.model.dtype, output_loading_info=True, **options
-    )
+    with _naming_attention(run.model):
+        model, report = _from(
+            auto, run.model, place, config=config, dtype=run.model.dtype, output_loading_info=True, **options
+        )
     _reject_nan(model, run.model.name)
     new = {key.rpartition(".")[0] for key in report["missing_keys"]}
     if task.new_head:
@@ -85,6 +88,17 @@ def load_model(
     if new:
         raise ModelError(f"model.name: '{run.model.name}' lacks weights of a language model: {', '.join(sorted(new))}")
     return model, []
+
+
+@contextmanager
+def _naming_attention(model: Model) -> Iterator[None]:
+    """The field that is wrong where transformers does not know an implementation of attention, or cannot use it here."""
+    try:
+        yield
+    except ModelError as e:
+        if model.attention and model.attention in str(e):
+            raise ModelError(f"model.attention: {e}") from e
+        raise
 
 
 def heads(model: PreTrainedModel) -> list[str]:
@@ -114,15 +128,17 @@ def adapt(model: PreTrainedModel, config: PeftConfig, train_in_full: list[str], 
         ModelError: the method's config does not fit the model.
     """
     if train_in_full:
-        if model.config.pad_token_id is None:  # a classifier of texts reads the last token that is not padding
+        # A classifier of texts reads the last token that is not padding; models of images have no such field.
+        if getattr(model.config, "pad_token_id", 0) is None:
             model.config.pad_token_id = getattr(processor, "pad_token_id", None)
         keep(config, train_in_full)
     modules = [name for name, _ in model.named_modules() if name]
-    for field, absent in absent_names(config, modules):
+    for field, absent in absent_names(config, model):
         known = {name.rpartition(".")[2] for name in modules}
         raise ModelError(f"method.{field}: the model has no module {absent!r}{nearest(absent, known, 'it has')}")
     try:
-        adapted: PeftModel = get_peft_model(model, config)  # pyright: ignore[reportAssignmentType]
+        with torch.device("meta") if model.device.type == "meta" else nullcontext():  # a dry run has no memory for it
+            adapted: PeftModel = get_peft_model(model, config)  # pyright: ignore[reportAssignmentType]
     except (ValueError, TypeError, KeyError) as e:
         linear = {name.rpartition(".")[2] for name, module in model.named_modules() if hasattr(module, "weight")}
         raise ModelError(f"method: {e}. Modules with a weight: {', '.join(sorted(linear))}") from e
@@ -181,14 +197,14 @@ def _check_labels(folder: Path, labels: list[str], where: str) -> list[str]:
 def _from(auto: Any, model: Model, place: str, **options: Any) -> Any:
     options |= {"revision": model.revision} if model.revision else {}
     try:
-        return auto.from_pretrained(place, trust_remote_code=model.trust_remote_code, **options)
-    except (OSError, ValueError, SafetensorError) as e:
-        reason = str(e).strip().splitlines()[0]
+        with reading(place):
+            return auto.from_pretrained(place, trust_remote_code=model.trust_remote_code, **options)
+    except ModelError as e:
         if place != model.name or Path(place).is_dir():
-            raise ModelError(f"model.name: '{model.name}' cannot be read ({place}): {reason}") from e
+            raise ModelError(f"model.name: '{model.name}' cannot be read ({place}): {e}") from e
         raise ModelError(
-            f"model.name: '{model.name}' is no folder, no GGUF file and no bundled model"
-            f"{nearest(model.name, bundled.MODELS, 'bundled')}; as a hub id it cannot be loaded: {reason}"
+            f"model.name: '{model.name}' is not a folder, a GGUF file or a bundled model"
+            f"{nearest(model.name, bundled.MODELS, 'bundled')}; as a hub id it cannot be loaded: {e}"
         ) from e
 
 

@@ -11,6 +11,7 @@ import torch
 from accelerate import PartialState
 
 from rankfold.host.config import LowRankConfig
+from rankfold.host.unreached import in_words, unreached
 from rankfold.io.models import locate
 from rankfold.runfile.arguments import trainer_arguments
 from rankfold.runfile.checks import peft_config
@@ -22,6 +23,7 @@ from rankfold.text import size
 from rankfold.train import budget, model, tokens
 from rankfold.train.budget import Budget
 from rankfold.train.data import load_rows
+from rankfold.train.optimizer import RunOptimizer, describe
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -79,9 +81,9 @@ def prepare(run: RunFile) -> Prepared:
         max_length = tokens.longest_row(run, config, processor)
         encoded = {split: task.encode(rows, split, processor, max_length, run.data) for split in rows.splits}
     kept = run.training.extra.get("truncation_mode", "keep_start")
-    encoded = {s: tokens.without_unlearnable(rows, s, found, max_length, kept) for s, found in encoded.items()}
+    encoded = {s: tokens.without_unlearnable(run, rows, s, found, max_length, kept) for s, found in encoded.items()}
     if max_length is not None:
-        tokens.note_cut_off(rows, {split: found.lengths for split, found in encoded.items()}, max_length)
+        tokens.note_cut_off(rows, {split: found.longest for split, found in encoded.items()}, max_length)
     note_idle_schedule(rows, config_of_adapter)
     arguments = trainer_arguments(run, validated="validation" in encoded, max_length=max_length)
     return Prepared(run, task, place, config, processor, rows, encoded, max_length, config_of_adapter, arguments)
@@ -102,14 +104,18 @@ class Plan:
     """The numbers of a run.
 
     Args:
+        optimizer: where it is one of rankfold's.
+        clip: the norm to which gradients are clipped, or 0.
         classes: with their training rows, in words.
-        tokens: seen in training, padding left out.
+        tokens: seen in training, padding left out; means nothing where `max_length` is None.
         estimated: the steps are an estimate (packing fills rows as well as it can).
     """
 
     run: RunFile
     architecture: str
     budget: Budget
+    optimizer: RunOptimizer | None
+    clip: float
     rows: dict[str, int]
     classes: str
     notes: list[str]
@@ -126,7 +132,7 @@ class Plan:
         about = "about " if self.estimated else ""
         fields = ", ".join(f"{key} {value}" for key, value in self.run.method.fields.items())
         share = 100 * b.trainable / (b.base + b.trainable)
-        memory = b.memory()
+        memory = b.memory(self.optimizer.state_bytes if self.optimizer else None)
         accumulation = f" x {t.gradient_accumulation} accumulated" if t.gradient_accumulation > 1 else ""
         return [
             ("model", f"{self.run.model.name} ({self.architecture}, {b.base:,} frozen parameters)"),
@@ -145,8 +151,10 @@ class Plan:
             (
                 "steps",
                 f"{about}{self.steps:,} of {t.batch_size}{accumulation} rows on {self.devices} "
-                f"{'device' if self.devices == 1 else 'devices'} ({self.epochs:.3g} epochs, {about}{self.tokens:,} tokens)",
+                f"{'device' if self.devices == 1 else 'devices'} ({self.epochs:.3g} epochs"
+                + (f", {about}{self.tokens:,} tokens)" if self.max_length else ")"),
             ),
+            ("optimiser", describe(t, self.clip, self.optimizer)),
             (
                 "memory",
                 f"{size(sum(memory.values()))} on each device ("
@@ -173,10 +181,12 @@ def make_plan(prepared: Prepared) -> Plan:
     """The plan of a run, from the shapes of its model alone."""
     run, rows = prepared.run, prepared.rows
     adapted, architecture = _to_count(prepared)
+    optimizer = RunOptimizer.of(run, adapted)  # before counting: it may freeze factors
     longest = prepared.max_length or math.inf
-    kept = [min(length, longest) for length in prepared.encoded["train"].lengths]
+    train = prepared.encoded["train"]
+    kept = sum(min(length, longest) for length in [*train.lengths, *train.second])
     # Packing fills rows of max_length; the others are one example each.
-    examples = math.ceil(sum(kept) / longest) if run.data.packing else len(kept)
+    examples = math.ceil(kept / longest) if run.data.packing else len(train.lengths)
     devices = processes().num_processes
     batches = math.ceil(examples / (run.training.batch_size * devices))
     steps_an_epoch = math.ceil(batches / run.training.gradient_accumulation)
@@ -186,13 +196,15 @@ def make_plan(prepared: Prepared) -> Plan:
         run=run,
         architecture=architecture,
         budget=budget.count(adapted),
+        optimizer=optimizer,
+        clip=prepared.arguments["max_grad_norm"],
         rows={name: len(split) for name, split in rows.splits.items()},
         classes=rows.classes_in_words(),
-        notes=list(rows.notes),
+        notes=[*rows.notes, *filter(None, [in_words(unreached(adapted))])],
         max_length=prepared.max_length,
         steps=steps,
         epochs=epochs,
-        tokens=round(sum(kept) * epochs),
+        tokens=round(kept * epochs),
         estimated=run.data.packing,
         devices=devices,
     )

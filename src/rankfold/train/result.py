@@ -79,9 +79,12 @@ class TrainResult:
 
     def lines(self) -> list[tuple[str, str]]:
         """The result in words: pairs of a heading and a value."""
-        speed = f"{self.tokens_per_second:,.0f} tokens a second"
-        if table.get(self.task).counts_rows:
-            speed = f"{self.samples_per_second:,.1f} rows a second, {speed}"
+        task, speeds = table.get(self.task), []
+        if task.counts_rows:
+            speeds.append(f"{self.samples_per_second:,.1f} rows a second")
+        if task.max_length:
+            speeds.append(f"{self.tokens_per_second:,.0f} tokens a second")
+        speed = ", ".join(speeds)
         scores = [(f"{self.measured_on} {name}", f"{before} -> {after}") for name, before, after in self.scores()]
         return [
             *scores,

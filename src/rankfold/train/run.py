@@ -27,7 +27,9 @@ from rankfold.train import budget, checkpoints, folder, model
 from rankfold.train.callbacks import Clock, MetricsFile, StopEarly
 from rankfold.train.card import model_card, versions
 from rankfold.train.folder import saving
+from rankfold.train.hf_api import drop_reference
 from rankfold.train.metrics import read_metrics, tidy
+from rankfold.train.optimizer import RunOptimizer, describe
 from rankfold.train.plot import plot_metrics
 from rankfold.train.prepare import Prepared, prepare, processes
 from rankfold.train.result import TrainResult
@@ -61,7 +63,7 @@ def train(
 
     Raises:
         RunFileError, FolderError, DataError, ModelError: before anything is written.
-        DivergedError: the loss is no number. SaveError: a checkpoint cannot be written.
+        DivergedError: the loss is not a number. SaveError: a checkpoint cannot be written.
     """
     state = processes()
     say = say if state.is_main_process else _silent
@@ -77,7 +79,7 @@ def train(
     if rows["validation"] is None and run.training.early_stopping:
         raise DataError("training.early_stopping needs validation rows; hold some out with data.validation: 0.1")
     if rows.class_counts:
-        say(f"classes (and training rows of each): {rows.classes_in_words()}")
+        say(f"classes (and training {rows.counted} of each): {rows.classes_in_words()}")
     for note in rows.notes:
         say(note)
     checkpoint, damaged = checkpoints.last_whole(output / "checkpoints") if resume else (None, [])
@@ -92,13 +94,16 @@ def train(
     if run.training.start_from is not None:
         for sentence in model.start_from(adapted, Path(run.training.start_from), rows.labels):
             say(sentence)
+    optimizer = RunOptimizer.of(run, adapted)
     spent = budget.count(adapted)
     share = spent.trainable / (spent.base + spent.trainable)
     say(
         f"{run.method.name} on {run.model.name}: {spent.trainable:,} of {spent.base + spent.trainable:,} parameters ({share:.2%})"
     )
+    if optimizer is not None:
+        say(f"optimiser: {describe(run.training, prepared.arguments['max_grad_norm'], optimizer)}")
     clock = Clock()
-    trainer = make_trainer(prepared, adapted, [clock, *callbacks])
+    trainer = make_trainer(prepared, adapted, [clock, *callbacks], optimizer)
 
     # Nothing was written up to here.
     metrics_file: MetricsFile | None = None
@@ -137,6 +142,7 @@ def train(
         metrics_file.close()
     others = {name: measure(trainer, name, prepared.for_trainer(name)) for name in also if rows[name] is not None}
 
+    drop_reference(adapted)
     best = trainer.state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
     rows_a_step = run.training.batch_size * run.training.gradient_accumulation * state.num_processes
     main, adapter = state.is_main_process, output / "adapter"

@@ -44,7 +44,9 @@ def note_cut_off(rows: Rows, counts: dict[str, list[int]], max_length: int) -> N
             )
 
 
-def without_unlearnable(rows: Rows, split: str, encoded: Encoded, max_length: int | None, kept: str) -> Encoded:
+def without_unlearnable(
+    run: RunFile, rows: Rows, split: str, encoded: Encoded, max_length: int | None, kept: str
+) -> Encoded:
     """A split without the rows of which nothing is left to learn when they are cut off; a note says how many.
 
     Args:
@@ -53,21 +55,17 @@ def without_unlearnable(rows: Rows, split: str, encoded: Encoded, max_length: in
     Raises:
         DataError: all of them.
     """
-    if max_length is None or not isinstance(encoded.rows[0]["labels"], list):
+    if max_length is None:
         return encoded
-
-    def learns(labels: list[int]) -> bool:
-        left = labels[:max_length] if kept == "keep_start" else labels[-max_length:]
-        return any(label != -100 for label in left[1:])  # nothing predicts the first token
-
-    good = [i for i, labels in enumerate(encoded.rows["labels"]) if learns(labels)]
+    left = slice(max_length) if kept == "keep_start" else slice(-max_length, None)
+    good = table.get(run.task).learnable(encoded.rows, left)
     count = len(encoded.lengths)
     if len(good) == count:
         return encoded
     if not good:
         raise DataError(
             f"{split}: none of the {count:,} rows has anything to learn within {max_length:,} tokens; the prompts alone are as "
-            f"long (the longest row has {max(encoded.lengths):,}): raise data.max_length, or shorten them"
+            f"long (the longest row has {max(encoded.longest):,}): raise data.max_length, or shorten them"
         )
     left_out = sorted(set(range(count)) - set(good))
     rows.notes.append(
@@ -75,4 +73,4 @@ def without_unlearnable(rows: Rows, split: str, encoded: Encoded, max_length: in
         f"(row {examples([str(i + 1) for i in left_out])}); raise data.max_length to keep them"
     )
     rows.splits[split] = rows.splits[split].select(good)
-    return Encoded(encoded.rows.select(good), [encoded.lengths[i] for i in good])
+    return encoded.select(good)

@@ -18,8 +18,9 @@ from rankfold.errors import RankfoldError
 from rankfold.tasks.task import Task
 from rankfold.train.callbacks import NoStepTooMany, Progress, RankAllocation
 from rankfold.train.folder import saving
-from rankfold.train.hf_api import StepwiseTrainer, loss_is_of_its_batch, make_arguments
+from rankfold.train.hf_api import StepwiseTrainer, loss_is_of_its_batch, make_arguments, make_optimizer_by, require
 from rankfold.train.loss import score_labels_only
+from rankfold.train.optimizer import RunOptimizer
 from rankfold.train.prepare import Prepared
 
 
@@ -57,11 +58,18 @@ def careful(trainer: type) -> type[CarefulTrainer]:
     """A trainer's class, transformers' own or one of TRL's, made a CarefulTrainer."""
     if trainer is Trainer:
         return CarefulTrainer
+    require("trl", trainer, "_prepare_dataset")
     return type(f"Careful{trainer.__name__}", (CarefulTrainer, trainer), {})
 
 
-def make_trainer(prepared: Prepared, model: PeftModel, callbacks: list[TrainerCallback]) -> CarefulTrainer:
-    """The trainer of the run's task, with the rows it trains and validates on."""
+def make_trainer(
+    prepared: Prepared, model: PeftModel, callbacks: list[TrainerCallback], optimizer: RunOptimizer | None = None
+) -> CarefulTrainer:
+    """The trainer of the run's task, with the rows it trains and validates on.
+
+    Args:
+        optimizer: the run's, where it is one of rankfold's.
+    """
     task = prepared.task
     arguments = {
         **prepared.arguments,
@@ -77,9 +85,11 @@ def make_trainer(prepared: Prepared, model: PeftModel, callbacks: list[TrainerCa
         eval_dataset=prepared.for_trainer("validation"),
         processing_class=prepared.processor,
         callbacks=[AdapterCallback(), NoStepTooMany(), *callbacks],
-        **task.options(prepared.processor),
+        **task.options(prepared.processor, prepared.rows.labels),
     )
     trainer.task = task
+    if optimizer is not None:
+        make_optimizer_by(trainer, *optimizer.for_trainer(model))
     if task.loss_of_batch:
         loss_is_of_its_batch(trainer)
     if task.loss_of_labels:

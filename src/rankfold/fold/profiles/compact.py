@@ -1,6 +1,6 @@
 """Profile `compact`: every module keeps its own rank, in `rank_pattern`.
 
-Its readers scale a module by lora_alpha / (its rank): PEFT, vLLM from 0.33 on and llama.cpp's converter. B is stored times rank/α, so that this comes out as 1. An `alpha_pattern` would be misread by some; none is written.
+Its readers scale a module by lora_alpha / (its rank): PEFT, vLLM from 0.32 on and llama.cpp's converter. B is stored times rank/α, so that this comes out as 1. An `alpha_pattern` would be misread by some; none is written.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
 
+from rankfold.fold.lora_tensors import Layout
 from rankfold.fold.profiles.profile import Folded, Profile, Written
 from rankfold.fold.profiles.uniform import config, loaders, reader, serve_flags, serve_rank
 from rankfold.io.files import to_json
@@ -34,11 +34,7 @@ def write(folded: Folded, folder: Path) -> Written:
     has no rank 0 and a missing layer would need a longer list of targets."""
     source, largest = folded.source, max(folded.rank, 1)
     ranks = {name: max(factors.rank, 1) for name, factors in folded.factors.items()}
-    tensors: dict[str, Tensor] = {}
-    for name, factors in folded.factors.items():
-        padded = factors.pad(ranks[name])
-        tensors[f"base_model.model.{name}.lora_A.weight"] = padded.down.contiguous()  # rank × in
-        tensors[f"base_model.model.{name}.lora_B.weight"] = padded.up.contiguous()  # out × rank
+    tensors = Layout(source.sites).tensors({name: f.pad(ranks[name]) for name, f in folded.factors.items()})
     parameters = sum(t.numel() for t in tensors.values())
     tensors |= {k: v.detach().to("cpu", folded.dtype).contiguous() for k, v in source.heads.items()}
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
@@ -53,10 +49,10 @@ def write(folded: Folded, folder: Path) -> Written:
     return Written(
         rank=largest,
         parameters=parameters,
-        read=reader(folder, {name: ALPHA / rank for name, rank in ranks.items()}),
-        serve=loaders(source, {"vLLM ≥ 0.33": flags["vLLM"], "PEFT": flags["PEFT"]}),
+        read=reader(folder, source, {name: ALPHA / rank for name, rank in ranks.items()}),
+        serve=loaders(source, {"vLLM ≥ 0.32": flags["vLLM"], "PEFT": flags["PEFT"]}),
         notes=[
-            "where ranks differ by module, SGLang 0.5.23 refuses an adapter, and TGI, LoRAX, LMDeploy and vLLM before 0.33 scale it "
+            "where ranks differ by module, SGLang 0.5.23 refuses an adapter, and TGI, LoRAX, LMDeploy and vLLM before 0.32 scale it "
             "wrongly or refuse it; fold with --profile uniform for them"
         ],
     )

@@ -9,16 +9,19 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from shlex import quote
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from rankfold.errors import RankfoldError
 from rankfold.fold.profiles.merged_files import copy_files, restore_names, write_config
 from rankfold.fold.profiles.profile import Folded, Profile, Written
 from rankfold.fold.source import base_model
+from rankfold.host.kinds import kind_of
+from rankfold.host.layer import Kind
 from rankfold.io.models import quiet
+from rankfold.io.weight_names import to_model
 from rankfold.io.weights import base_files, weight_reader
 from rankfold.kernel.factors import Factors
 
@@ -36,11 +39,11 @@ def write(folded: Folded, folder: Path) -> Written:
     model = _base(folded)
     with torch.no_grad():
         for name in folded.source.adapted:
-            module = _linear(model, name)
+            module, kind = _adaptable(model, name)
             delta = folded.factors[name].to(torch.float64).delta()  # out × in
-            added = module.weight.double() + (delta.T if isinstance(module, Conv1D) else delta)
+            added = module.weight.double() + kind.in_weight_layout(delta, module.weight)
             module.weight = nn.Parameter(added.to(folded.dtype), requires_grad=False)
-        _load_heads(model, {k.removeprefix("base_model.model."): v for k, v in folded.source.heads.items()})
+        _load_heads(model, {k.removeprefix("base_model.model."): v for k, v in folded.source.whole.items()})
     model.to(folded.dtype)
     broken = next((n for n, p in model.named_parameters() if not torch.isfinite(p).all()), None)
     if broken:
@@ -84,7 +87,7 @@ def _base(folded: Folded) -> nn.Module:
         raise RankfoldError(
             "profile merged needs the weights of the base model, which is not known; give --base FOLDER"
         )
-    model = base_model(folded.source.config, folded.base, "auto", folded.source.heads)
+    model = base_model(folded.source.config, folded.base, "auto", folded.source.whole)
     base_files(folded.base, folded.source.config.revision)  # the proof reads them one by one
     if getattr(model, "is_quantized", False):
         raise RankfoldError(
@@ -93,17 +96,26 @@ def _base(folded: Folded) -> nn.Module:
     return model
 
 
-def _linear(model: nn.Module, name: str) -> nn.Linear:
-    """The module of this name; raises ValueError where there is none, or where another layer uses its weight."""
-    module = dict(model.named_modules()).get(name)
-    if not isinstance(module, nn.Linear | Conv1D):
+def _adaptable(model: nn.Module, name: str) -> tuple[Any, Kind]:
+    """The module of this name, and its kind; raises ValueError where there is none, or where an embedding and another layer
+    have one weight."""
+    modules: dict[str, Any] = dict(model.named_modules())
+    module = modules.get(name)
+    if module is None and to_model(model)(f"{name}.weight")[1]:
         raise RankfoldError(
-            f"profile merged: {type(model).__name__} has no linear layer {name!r}; was the adapter's another?"
+            f"profile merged: {name} is one of several experts that this version of transformers fuses into one parameter, to which "
+            "it does not add; fold with --profile uniform, or load the adapter with PEFT and call merge_and_unload()"
         )
+    kind = None if module is None else kind_of(module)
+    if module is None or kind is None:
+        raise RankfoldError(f"profile merged: {type(model).__name__} has no layer {name!r}; was the adapter's another?")
     embeddings = model.get_input_embeddings()  # pyright: ignore[reportCallIssue]
-    if module.weight is getattr(embeddings, "weight", None):
+    if module is not embeddings and module.weight is getattr(embeddings, "weight", None):
         raise RankfoldError(f"profile merged: {name} shares its weight with the embeddings, which would change too")
-    return module  # pyright: ignore[reportReturnType]
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    if module is embeddings and module.weight is getattr(head, "weight", None):
+        raise RankfoldError(f"profile merged: {name} shares its weight with the output head, which would change too")
+    return module, kind
 
 
 def _load_heads(model: nn.Module, heads: Mapping[str, Tensor]) -> None:
@@ -117,6 +129,12 @@ def _load_heads(model: nn.Module, heads: Mapping[str, Tensor]) -> None:
                 f"profile merged: {key}, which the adapter saved in modules_to_save, shares its weight with {other}, which "
                 "would change too; use --profile uniform, which PEFT loads"
             )
+    for key, head in heads.items():
+        if key in own and own[key].shape != head.shape:
+            raise RankfoldError(
+                f"profile merged: the adapter's {key} is {tuple(head.shape)} and the base's {tuple(own[key].shape)}; give the base "
+                "it was trained on with --base FOLDER"
+            )
     unknown = model.load_state_dict(heads, strict=False).unexpected_keys
     if unknown:
         raise RankfoldError(f"profile merged: the base has no {unknown[0]}, which the adapter saved in modules_to_save")
@@ -126,13 +144,8 @@ def _reader(folded: Folded, folder: Path, model: nn.Module) -> Callable[[str], T
     """What was added to a module's weight: the saved one minus the base's, out × in in float64, one at a time."""
     before = weight_reader(folded.base, folded.source.config.revision, model)
     after = weight_reader(str(folder), None, model)
-    transposed = {n for n in folded.source.adapted if isinstance(model.get_submodule(n), Conv1D)}
-
-    def read(name: str) -> Tensor:
-        added = after(name).double() - before(name).double()
-        return added.T if name in transposed else added
-
-    return read
+    kinds = {name: _adaptable(model, name)[1] for name in folded.source.adapted}
+    return lambda name: kinds[name].as_matrix(after(name).double() - before(name).double())
 
 
 PROFILE = Profile(write, rounded, noun="a merged model", library="transformers", loads_as="model")

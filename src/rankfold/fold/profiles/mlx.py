@@ -20,8 +20,8 @@ from rankfold.fold.source import base_config
 from rankfold.io.files import to_json
 from rankfold.kernel.factors import Factors
 
-#: Model types whose modules mlx-lm names as transformers does. It loads adapters with strict=False: a wrong name would be
-#: dropped without a word, so an unknown type is refused.
+#: Model types whose modules mlx-lm names as transformers does. Older versions load adapters with strict=False, where a wrong
+#: name is dropped without a word, so an unknown type is refused.
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2")
 
 _BLOCK = re.compile(r"model\.layers\.\d+\.(.+)")

@@ -9,11 +9,12 @@ from shlex import quote
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from rankfold.errors import RankfoldError
+from rankfold.fold.lora_tensors import Layout
 from rankfold.fold.profiles.profile import Folded, Profile, Written
 from rankfold.fold.source import Source
+from rankfold.host.kinds import kind_named
 from rankfold.io.files import to_json
 from rankfold.kernel.factors import Factors
 
@@ -38,17 +39,14 @@ def write(folded: Folded, folder: Path) -> Written:
     """adapter_config.json and adapter_model.safetensors, every module zero-padded to one rank."""
     rank = serve_rank(folded.rank, folded.pad)
     source = replace(folded.source, sites=[*folded.source.sites, *folded.source.siblings])
-    tensors: dict[str, Tensor] = {}
     zeros = {
         s.name: Factors(
             torch.zeros(0, s.in_features, dtype=folded.dtype), torch.zeros(s.out_features, 0, dtype=folded.dtype)
         )
         for s in folded.source.siblings
     }
-    for name, factors in {**folded.factors, **zeros}.items():
-        padded = factors.pad(rank)
-        tensors[f"base_model.model.{name}.lora_A.weight"] = padded.down.contiguous()  # rank × in
-        tensors[f"base_model.model.{name}.lora_B.weight"] = padded.up.contiguous()  # out × rank
+    padded = {name: factors.pad(rank) for name, factors in {**folded.factors, **zeros}.items()}
+    tensors = Layout(source.sites).tensors(padded)
     parameters = sum(t.numel() for t in tensors.values())
     tensors |= {k: v.detach().to("cpu", folded.dtype).contiguous() for k, v in source.heads.items()}
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
@@ -57,29 +55,27 @@ def write(folded: Folded, folder: Path) -> Written:
     return Written(
         rank=rank,
         parameters=parameters,
-        read=reader(folder, {}),
+        read=reader(folder, source, {}),
         serve=loaders(source, serve_flags(rank, serve_rank(rank), folded.out)),
         notes=_notes(source, rank),
     )
 
 
 def loaders(source: Source, flags: dict[str, str]) -> dict[str, str]:
-    """Those that load the fold: a trained head is for PEFT, and for vLLM where it is a classifier's."""
+    """Those that load the fold: a convolution's or an embedding's LoRA is for PEFT; a trained head too, and for vLLM where it is a
+    classifier's."""
+    if not all(kind_named(site.kind).linear for site in source.sites):
+        return {"PEFT": flags["PEFT"]}
     if not source.heads:
         return flags
     classifier = set(getattr(source.config, "modules_to_save", None) or []) <= {"classifier", "score"}
     return {engine: f for engine, f in flags.items() if engine == "PEFT" or (classifier and engine.startswith("vLLM"))}
 
 
-def reader(folder: Path, scales: dict[str, float]) -> Callable[[str], Factors]:
+def reader(folder: Path, source: Source, scales: dict[str, float]) -> Callable[[str], Factors]:
     """Reads a module's factors back from a folder in PEFT's layout; `scales` holds α/r where it is not 1."""
-    tensors = load_file(folder / "adapter_model.safetensors")
-
-    def read(name: str) -> Factors:
-        key = f"base_model.model.{name}.lora_"
-        return Factors(tensors[key + "A.weight"], tensors[key + "B.weight"], scale=scales.get(name, 1.0))
-
-    return read
+    tensors, layout = load_file(folder / "adapter_model.safetensors"), Layout(source.sites)
+    return lambda name: layout.factors(name, tensors, scales.get(name, 1.0))
 
 
 def _notes(source: Source, rank: int) -> list[str]:
@@ -109,7 +105,8 @@ def serve_flags(rank: int, largest: int, out: Path) -> dict[str, str]:
 
 def config(source: Source, rank: int) -> dict[str, object]:
     """adapter_config.json: only keys that PEFT has had for years, so that older readers do not choke."""
-    task = source.config.task_type
+    task, layout = source.config.task_type, Layout(source.sites)
+    parameters = layout.parameters()
     return {
         "peft_type": "LORA",
         "base_model_name_or_path": source.config.base_model_name_or_path,
@@ -119,7 +116,9 @@ def config(source: Source, rank: int) -> dict[str, object]:
         "r": rank,
         "lora_alpha": rank,
         "lora_dropout": 0.0,
-        "target_modules": target_suffixes([s.name for s in source.sites], source.modules),
+        "target_modules": target_suffixes([n for n in layout.stacks if n not in parameters], source.modules),
+        **({"target_parameters": target_suffixes(parameters, source.parameters)} if parameters else {}),
+        **({"ensure_weight_tying": True} if getattr(source.config, "ensure_weight_tying", False) else {}),
         "modules_to_save": sorted(getattr(source.config, "modules_to_save", None) or []) or None
         if source.heads
         else None,
@@ -143,15 +142,15 @@ def target_suffixes(targets: list[str], modules: list[str]) -> list[str]:
     >>> target_suffixes(["h.0.attn.out", "h.1.attn.out"], ["h.0.attn.out", "h.1.attn.out", "h.0.mlp.out", "h.1.mlp.out"])
     ['attn.out']
     """
-    wanted, found = set(targets), set()
-    for name in targets:
-        parts = name.split(".")
-        for k in range(1, len(parts) + 1):
-            suffix = ".".join(parts[-k:])
-            if k == len(parts) or all(m in wanted for m in modules if m == suffix or m.endswith("." + suffix)):
-                found.add(suffix)
-                break
-    return sorted(found)
+    wanted = set(targets)
+    others = {suffix for module in modules if module not in wanted for suffix in _suffixes(module)}
+    return sorted({next((s for s in _suffixes(name) if s not in others), name) for name in targets})
+
+
+def _suffixes(name: str) -> list[str]:
+    """Shortest first: of "h.0.out", "out", "0.out" and "h.0.out"."""
+    parts = name.split(".")
+    return [".".join(parts[-k:]) for k in range(1, len(parts) + 1)]
 
 
 PROFILE = Profile(write, loads_as="adapter")
