@@ -564,6 +564,15 @@ def test_dropout_does_not_reach_finished_links() -> None:
     assert torch.equal(model(batch(0)[0]), model(batch(0)[0]))  # the live pair is zero
 
 
+def test_dropout_does_not_reach_finished_links_of_a_convolution() -> None:
+    config = ColaConfig(r=2, lora_dropout=0.9, target_modules=["0"])
+    model: Any = get_peft_model(nn.Sequential(nn.Conv2d(3, 4, 3)), config).train()  # pyright: ignore[reportArgumentType]
+    (adapter,) = adapters(model)
+    adapter.add_link(Factors(torch.randn(2, adapter.site.in_features), torch.randn(adapter.site.out_features, 2)))
+    x = torch.randn(1, 3, 5, 5)
+    assert torch.equal(model(x), model(x))
+
+
 def test_fold_of_a_chain_in_stock_peft(tmp_path: Any) -> None:
     from models import LLAMA
 

@@ -13,4 +13,4 @@ class AdaptedConv(AdaptedLayer):
     """A convolution with any number of adapters beside it."""
 
     def added(self, adapter: Adapter, y: Tensor, x: Tensor) -> Tensor:
-        return convolution_update(y, x, self.get_base_layer(), [adapter.term()])
+        return convolution_update(y, x, self.get_base_layer(), adapter.terms())

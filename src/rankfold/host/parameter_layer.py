@@ -156,7 +156,7 @@ class AdaptedParameters(AdaptedLayer):
         bias = getattr(base, f"{name}_bias")[expert] if base.has_bias else None
         if name not in per_parameter:
             return F.linear(x, weight.T if base.is_transposed else weight, bias)
-        terms = [a.term() for a in per_parameter[name][expert]]
+        terms = [t for a in per_parameter[name][expert] for t in a.terms()]
         return low_rank_linear(x, weight.T if base.is_transposed else weight, bias, terms)
 
     # Merging --------------------------------------------------------------------------------------------------------
