@@ -479,11 +479,11 @@ class LowRankTuner(BaseTuner):
 def _check_states(model: nn.Module, adapter_name: str, found: dict[str, Tensor]) -> None:
     """Asks every adapter about its own tensors of a file, which are given by their keys in the model."""
     for name, layer in model.named_modules():
-        if isinstance(layer, AdaptedLayer):
-            dot = f"{plain_name(name)}." if plain_name(name) else ""
-            for adapter in layer.adapters([adapter_name]):
-                own = {key: found[f"{dot}{LAYERS}.{adapter_name}.{key}"] for key in adapter.tensor_names}
-                adapter.check_state(own)
+        if isinstance(layer, AdaptedLayer) and adapter_name in layer.lowrank_adapters:
+            for path, adapter in layer.lowrank_adapters[adapter_name].named_modules():  # one, or one per expert
+                if isinstance(adapter, Adapter):
+                    at = ".".join(filter(None, (plain_name(name), LAYERS, adapter_name, path)))
+                    adapter.check_state({key: found[f"{at}.{key}"] for key in adapter.tensor_names})
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
