@@ -33,8 +33,8 @@ class Mixed(nn.Module):
         self.embed = nn.Embedding(VOCAB, 6, padding_idx=3)
         self.line = nn.Conv1d(6, 8, 3, stride=2, padding=1)
         self.grouped = nn.Conv1d(8, 8, 3, padding=2, dilation=2, groups=4, padding_mode="circular", bias=False)
-        self.plane = nn.Conv2d(1, 4, (3, 1), padding="same")
-        self.space = nn.Conv3d(4, 4, 1)
+        self.plane = nn.Conv2d(1, 6, (5, 1), padding="same")
+        self.space = nn.Conv3d(6, 6, 1)
         self.head = nn.Linear(8, 7)
 
     def forward(self, ids: Tensor) -> Tensor:

@@ -182,8 +182,10 @@ def test_fused_experts_are_named(tmp_path: Path) -> None:
     experts = 2 * 4 * 3 * 32 * 48
     linear = sum(m.weight.numel() for m in base.modules() if isinstance(m, torch.nn.Linear))
     assert describe(base).flops >= 2 * (linear + experts // 2)
-    spent = cost(base, PlainLoraConfig(target_modules="all-linear"))
-    assert isinstance(spent.fold, Fold)
+    reached = cost(base, PlainLoraConfig(target_modules="all-linear"))
+    assert isinstance(reached.fold, Fold)
+    assert not any("experts" in note for note in reached.notes)
+    spent = cost(base, PlainLoraConfig(target_modules=["q_proj"]))
     share = 100 * experts / base.num_parameters()
     assert f"no adapter on: fused experts, {share:.3g} % of the parameters (" in spent.notes[0]
 

@@ -87,7 +87,9 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
 
     def add_adapter(self, name: str, adapter: Any, inference_mode: bool = False) -> None:
         """Adds an adapter in the base's mode, device and dtype; it becomes trainable if it is active."""
-        adapter.tensor_names = tuple(adapter.state_dict())
+        for one in adapter.modules():  # several, where an adapter has one for each expert
+            if isinstance(one, Adapter) or one is adapter:
+                one.tensor_names = tuple(one.state_dict())
         self.lowrank_adapters[name] = adapter.train(self.training)
         self._move_adapter_to_device_of_base_layer(name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)

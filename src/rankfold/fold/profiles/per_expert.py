@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -40,8 +41,8 @@ def write(folded: Folded, folder: Path) -> Written:
     tensors |= {k: v.detach().to("cpu", folded.dtype).contiguous() for k, v in source.heads.items()}
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     experts = sorted({names.rpartition(".")[2] for found in source.experts.values() for names in found})
-    written = config(replace(source, sites=others), rank) | {"base_model_name_or_path": folded.base}
-    written["target_modules"] = [*written["target_modules"], *experts]  # pyright: ignore[reportGeneralTypeIssues]
+    written: dict[str, Any] = config(replace(source, sites=others), rank)
+    written |= {"base_model_name_or_path": folded.base, "target_modules": [*written["target_modules"], *experts]}
     (folder / "adapter_config.json").write_text(to_json(written), encoding="utf-8")
     stored = load_file(folder / "adapter_model.safetensors")
     sites, layout = {site.name: site for site in source.sites}, Layout(others)
