@@ -99,9 +99,8 @@ def test_saved_loaded_switched_and_mixed(row: Row, tmp_path: Path) -> None:
     again = PeftModel.from_pretrained(MIXED.build(), tmp_path).eval()
     wanted, ids = MIXED.out(model), MIXED.inputs()["ids"]
     assert torch.equal(MIXED.out(again), wanted)
-    narrow = (
-        ["plane", "space"] if row.facts.method == "sbora" else None
-    )  # fewer columns than the second adapter has ranks
+    # fewer columns than the second adapter has ranks
+    narrow = ["plane", "space"] if row.facts.method == "sbora" else None
     second(again, MIXED, row, exclude_modules=narrow, **everywhere)  # pyright: ignore[reportArgumentType]
     names = ["default", "other", "__base__"]
     mixed = MIXED.out(again, adapter_names=names)
