@@ -338,7 +338,7 @@ SBORA = Facts(
     rank=lambda config, r, layers: r,
     delta=_sbora_delta,
     variants={
-        "fa": {"r": 4},
+        "fa": {"r": 3},
         "fb": {"r": 3, "lora_alpha": 12, "lora_dropout": 0.3, "variant": "fb", "seed": 7},
     },
     bad=(

@@ -99,7 +99,9 @@ def test_saved_loaded_switched_and_mixed(row: Row, tmp_path: Path) -> None:
     again = PeftModel.from_pretrained(MIXED.build(), tmp_path).eval()
     wanted, ids = MIXED.out(model), MIXED.inputs()["ids"]
     assert torch.equal(MIXED.out(again), wanted)
-    second(again, MIXED, row, **everywhere)  # pyright: ignore[reportArgumentType]
+    # fewer columns than the second adapter has ranks
+    narrow = ["plane", "space"] if row.facts.method == "sbora" else None
+    second(again, MIXED, row, exclude_modules=narrow, **everywhere)  # pyright: ignore[reportArgumentType]
     names = ["default", "other", "__base__"]
     mixed = MIXED.out(again, adapter_names=names)
     again.set_adapter("other")
