@@ -18,7 +18,7 @@ from rankfold.errors import RankfoldError
 from rankfold.fold import FoldOptions, FoldReport, fold_source
 from rankfold.fold.source import Source, of_adapted_types, output_head
 from rankfold.host.adapter import module_type
-from rankfold.host.tuner import site_of
+from rankfold.host.planning import site_of
 from rankfold.io.weights import FLOATS
 from rankfold.text import examples
 

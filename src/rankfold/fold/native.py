@@ -31,11 +31,12 @@ from rankfold.fold.source import (
 )
 from rankfold.host import registry
 from rankfold.host.adapter import not_fixed
+from rankfold.host.checkpoint import LAYERS, SHARED
 from rankfold.host.config import LowRankConfig
 from rankfold.host.layer import AdaptedLayer
 from rankfold.host.parameter_layer import AdaptedParameters
 from rankfold.host.peft_api import names_of_experts
-from rankfold.host.tuner import LAYERS, SHARED, site_of
+from rankfold.host.planning import site_of
 from rankfold.io.adapter_names import without_copies
 from rankfold.io.adapters import labels_of, read_labels
 from rankfold.io.formats import Adapter

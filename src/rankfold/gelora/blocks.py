@@ -16,7 +16,7 @@ from torch import nn
 
 from rankfold.errors import RankfoldError
 from rankfold.host.adapter import Site
-from rankfold.host.tuner import site_of
+from rankfold.host.planning import site_of
 
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 _NOT_QKVO = re.compile(r"^(pos|rel|gate|g_proj|norm)|position|gate$", re.IGNORECASE)

@@ -161,3 +161,14 @@ def check_checkpoint(
             raise RankfoldError(
                 f"The checkpoint of {what} has NaN or infinity in {key}: it was saved from a diverged run."
             )
+
+
+def check_states(model: nn.Module, adapter_name: str, found: dict[str, Tensor]) -> None:
+    """Asks every adapter about its own tensors of a file, which are given by their keys in the model."""
+    for name, layer in model.named_modules():
+        if isinstance(layer, AdaptedLayer) and adapter_name in layer.lowrank_adapters:
+            for path, adapter in layer.lowrank_adapters[adapter_name].named_modules():  # one, or one per expert
+                if isinstance(adapter, Adapter):
+                    place = ".".join(filter(None, (plain_name(name), LAYERS, adapter_name, path)))
+                    keys = adapter.tensor_names or tuple(adapter.state_dict())
+                    adapter.check_state({key: found[f"{place}.{key}"] for key in keys})

@@ -1,0 +1,176 @@
+"""What an adapter will be on a model, decided before anything is touched: its sites, and what they share."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from torch import Tensor, nn
+
+from rankfold.errors import RankfoldError
+from rankfold.host.adapter import Adapter, Group, Site
+from rankfold.host.checkpoint import LAYERS, PREFIX, SHARED, plain_name, short_keys
+from rankfold.host.config import LowRankConfig
+from rankfold.host.kinds import kind_named, kind_of
+from rankfold.host.layer import AdaptedLayer
+from rankfold.host.peft_api import (
+    check_as_lora,
+    include_all_linear_layers,
+    name_fused_experts,
+    tie_modules_to_save,
+    tie_targets,
+)
+from rankfold.host.targets import absent_names, parameter_sites
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The plan for one config on one model, made before anything is touched.
+
+    Args:
+        tied: names of the heads that share the embedding's weight, and its adapter too.
+        groups: by site name; absent where nothing is shared.
+        parameters: of modules, by the model's own names, those that are adapted, each with its sites.
+        keys: what each group is called in state dicts and files, by its own key.
+    """
+
+    sites: dict[str, Site]
+    groups: dict[str, Group]
+    keys: dict[str, str]
+    parameters: dict[str, dict[str, list[Site]]]
+    tied: set[str]
+
+    def places(self) -> Iterator[tuple[str, Site]]:
+        """Where in a state dict the tensors lie of each site that has some, without the adapter's name."""
+        fused = {
+            site.name: f"{plain_name(module)}.{LAYERS}.{parameter}.{i}"
+            for module, stacks in self.parameters.items()
+            for parameter, stack in stacks.items()
+            for i, site in enumerate(stack)
+        }
+        for site in (site for name, site in self.sites.items() if name not in self.tied):
+            yield fused.get(site.name, f"{site.name}.{LAYERS}"), site
+
+
+class PlanningTuner(BaseTuner):
+    """PEFT's tuner, as far as it decides what to adapt."""
+
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    _add_targets_to_tie, _add_modules_to_save_to_tie = tie_targets, tie_modules_to_save
+    #: The method's; `registry` sets it.
+    adapter_cls: ClassVar[type[Adapter]]
+
+    def plan(self, config: LowRankConfig, model: nn.Module, state_dict: dict[str, Tensor] | None = None) -> Plan:
+        """Which modules get an adapter and what they share.
+
+        Raises:
+            TypeError: a target that is not linear.
+            ValueError: sites that cannot share as the config asks.
+        """
+        config.check()  # a field may have been assigned since
+        name_fused_experts(config, model)
+        if config.ensure_weight_tying:
+            self._check_tied_modules(model, config)
+        config = self._prepare_adapter_config(config, self.get_model_config(model))  # pyright: ignore[reportAssignmentType]
+        config = include_all_linear_layers(config, model)  # pyright: ignore[reportAssignmentType]
+        named = None if state_dict is None else {plain_name(k.rsplit("." + PREFIX, 1)[0]) for k in state_dict}
+        sites: dict[str, Site] = {}
+        parameters: dict[str, dict[str, list[Site]]] = {}
+        tied: set[str] = set()
+        inside: tuple[str, ...] = ()
+        for name, module in model.named_modules():
+            key = plain_name(name)
+            if not name or (inside and name.startswith(inside)):
+                continue
+            if isinstance(module, BaseTunerLayer):
+                inside = (*inside, name + ".")
+            base: Any = module.get_base_layer() if isinstance(module, AdaptedLayer) else module
+            if config.target_parameters and (found := parameter_sites(config, key, base)):
+                parameters[name] = found
+                sites |= {site.name: site for stack in found.values() for site in stack}
+            if self._check_tied_module_exists(config, key):
+                tied.add(key)
+                sites[key] = site_of(key, module)
+                continue
+            if not (key in named if named is not None else self._check_target_module_exists(config, key)):
+                continue
+            sites[key] = site_of(key, module)
+        for site in sites.values():
+            self._check_served(config, site)
+        adapter_cls = self.adapter_cls
+        members: dict[str, list[Site]] = {}
+        for site in sites.values():
+            if site.name in tied:
+                continue
+            adapter_cls.check_site(config, site)
+            group_key = adapter_cls.group_key(config, site)
+            if group_key is not None:
+                members.setdefault(group_key, []).append(site)
+        groups = {key: Group(key, tuple(group)) for key, group in members.items()}
+        for group in groups.values():
+            adapter_cls.check_group(config, group)
+        by_site = {site.name: group for group in groups.values() for site in group.sites}
+        if sites and state_dict is None:  # with none at all PEFT raises
+            _warn_absent(config, model)
+        return Plan(sites, by_site, short_keys(list(groups)), parameters, tied)
+
+    def _check_served(self, config: LowRankConfig, site: Site) -> None:
+        """Raises RankfoldError where the method does not adapt modules of this kind."""
+        if (self.adapter_cls.linear_only or not self.adapter_cls.fixed) and not kind_named(site.kind).linear:
+            raise RankfoldError(
+                f"{type(config).__name__}: {site.name} is of the kind {site.kind!r}, and {config.method} adapts linear "
+                "layers alone; leave it out of target_modules, or choose another method"
+            )
+
+    @staticmethod
+    def _check_target_module_exists(peft_config, key: str) -> bool | re.Match[str] | None:
+        if key.startswith(SHARED):
+            return None
+        return BaseTuner._check_target_module_exists(peft_config, key)
+
+    def _prepare_adapter_config(self, peft_config: LowRankConfig, model_config: dict) -> LowRankConfig:  # pyright: ignore[reportIncompatibleMethodOverride]
+        if peft_config.target_modules is None:
+            peft_config.target_modules = peft_config.default_targets()  # pyright: ignore[reportAttributeAccessIssue]
+        if peft_config.target_modules is None and peft_config.target_parameters:
+            known = self.target_module_mapping.get(model_config.get("model_type", ""))
+            peft_config.target_modules = set(known or ())  # pyright: ignore[reportAttributeAccessIssue]
+            return peft_config
+        return super()._prepare_adapter_config(peft_config, model_config)  # pyright: ignore[reportReturnType]
+
+    def _check_target_module_compatiblity(self, peft_config: Any, model: nn.Module, target_name: str) -> None:
+        check_as_lora(peft_config, model, target_name)
+
+
+def site_of(name: str, module: Any) -> Site:
+    """Where an adapter of this module would sit.
+
+    Raises:
+        TypeError: nothing here adapts such a module.
+    """
+    base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    kind = kind_of(base)
+    if isinstance(module, BaseTunerLayer) and not isinstance(module, AdaptedLayer):
+        raise TypeError(
+            f"target_modules: {name} carries an adapter of PEFT's already ({type(module).__module__}.{type(module).__name__}); "
+            "merge it first: model = model.merge_and_unload()"
+        )
+    if kind is None:
+        raise TypeError(
+            f"target_modules: {name} is a {type(module).__name__}, and only linear layers (torch.nn.Linear, transformers' Conv1D, "
+            "quantised linears), convolutions and embeddings can be adapted; leave it out of target_modules"
+        )
+    return Site(name, *kind.features(base), kind.name, tuple(getattr(base, "kernel_size", ())))
+
+
+def _warn_absent(config: LowRankConfig, model: nn.Module) -> None:
+    """Names that match nothing while others do. Patterns are PEFT's to warn of, and heads are named by it on suspicion."""
+    for field, absent in absent_names(config, model):
+        if field in ("target_modules", "exclude_modules"):
+            warnings.warn(f"{field}: no module of the model is called {absent!r}; it has no effect", stacklevel=2)
+        elif field == "target_parameters":
+            warnings.warn(f"{field}: no parameter of the model is called {absent!r}; it has no effect", stacklevel=2)
