@@ -16,7 +16,7 @@ from rankfold.errors import RankfoldError
 from rankfold.fold import source_of
 from rankfold.fold.source import Update
 from rankfold.io.files import to_json
-from rankfold.io.formats import Adapter, is_adapter, read_adapter
+from rankfold.io.formats import SavedAdapter, is_adapter, read_adapter
 from rankfold.kernel.factors import Factors
 from rankfold.text import short_number, table
 
@@ -120,7 +120,9 @@ def diff(a: str | Path, b: str | Path, *, base: str | None = None) -> Difference
     return Difference(str(a), str(b), "models", list(_of_models(pair)), [*_missing(pair)])
 
 
-def _of_adapters(first: Adapter, second: Adapter, base: str | None) -> tuple[list[LayerDifference], list[str]]:
+def _of_adapters(
+    first: SavedAdapter, second: SavedAdapter, base: str | None
+) -> tuple[list[LayerDifference], list[str]]:
     one, other = source_of(first, base), source_of(second, base)
     check_shapes([(str(first.path), one), (str(second.path), other)])
     modules = sorted({*one.adapted, *other.adapted}, key=module_places([one, other]).__getitem__)

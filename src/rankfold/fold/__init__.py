@@ -31,7 +31,7 @@ from rankfold.fold.proof import FoldReport, LayerProof, prove, prove_sum
 from rankfold.fold.source import Source, Update
 from rankfold.host.config import LowRankConfig
 from rankfold.io.files import sha256, whole_folder
-from rankfold.io.formats import Adapter, read_adapter
+from rankfold.io.formats import SavedAdapter, read_adapter
 from rankfold.kernel.factors import Factors
 
 __all__ = [
@@ -124,7 +124,7 @@ def read_source(adapter: str | Path, base: str | None = None) -> Source:
     return source_of(read_adapter(adapter, base), base)
 
 
-def source_of(adapter: Adapter, base: str | None = None) -> Source:
+def source_of(adapter: SavedAdapter, base: str | None = None) -> Source:
     """An adapter as the source of a fold; `base` and errors as in `fold_adapter`."""
     read = native.from_files if isinstance(adapter.config, LowRankConfig) else peft_adapters.from_files
     source = read(adapter, None if adapter.translated else base)  # a translated one names its base already

@@ -39,7 +39,7 @@ from rankfold.host.peft_api import names_of_experts
 from rankfold.host.planning import site_of
 from rankfold.io.adapter_names import without_copies
 from rankfold.io.adapters import labels_of, read_labels
-from rankfold.io.formats import Adapter
+from rankfold.io.formats import SavedAdapter
 from rankfold.io.weight_names import to_model
 from rankfold.kernel.factors import Factors
 
@@ -125,7 +125,7 @@ def _unlike_peft(base: Any) -> bool:
     )
 
 
-def from_files(adapter: Adapter, base: str | None = None) -> Source:
+def from_files(adapter: SavedAdapter, base: str | None = None) -> Source:
     """Reads an adapter folder; arguments and errors as `weightless`."""
     model = weightless(adapter, base)
     heads = {k: v for k, v in without_copies(adapter.tensors).items() if not _is_ours(k)}
@@ -143,7 +143,7 @@ def from_files(adapter: Adapter, base: str | None = None) -> Source:
     )
 
 
-def weightless(adapter: Adapter, base: str | None = None) -> PeftModel:
+def weightless(adapter: SavedAdapter, base: str | None = None) -> PeftModel:
     """An adapter folder on its base, whose weights are on the meta device: only its config.json is needed.
 
     Args:

@@ -38,7 +38,7 @@ from rankfold.host.adapter import Site
 from rankfold.host.peft_api import BaseTunerLayer, in_out_features
 from rankfold.io.adapter_names import PREFIX, is_saved, mended, without_copies, wrapped
 from rankfold.io.adapters import labels_of, read_labels
-from rankfold.io.formats import Adapter
+from rankfold.io.formats import SavedAdapter
 from rankfold.io.weight_names import to_model
 from rankfold.io.weights import weight_reader
 
@@ -137,7 +137,7 @@ def from_model(model: nn.Module, adapter_name: str = "default") -> Source:
     return _source(base, config, adapter_name, layers, read, heads)
 
 
-def from_files(adapter: Adapter, base: str | None = None) -> Source:
+def from_files(adapter: SavedAdapter, base: str | None = None) -> Source:
     """Reads an adapter on its base, of which config.json is needed, and single weights by some types.
 
     Raises:
@@ -186,7 +186,7 @@ def from_files(adapter: Adapter, base: str | None = None) -> Source:
     return _noted(replace(source, dtype=dtype, folder=folder, vocabulary=whole, labels=read_labels(folder)), notes)
 
 
-def _tensors(adapter: Adapter) -> tuple[dict[str, Tensor], list[str]]:
+def _tensors(adapter: SavedAdapter) -> tuple[dict[str, Tensor], list[str]]:
     """An adapter's tensors by the keys that PEFT writes, and what its user should know of theirs."""
     folder, found = adapter.folder, adapter.tensors
     broken = [key for key, tensor in found.items() if not torch.isfinite(tensor).all()]

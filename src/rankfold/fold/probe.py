@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from rankfold.fold.profiles.profile import Profile
 from rankfold.fold.proof import logit_error
 from rankfold.fold.source import base_class, base_model
-from rankfold.io.formats import Adapter
+from rankfold.io.formats import SavedAdapter
 from rankfold.io.models import load_base, quiet
 from rankfold.tasks import table
 from rankfold.tasks.task import Task
 from rankfold.text import first_line
 
 
-def probe(adapter: Adapter, folded: Path, base: str | None, profile: Profile) -> dict[str, object]:
+def probe(adapter: SavedAdapter, folded: Path, base: str | None, profile: Profile) -> dict[str, object]:
     """Runs both on the task's example (fixed seed, float32).
 
     Returns:
@@ -41,7 +41,7 @@ def probe(adapter: Adapter, folded: Path, base: str | None, profile: Profile) ->
         return {"skipped": f"it failed on base {name!r}: {first_line(error)}"}
 
 
-def _compare(adapter: Adapter, folded: Path, base: str, profile: Profile, task: Task) -> dict[str, object]:
+def _compare(adapter: SavedAdapter, folded: Path, base: str, profile: Profile, task: Task) -> dict[str, object]:
     config, model = adapter.config, trained_model(adapter, base)
     batch = task.example(model.config)
     trained = _logits(model, batch)
@@ -57,7 +57,7 @@ def _compare(adapter: Adapter, folded: Path, base: str, profile: Profile, task: 
     return {"base": base, "loaded_by": loader, **logit_error(trained, again)}
 
 
-def trained_model(adapter: Adapter, base: str | None) -> PeftModel:
+def trained_model(adapter: SavedAdapter, base: str | None) -> PeftModel:
     """The adapter on its base in float32, as PEFT loads it.
 
     Raises:

@@ -24,8 +24,7 @@ from rankfold.host.peft_api import LoraLayer
 from rankfold.inspect.inspection import Inspection, Link, ModuleUpdate
 from rankfold.inspect.left_out import left_out, left_out_of
 from rankfold.io.adapter_names import mended
-from rankfold.io.formats import Adapter as SavedAdapter
-from rankfold.io.formats import read_adapter
+from rankfold.io.formats import SavedAdapter, read_adapter
 from rankfold.kernel.factors import Factors
 
 #: The components of an update that are not zero, and how many the adapter has.

@@ -5,15 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 from rankfold.io.formats import diffusion, gguf, mlx, peft
-from rankfold.io.formats.adapter import Adapter
+from rankfold.io.formats.adapter import SavedAdapter
 from rankfold.io.formats.place import Place, find, is_adapter
 
-__all__ = ["Adapter", "Place", "find", "is_adapter", "read_adapter"]
+__all__ = ["Place", "SavedAdapter", "find", "is_adapter", "read_adapter"]
 
 _READERS = {"peft": peft.read, "mlx": mlx.read, "diffusers": diffusion.read, "gguf": gguf.read}
 
 
-def read_adapter(path: str | Path, base: str | None = None) -> Adapter:
+def read_adapter(path: str | Path, base: str | None = None) -> SavedAdapter:
     """An adapter of rankfold, PEFT, mlx-lm, diffusers, kohya or llama.cpp.
 
     Args:

@@ -20,7 +20,7 @@ from rankfold.io.adapters import WEIGHTS
 
 
 @dataclass(frozen=True)
-class Adapter:
+class SavedAdapter:
     """One adapter.
 
     Args:
@@ -64,7 +64,9 @@ class Pair:
     scale: float = 1.0
 
 
-def plain_lora(path: Path, pairs: Mapping[str, Pair], base: str | None, notes: list[str], **config: Any) -> Adapter:
+def plain_lora(
+    path: Path, pairs: Mapping[str, Pair], base: str | None, notes: list[str], **config: Any
+) -> SavedAdapter:
     """A LoRA whose scales are α/r, in one config: patterns hold the modules that differ from most.
 
     Args:
@@ -105,4 +107,4 @@ def plain_lora(path: Path, pairs: Mapping[str, Pair], base: str | None, notes: l
         inference_mode=True,
         **config,
     )
-    return Adapter(path, made, tensors, notes, translated=True)
+    return SavedAdapter(path, made, tensors, notes, translated=True)

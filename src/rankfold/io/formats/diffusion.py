@@ -20,7 +20,7 @@ from torch import Tensor
 
 from rankfold.errors import RankfoldError
 from rankfold.io.adapters import read_tensors
-from rankfold.io.formats.adapter import Adapter, Pair, plain_lora
+from rankfold.io.formats.adapter import Pair, SavedAdapter, plain_lora
 from rankfold.io.formats.place import Place
 from rankfold.io.models import ModelError, model_config, skeleton
 from rankfold.io.weights import read_headers, read_metadata
@@ -37,7 +37,7 @@ METADATA = "lora_adapter_metadata"
 Models = dict[str, dict[str, dict[str, Tensor]]]
 
 
-def read(place: Place, base: str | None) -> Adapter:
+def read(place: Place, base: str | None) -> SavedAdapter:
     """The LoRA of one model by that model's names.
 
     Raises:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from rankfold.errors import RankfoldError
-from rankfold.io.formats.adapter import Adapter, Pair, plain_lora
+from rankfold.io.formats.adapter import Pair, SavedAdapter, plain_lora
 from rankfold.io.formats.place import Place
 from rankfold.io.gguf_file import GgufHeader, read_header
 from rankfold.io.gguf_names import ARCHITECTURES, need_gguf, row_order, stored_names
@@ -18,7 +18,7 @@ from rankfold.io.models import ModelError, model_config, skeleton
 from rankfold.text import first_line, short_repr
 
 
-def read(place: Place, base: str | None) -> Adapter:
+def read(place: Place, base: str | None) -> SavedAdapter:
     """The adapter by the base's own names, rows in transformers' order.
 
     Raises:

@@ -16,12 +16,12 @@ from torch import Tensor
 from rankfold.errors import RankfoldError
 from rankfold.io.adapter_names import PREFIX
 from rankfold.io.adapters import CONFIG, read_tensors
-from rankfold.io.formats.adapter import Adapter, Pair, plain_lora
+from rankfold.io.formats.adapter import Pair, SavedAdapter, plain_lora
 from rankfold.io.formats.place import Place
 from rankfold.text import examples, short_repr
 
 
-def read(place: Place, base: str | None) -> Adapter:
+def read(place: Place, base: str | None) -> SavedAdapter:
     """The adapter by PEFT's names.
 
     Raises:

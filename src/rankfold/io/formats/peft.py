@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from rankfold.io.adapters import PICKLED, WEIGHTS, read_config, read_tensors
-from rankfold.io.formats.adapter import Adapter
+from rankfold.io.formats.adapter import SavedAdapter
 from rankfold.io.formats.config_keys import check_keys
 from rankfold.io.formats.place import Place
 from rankfold.io.weights import read_headers
 
 
-def read(place: Place, base: str | None) -> Adapter:
+def read(place: Place, base: str | None) -> SavedAdapter:
     """The folder as it is; raises RankfoldError for one that is damaged, or whose config has keys that may change the update."""
     named = place.weights is None or place.weights.name in (WEIGHTS, PICKLED)
     config = read_config(place.folder if named else place.path)  # which says that a file of another name is not enough
     tensors = read_tensors(place.weights or place.folder)
-    return Adapter(place.folder, config, tensors, [*_widened(place), *check_keys(place.folder, config)])
+    return SavedAdapter(place.folder, config, tensors, [*_widened(place), *check_keys(place.folder, config)])
 
 
 def _widened(place: Place) -> list[str]:
