@@ -11,11 +11,15 @@ MINUS, NOTHING = "−", "–"
 
 
 def number(value: float | None, digits: int = 4) -> str:
-    return NOTHING if value is None else f"{value:.{digits}f}".replace("-", MINUS)
+    return NOTHING if value is None else f"{_rounded(value, digits):.{digits}f}".replace("-", MINUS)
 
 
 def signed(value: float, digits: int = 4) -> str:
-    return f"{value:+.{digits}f}".replace("-", MINUS)
+    return f"{_rounded(value, digits):+.{digits}f}".replace("-", MINUS)
+
+
+def _rounded(value: float, digits: int) -> float:
+    return round(value, digits) + 0.0  # which makes 0.0 of -0.0
 
 
 def between(ends: tuple[float, float] | None, digits: int = 4, sign: bool = False) -> str:
@@ -88,6 +92,10 @@ def _first(analysis: Analysis, best: Contender) -> str:
     rate = f"at learning rate {best.rate:g}"
     if len(analysis.contenders) == 1:
         return f"{best.name} reaches a test {words(analysis.metric)} of {number(best.test, n)} ({sure}{seeds}) {rate}."
+    tied = [c.name for c in analysis.ranked if number(c.test, n) == number(best.test, n)]
+    if len(tied) > 1:
+        shared = f"{names(tied, len(tied))} have the {which} test {words(analysis.metric)}, {number(best.test, n)} each"
+        return f"{shared}; {best.name} ({sure}{seeds}) {rate}."
     return f"{best.name} has the {which} test {words(analysis.metric)}: {number(best.test, n)} ({sure}{seeds}), {rate}."
 
 
