@@ -92,7 +92,7 @@ def test_factors_that_do_not_fit_each_other(adapter):
     edit_tensors(folder, lambda t: {**t, V + "lora_B.weight": t[V + "lora_B.weight"][:, :5].contiguous()})
     assert "different ranks" in problems(diagnose(folder))
     edit_tensors(folder, lambda t: {**t, V + "lora_B.weight": torch.ones(3)})
-    assert "no matrices" in problems(diagnose(folder))
+    assert "are not matrices" in problems(diagnose(folder))
     edit_tensors(folder, lambda t: {**t, V + "lora_A.weight": torch.ones(0, 32)})
     assert "rank 0" in problems(diagnose(folder))
 

@@ -181,7 +181,7 @@ def test_hotswapping_is_refused(row: Row, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="Hotswapping is currently only supported for LoRA"):
         plain.load_adapter(tmp_path, adapter_name="default", hotswap=True)
     assert torch.equal(LLAMA.out(model), before)
-    assert torch.equal(LLAMA.out(plain), before)
+    torch.testing.assert_close(LLAMA.out(plain), before, rtol=1e-5, atol=1e-6)
 
 
 @first_rows

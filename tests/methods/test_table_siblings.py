@@ -71,7 +71,7 @@ def gradients(arch: Arch, model: PeftModel) -> dict[str, Tensor]:
 def assert_close(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
     assert a.keys() == b.keys()
     for name in a:
-        assert (a[name] - b[name]).norm() <= 1e-4 * b[name].norm() + 1e-6, name
+        assert (a[name] - b[name]).norm() <= 2e-4 * b[name].norm() + 1e-6, name
 
 
 @rows

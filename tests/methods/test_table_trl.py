@@ -11,14 +11,16 @@ import torch
 from datasets import Dataset, disable_progress_bars
 from models import LLAMA, VOCAB, Arch
 from peft import PeftModel, get_peft_model
-from table import FIRST, ROWS, Row, adapter_parameters, first_rows, snapshot
+from table import FIRST, ROWS, Row, adapter_buffers, adapter_parameters, first_rows, snapshot
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedTokenizerFast
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, KTOConfig, KTOTrainer, RewardConfig, RewardTrainer
 
-from rankfold import AdapterCallback
+from rankfold import AdapterCallback, Factors
+from rankfold.host import registry
+from rankfold.host.layer import AdaptedLayer
 
 STEPS = 6
 PAIRS = [{"prompt": f"w{i} w{i + 1}", "chosen": f" w{i + 2}", "rejected": f" w{i + 3} w{i}"} for i in range(3, 19)]
@@ -110,6 +112,10 @@ def made(name: str, row: Row, folder: Path, *, wrapped: bool, **changes: Any) ->
     )
 
 
+def controlled(row: Row) -> bool:
+    return registry.get(row.facts.method).controller is not None
+
+
 def check(name: str, row: Row, folder: Path, *, wrapped: bool) -> None:
     """Trains: only the adapter (and a head) moves, its schedule runs to its end, and it comes back from its file."""
     run = made(name, row, folder, wrapped=wrapped)
@@ -119,15 +125,19 @@ def check(name: str, row: Row, folder: Path, *, wrapped: bool) -> None:
     run.train()
     after = snapshot(run.model)
     ours = {n for n, p in adapter_parameters(run.model) if p.numel() and ".ref." not in n}
+    links = {
+        n for n in adapter_buffers(run.model) if ".ref." not in n
+    }  # a knot adds a link, and may draw a factor anew
     moved = {n for n in after if not torch.equal(after[n], before[n]) and "modules_to_save" not in n}
-    assert moved <= ours
+    assert moved <= ours | (links if controlled(row) else set())
     assert all(n.endswith("gate") and not after[n].any() for n in ours - moved)  # a module that lost all of its ranks
     controllers = callback.attached.controllers if callback.attached else {}
-    assert bool(controllers) == (row.facts.method in CUTS)
+    assert bool(controllers) == controlled(row)
     for controller in controllers.values():
         assert (controller.step, controller.finished()) == (STEPS, True)
         left = sum(controller.ranks().values())
-        assert left == LEFT.get(row.facts.method, left) < sum(a.r for a in controller.adapters)
+        if row.facts.method in CUTS:
+            assert left == LEFT.get(row.facts.method, left) < sum(a.r for a in controller.adapters)
     assert (folder / "checkpoint-3" / "adapter_model.safetensors").exists()
     again = PeftModel.from_pretrained(TRAINERS[name][2].build(), folder / f"checkpoint-{STEPS}")
     batch = {"input_ids": torch.arange(3, 15).view(2, 6)}
@@ -167,3 +177,15 @@ def test_the_reference_is_what_training_began_with(row: Row, tmp_path: Path) -> 
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert first["rewards/margins"] == pytest.approx(0, abs=1e-6)
     assert last["loss"] != pytest.approx(math.log(2), abs=1e-3)
+
+
+def test_the_reference_of_a_chain_has_its_links(tmp_path: Path) -> None:
+    """TRL copies an adapter's parameters, and what is frozen in it as well is the callback's to copy."""
+    row = next(row for row in FIRST if row.facts.method == "cola")
+    run = made("dpo", row, tmp_path, wrapped=True, init_lora_weights=False)
+    chains = [m.lowrank_adapters for m in run.model.modules() if isinstance(m, AdaptedLayer)]
+    for held in chains:
+        held["default"].add_link(Factors(torch.randn_like(held["default"].down), torch.randn_like(held["default"].up)))
+    run.train()
+    assert run.state.log_history[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert all(held["ref"].frozen_rank == row.kwargs["r"] for held in chains)

@@ -194,7 +194,7 @@ def test_the_table():
 def test_no_task_is_named_outside_its_room():
     src = Path(rankfold.__file__).parent
     told_apart = re.compile(
-        r"task (==|!=) |[\"']causal-lm[\"'] if|Literal\[[\"']causal-lm|== [\"'](classification|causal-lm)[\"']"
+        r"\btask (==|!=) |[\"']causal-lm[\"'] if|Literal\[[\"']causal-lm|== [\"'](classification|causal-lm)[\"']"
     )
     for path in src.rglob("*.py"):
         if path.parent.name != "tasks":

@@ -6,10 +6,12 @@ import json
 from pathlib import Path
 
 from peft.utils import CONFIG_NAME
+from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from rankfold.control.attach import Attached, attach
 from rankfold.errors import RankfoldError
+from rankfold.host.layer import AdaptedLayer
 from rankfold.io.files import append_line, read_json_lines, write_whole
 
 
@@ -33,6 +35,8 @@ class AdapterCallback(TrainerCallback):
         optimizer=None,
         **kwargs,
     ) -> None:
+        if model is not None and not state.global_step:
+            complete_reference(model)
         self.attached = attach(model, optimizer, total_steps=state.max_steps)  # pyright: ignore[reportArgumentType]
         for name, controller in self.attached.controllers.items():
             if state.global_step and not controller.step:
@@ -71,6 +75,15 @@ class AdapterCallback(TrainerCallback):
     @staticmethod
     def _path(args: TrainingArguments) -> Path:
         return Path(args.output_dir or ".") / "ranks.jsonl"
+
+
+def complete_reference(model: nn.Module) -> None:
+    """Copies what is frozen in the adapter "default" to "ref", TRL's reference of it: TRL has copied its parameters alone."""
+    for layer in model.modules():
+        if isinstance(layer, AdaptedLayer) and {"default", "ref"} <= layer.lowrank_adapters.keys():
+            trained, reference = (layer.lowrank_adapters[name].modules() for name in ("default", "ref"))
+            for source, copy in zip(trained, reference, strict=True):
+                copy._buffers.update({name: b.clone() for name, b in source._buffers.items() if b is not None})
 
 
 def _drop_later_lines(path: Path, step: int) -> int:

@@ -89,9 +89,9 @@ class DeltaLora(Chain):
     def factors(self) -> Factors:
         """The live pair and its constant copy are one pair."""
         live, *others = self.blocks()
-        if self.config.literal or not others:
-            return live.concat(*others)
-        return live.scaled(1 + self.config.delta_weight).concat(*self.links())
+        if not self.config.literal and others:
+            live, others = live.scaled(1 + self.config.delta_weight), self.links()
+        return live.concat(*others).scaled(self.multiplier)
 
     def alive(self) -> int:
         return self.factors().rank
