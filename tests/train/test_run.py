@@ -215,10 +215,10 @@ def test_a_scheduled_method_of_ours(classification: Values, tmp_path: Path):
 
     scheduled = [method.name for method in registry.METHODS.values() if method.controller]
     assert scheduled
+    short = {"delta_lora": ", start_step: 2", "rac_lora": ", links: 2"}  # whose defaults are meant for longer runs
     for name in scheduled:
-        more = ", start_step: 2" if name == "delta_lora" else ""  # its default is meant for a longer run
         train(
-            change(classification, f"method={{name: {name}, r: 12, target_modules: all-linear{more}}}"),
+            change(classification, f"method={{name: {name}, r: 12, target_modules: all-linear{short.get(name, '')}}}"),
             overwrite=True,
             say=silent,
         )
