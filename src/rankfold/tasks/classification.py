@@ -68,20 +68,6 @@ output: runs/compare-movie-reviews
         made = table.map(encode, batched=True, remove_columns=table.column_names)
         return Encoded(made.remove_columns("length"), made["length"][:])
 
-    def trainer(self) -> type:
-        from transformers import Trainer
-
-        return Trainer
-
-    def arguments_class(self) -> type:
-        from transformers import TrainingArguments
-
-        return TrainingArguments
-
-    def arguments(self, data: Any, max_length: int | None) -> dict[str, Any]:
-        # PEFT wraps the model, so Trainer cannot read the label's name off its forward.
-        return {"label_names": ["labels"]}
-
     def options(self, processor: Any, labels: list[str]) -> dict[str, Any]:
         return {"compute_metrics": _metrics}
 

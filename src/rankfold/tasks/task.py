@@ -214,17 +214,22 @@ class Task(ABC):
 
     # --- training -----------------------------------------------------------------------------------------------------------
 
-    @abstractmethod
     def trainer(self) -> type:
         """`transformers.Trainer`, or TRL's trainer that is made for the task."""
+        from transformers import Trainer
 
-    @abstractmethod
+        return Trainer
+
     def arguments_class(self) -> type:
         """The class of the trainer's arguments, which `training.extra` may set."""
+        from transformers import TrainingArguments
+
+        return TrainingArguments
 
     def arguments(self, data: Any, max_length: int | None) -> dict[str, Any]:
         """Arguments beside those that all tasks share."""
-        return {}
+        # PEFT wraps the model, so Trainer cannot read the labels' name off its forward.
+        return {"label_names": ["labels"]}
 
     def options(self, processor: Any, labels: list[str]) -> dict[str, Any]:
         """What the trainer takes beside its arguments: compute_metrics, data_collator."""

@@ -123,19 +123,6 @@ output: runs/compare-tweet-entities
     def learnable(self, rows: Dataset, kept: slice) -> Sequence[int]:
         return [i for i, labels in enumerate(rows["labels"]) if any(label != -100 for label in labels)]
 
-    def trainer(self) -> type:
-        from transformers import Trainer
-
-        return Trainer
-
-    def arguments_class(self) -> type:
-        from transformers import TrainingArguments
-
-        return TrainingArguments
-
-    def arguments(self, data: Any, max_length: int | None) -> dict[str, Any]:
-        return {"label_names": ["labels"]}
-
     def options(self, processor: Any, labels: list[str]) -> dict[str, Any]:
         from transformers import DataCollatorForTokenClassification
 
