@@ -114,6 +114,8 @@ class PlanningTuner(BaseTuner):
         groups = {key: Group(key, tuple(group)) for key, group in members.items()}
         for group in groups.values():
             adapter_cls.check_group(config, group)
+        if groups:
+            _check_name_of_shared(config, model)
         by_site = {site.name: group for group in groups.values() for site in group.sites}
         if sites and state_dict is None:  # with none at all PEFT raises
             _warn_absent(config, model)
@@ -174,3 +176,19 @@ def _warn_absent(config: LowRankConfig, model: nn.Module) -> None:
             warnings.warn(f"{field}: no module of the model is called {absent!r}; it has no effect", stacklevel=2)
         elif field == "target_parameters":
             warnings.warn(f"{field}: no parameter of the model is called {absent!r}; it has no effect", stacklevel=2)
+
+
+def _check_name_of_shared(config: LowRankConfig, model: Any) -> None:
+    """Raises RankfoldError for a module that PEFT, which matches the end of a name, would take the shared state for: T5's "shared"."""
+    tokens, names = config.trainable_token_indices, list(config.modules_to_save or ())
+    if isinstance(tokens, dict):
+        names += tokens
+    elif tokens is not None:
+        embeddings = model.get_input_embeddings()
+        names += [name.rpartition(".")[2] for name, module in model.named_modules() if module is embeddings]
+    if taken := next((name for name in names if SHARED.endswith(name)), None):
+        field = "modules_to_save" if taken in (config.modules_to_save or ()) else "trainable_token_indices"
+        raise RankfoldError(
+            f"{type(config).__name__}: {field} is about {taken!r}, with which {SHARED!r} ends, the state that this method's layers share, "
+            "and PEFT would take it for that module; leave it out, or choose a method without shared state"
+        )
