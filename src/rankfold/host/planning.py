@@ -185,7 +185,7 @@ def _check_name_of_shared(config: LowRankConfig, model: Any) -> None:
         names += tokens
     elif tokens is not None:
         embeddings = model.get_input_embeddings()
-        names += [name.rpartition(".")[2] for name, module in model.named_modules() if module is embeddings]
+        names += [name for name, module in model.named_modules() if module is embeddings]
     if taken := next((name for name in names if SHARED.endswith(name)), None):
         field = "modules_to_save" if taken in (config.modules_to_save or ()) else "trainable_token_indices"
         raise RankfoldError(
