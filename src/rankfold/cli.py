@@ -38,6 +38,7 @@ EXTRAS = {
         "train",
     ),
     "gguf": "gguf",
+    "onnx": "onnx",
     "ray": "ray",
 }
 

@@ -132,7 +132,7 @@ def test_every_extra_is_named_for_its_packages():
     ]
     imported = {"pyyaml": "yaml", "scikit-learn": "sklearn", "pillow": "PIL"}
     stated = {}
-    for extra in ("train", "gguf", "ray"):
+    for extra in ("train", "gguf", "onnx", "ray"):
         names = (re.split(r"[\[<>=]", package)[0] for package in about[extra])
         stated |= {imported.get(name, name): extra for name in names if name != "rankfold"}
     assert stated == cli.EXTRAS

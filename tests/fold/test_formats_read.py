@@ -183,7 +183,7 @@ def test_a_gguf_lora(family: str, kind: str, tmp_path: Path) -> None:
     writer.add_float32("adapter.lora.alpha", 6.0)
     for name, pair in stored.items():
         for side, tensor in zip("ab", pair, strict=True):
-            # ranks that are no multiple of 32 stay float, as the converter leaves them
+            # ranks that are not a multiple of 32 stay float, as the converter leaves them
             to = gguf.GGMLQuantizationType[kind if tensor.shape[1] % 32 == 0 else "F32"]
             writer.add_tensor(f"{name}.lora_{side}", gguf.quantize(tensor.numpy(), to), raw_dtype=to)
     for write in (

@@ -13,9 +13,11 @@ from pathlib import Path
 
 import gguf
 import numpy as np
+import onnx
 import pytest
 import torch
 from datasets import DatasetDict
+from onnx import helper, numpy_helper
 from sklearn.datasets import load_digits
 from transformers import AutoImageProcessor, AutoModel, AutoModelForCausalLM, AutoTokenizer, Dinov2Model
 from transformers.convert_slow_tokenizer import bytes_to_unicode
@@ -30,7 +32,7 @@ from rankfold.io.assets import (
 )
 from rankfold.io.cache import MissingAssetError, cached_folder
 from rankfold.io.gguf_models import load_gguf_folder, write_llama
-from rankfold.io.onnx_file import read_onnx
+from rankfold.io.onnx_models import read_onnx
 from rankfold.tasks.entities import are_marked, entities
 from rankfold.tasks.images import opened
 
@@ -86,34 +88,21 @@ def test_dinov2_sees_digits() -> None:
     assert sum(data["label"][150 + i] == data["label"][int(j)] for i, j in enumerate(nearest)) > 25
 
 
-def _varint(value: int) -> bytes:
-    low, rest = value & 127, value >> 7
-    return bytes([low | 128]) + _varint(rest) if rest else bytes([low])
-
-
-def _field(number: int, value: int | bytes) -> bytes:
-    return (
-        _varint(number << 3) + _varint(value)
-        if isinstance(value, int)
-        else _varint(number << 3 | 2) + _varint(len(value)) + value
-    )
-
-
 def test_weights_of_an_onnx_file(tmp_path: Path) -> None:
-    """Written by hand after onnx.proto: a product without a name, the bias behind it, a tensor of another type."""
-
-    def tensor(name: bytes, kind: int, dims: list[int], data: bytes, packed: bool = False) -> bytes:
-        sizes = _field(1, b"".join(map(_varint, dims))) if packed else b"".join(_field(1, d) for d in dims)
-        return _field(5, sizes + _field(2, kind) + _field(8, name) + _field(9, data))
-
-    def node(operation: bytes, inputs: list[bytes], output: bytes) -> bytes:
-        return _field(1, b"".join(_field(1, i) for i in inputs) + _field(2, output) + _field(4, operation))
-
+    """A product without a name, the bias behind it, a tensor of another type."""
     weight, bias = np.arange(6, dtype=np.float32).reshape(2, 3), np.ones(3, dtype=np.float32)
-    graph = node(b"MatMul", [b"x", b"onnx::MatMul_7"], b"y") + node(b"Add", [b"layer.bias", b"y"], b"z")
-    graph += tensor(b"onnx::MatMul_7", 1, [2, 3], weight.tobytes(), packed=True)
-    graph += tensor(b"layer.bias", 1, [3], bias.tobytes()) + tensor(b"shape", 7, [1], bytes(8))
-    (tmp_path / "model.onnx").write_bytes(_field(1, 8) + _field(7, graph))
+    named = {"onnx::MatMul_7": weight, "layer.bias": bias, "shape": np.zeros(1, dtype=np.int64)}
+    graph = helper.make_graph(
+        [
+            helper.make_node("MatMul", ["x", "onnx::MatMul_7"], ["y"]),
+            helper.make_node("Add", ["layer.bias", "y"], ["z"]),
+        ],
+        "graph",
+        inputs=[],
+        outputs=[],
+        initializer=[numpy_helper.from_array(value, name) for name, value in named.items()],
+    )
+    onnx.save(helper.make_model(graph), tmp_path / "model.onnx")
     found = read_onnx(tmp_path / "model.onnx")
     assert found.keys() == {"layer.bias", "layer.weight"}
     assert torch.equal(found["layer.weight"], torch.from_numpy(weight.T.copy()))

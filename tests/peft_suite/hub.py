@@ -1,6 +1,6 @@
 """Small models with random weights under the names that PEFT's tests ask the hub for, laid out as the hub's own cache.
 
-make("/tmp/hub")     # then HF_HUB_CACHE=/tmp/hub HF_HUB_OFFLINE=1
+make("hub")          # then HF_HUB_CACHE=hub HF_HUB_OFFLINE=1
 """
 
 from __future__ import annotations

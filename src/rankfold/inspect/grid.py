@@ -1,4 +1,4 @@
-"""Module names laid out as a grid: a row a layer, a column a kind of module."""
+"""Module names laid out as a grid: a row per layer, a column per kind of module."""
 
 from __future__ import annotations
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rankfold.io.cache import cached_folder
 from rankfold.io.files import sha256
-from rankfold.io.onnx_file import read_onnx
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
@@ -64,3 +67,25 @@ def _write(path: Path, folder: Path) -> None:
     )
     config.save_pretrained(folder)
     (folder / "preprocessor_config.json").write_text(json.dumps(PIXELS, indent=2) + "\n")
+
+
+def read_onnx(path: Path) -> dict[str, Tensor]:
+    """The float32 tensors of an ONNX file by name.
+
+    What a MatMul multiplies by has no name of its own in exported models; it gets that of the bias that is added behind it, with
+    `weight` for `bias`, and is turned to out × in.
+    """
+    import onnx
+    import torch
+
+    graph = onnx.load(path).graph
+    floats = [t for t in graph.initializer if t.data_type == onnx.TensorProto.FLOAT]
+    tensors = {t.name: torch.from_numpy(onnx.numpy_helper.to_array(t).copy()) for t in floats}
+    products: dict[str, str] = {}  # output of a MatMul → the tensor that it multiplies by
+    for node in graph.node:
+        known = next((name for name in node.input if name in tensors), None)
+        if known and node.op_type == "MatMul":
+            products[node.output[0]] = known
+        elif known and (factor := next((products[name] for name in node.input if name in products), None)):
+            tensors[known.removesuffix("bias") + "weight"] = tensors.pop(factor).T.contiguous()
+    return tensors

@@ -27,7 +27,7 @@ import torch
 from torch import nn
 
 from rankfold.errors import RankfoldError
-from rankfold.host.adapter import Adapter, Site, kaiming_
+from rankfold.host.adapter import Adapter, Site, first_pair_
 from rankfold.host.config import LowRankConfig, is_whole
 from rankfold.host.registry import Method, register
 from rankfold.kernel.factors import Factors
@@ -79,20 +79,15 @@ class BlockLora(Adapter):
         self.up = nn.Parameter(torch.empty(site.out_features, self.r))  # [B_1 … B_n]
 
     @classmethod
-    def group_key(cls, config: BlockLoraConfig, site: Site) -> str | None:
+    def check_site(cls, config: BlockLoraConfig, site: Site) -> None:
         if config.block_axis == "input" and site.in_features % config.blocks:
             raise RankfoldError(
                 f"BlockLoraConfig: blocks={config.blocks} must be a divisor of the {site.in_features} inputs of {site.name}; "
                 'choose another, or block_axis="rank"'
             )
-        return None
 
     def reset_parameters(self, init: bool | str) -> None:
-        kaiming_(self.down)
-        if init:
-            nn.init.zeros_(self.up)
-        else:
-            kaiming_(self.up)
+        first_pair_(self.down, self.up, self.site, random=not init)
 
     def blocks(self) -> Sequence[Factors]:
         if self.by_rank:

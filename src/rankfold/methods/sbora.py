@@ -93,9 +93,8 @@ class Sbora(Adapter):
         self.register_buffer("index", torch.tensor(config.index_at(site), dtype=torch.int64))
 
     @classmethod
-    def group_key(cls, config: SboraConfig, site: Site) -> str | None:
-        config.region_at(site)  # for its errors, while nothing has been changed
-        return None
+    def check_site(cls, config: SboraConfig, site: Site) -> None:
+        config.region_at(site)
 
     def reset_parameters(self, init: bool | str) -> None:
         for trained in self.parameters():

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rankfold.errors import RankfoldError
-from rankfold.host.adapter import Adapter, Group, Shared, Site, kaiming_
+from rankfold.host.adapter import Adapter, Group, Shared, Site, first_pair_
 from rankfold.kernel.factors import Factors
 
 #: The least norm that a direction is divided by.
@@ -77,11 +77,7 @@ class SdLora(Adapter):
         return Magnitudes(config)
 
     def reset_parameters(self, init: bool | str) -> None:
-        kaiming_(self.down)
-        if init:
-            nn.init.zeros_(self.up)
-        else:
-            kaiming_(self.up)
+        first_pair_(self.down, self.up, self.site, random=not init)
 
     def blocks(self) -> Sequence[Factors]:
         if not self.knows_past:

@@ -27,7 +27,7 @@ class Problem:
 
 
 class RunFileError(RankfoldError):
-    """The run file cannot be used. The message has one line a problem."""
+    """The run file cannot be used. The message has one line per problem."""
 
     def __init__(self, problems: Sequence[Problem], where: str = "run file", lines: dict[KeyPath, int] | None = None):
         self.problems = list(problems)

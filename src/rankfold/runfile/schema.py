@@ -1,7 +1,7 @@
 """The run file: one YAML that says which model, task, data, method and training, checked before anything heavy starts.
 
 Every field has a description; `rankfold init` writes a commented file from them. What is wrong is reported all at once,
-one line a problem: file, line, path of the field, its value, what is allowed and the nearest valid name.
+one line per problem: file, line, path of the field, its value, what is allowed and the nearest valid name.
 """
 
 from __future__ import annotations

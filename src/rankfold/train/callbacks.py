@@ -56,7 +56,7 @@ class MetricsFile(TrainerCallback):
 
 
 class Progress(ProgressCallback):
-    """The trainer's bar with the loss in it; where nobody watches, one line a log instead."""
+    """The trainer's bar with the loss in it; where nobody watches, one line per log instead."""
 
     def __init__(self) -> None:
         super().__init__()

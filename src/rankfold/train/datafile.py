@@ -79,7 +79,7 @@ def _what_is_broken(path: Path) -> str | None:
         try:
             json.loads(path.read_text(encoding="utf-8"))
         except json.JSONDecodeError as e:
-            return f":{e.lineno}: malformed JSON ({e.msg}); for one row a line, call the file .jsonl"
+            return f":{e.lineno}: malformed JSON ({e.msg}); for one row per line, call the file .jsonl"
     if path.suffix != ".jsonl":
         return None
     for number, line in lines:

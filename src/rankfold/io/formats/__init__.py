@@ -1,4 +1,4 @@
-"""Adapters of any tool, read in PEFT's terms: one file a format."""
+"""Adapters of any tool, read in PEFT's terms: one file per format."""
 
 from __future__ import annotations
 
