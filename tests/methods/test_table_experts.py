@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from moe_models import FAMILIES, IDS, build, out
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file
 from table import FIRST, Row, assert_same, snapshot, stir
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from torch.func import functional_call
 from rankfold import CoraConfig, PlainLoraConfig, RasaConfig, attach
 from rankfold.doctor import diagnose
 from rankfold.errors import RankfoldError
-from rankfold.fold import fold_model, fold_state_dict
+from rankfold.fold import FoldedStateDict, fold_model, fold_state_dict
 from rankfold.host import parameter_layer, registry
 from rankfold.host.config import LowRankConfig
 from rankfold.host.parameter_layer import AdaptedParameters
@@ -84,6 +84,29 @@ def test_every_method(row: Row, tmp_path: Path) -> None:
     if row.facts.starts_at_base:
         torch.testing.assert_close(out(adapt("qwen3_moe", configured(row), live=False)), out(build("qwen3_moe")))
     check(adapt("qwen3_moe", configured(row)), "qwen3_moe", tmp_path)
+
+
+@methods
+def test_scale(row: Row) -> None:
+    """scale_layer multiplies every expert's update once, however many there are: unmerged, as a delta, merged, and folded."""
+    model = adapt("qwen3_moe", configured(row, target_modules=[]))
+    named = {(n, p): m for n, m in experts(model).items() for p in m.adapted_parameters(["default"])}
+    whole = {key: layer.get_delta_weight("default", key[1]) for key, layer in named.items()}
+    for layer in experts(model).values():
+        layer.scale_layer(0.5)
+        layer.scale_layer(0.5)
+    for key, layer in named.items():
+        torch.testing.assert_close(layer.get_delta_weight("default", key[1]), 0.25 * whole[key])
+    wanted = out(model)
+    stock = get_peft_model(build("qwen3_moe"), LoraConfig(**_fields(lora_state := fold_state_dict(model))))
+    set_peft_model_state_dict(stock, dict(lora_state))
+    torch.testing.assert_close(out(stock.eval()), wanted, rtol=1e-4, atol=1e-5)
+    model.merge_adapter()
+    torch.testing.assert_close(out(model), wanted, rtol=1e-4, atol=1e-5)
+
+
+def _fields(lora: FoldedStateDict) -> dict[str, Any]:
+    return {k: v for k, v in lora.config.items() if k not in ("peft_type", "base_model_name_or_path")}
 
 
 @methods

@@ -9,10 +9,10 @@ import pytest
 import torch
 from models import BERT, GPT2, LLAMA, Arch
 from peft import PeftModel
-from table import Row, adapt, first_rows, rows, second
+from table import Row, adapt, first_rows, layers, rows, second
 
 from rankfold.doctor import diagnose
-from rankfold.fold import fold_model
+from rankfold.fold import fold_model, fold_state_dict
 
 
 def based(arch: Arch, row: Row, folder: Path, **changes: object) -> PeftModel:
@@ -40,6 +40,21 @@ def test_stock_peft_gives_the_same_logits(arch: Arch, profile: str, row: Row, tm
     assert report.worst_of("algebra") < 1e-13
     if arch is LLAMA and profile == "uniform":
         assert diagnose(str(tmp_path / "out"), str(tmp_path / "base"), ["vllm", "sglang", "tgi", "peft"]).healthy
+
+
+@rows
+@pytest.mark.parametrize("arch", [LLAMA, GPT2], ids=lambda arch: arch.name)
+def test_in_memory_it_is_the_update(arch: Arch, row: Row) -> None:
+    """What `fold_state_dict` gives is each layer's own delta, its scale by `set_scale` included."""
+    model = adapt(arch, row, allow_unscheduled=True)
+    for layer in layers(model).values():
+        layer.scale_layer(0.5)
+    lora = fold_state_dict(model)
+    for name, layer in layers(model).items():
+        key = f"base_model.model.{name.removeprefix('base_model.model.')}.lora_"
+        delta = lora[key + "B.weight"] @ lora[key + "A.weight"]
+        expected = layer.kind.as_matrix(layer.get_delta_weight("default"))
+        torch.testing.assert_close(delta, expected.to(delta.dtype), rtol=1e-4, atol=1e-5)
 
 
 @first_rows

@@ -177,13 +177,13 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
     def scale_layer(self, scale: float) -> None:
         """Multiplies the active adapters by `scale` once more; raises RankfoldError as `set_scale`."""
         for name in self.active_adapters if scale != 1 else ():
-            for adapter in self.adapters([name]):
+            for adapter in self.adapters([name])[:1]:  # one scale for all experts of a name
                 self.set_scale(name, adapter.multiplier * scale)
 
     def unscale_layer(self, scale: float | None = None) -> None:
         """Takes a factor back from the active adapters, all of them by default; raises RankfoldError as `set_scale`."""
         for name in self.active_adapters:
-            for adapter in self.adapters([name]):
+            for adapter in self.adapters([name])[:1]:
                 self.set_scale(name, 1.0 if scale is None else adapter.multiplier / scale)
 
     # Merging --------------------------------------------------------------------------------------------------------

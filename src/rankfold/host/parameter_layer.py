@@ -107,7 +107,7 @@ class AdaptedParameters(AdaptedLayer):
         deltas = []
         for adapters in self.of_parameter(name, names):
             blocks = [
-                b.detach() if detach else b for a in adapters for b in a.blocks()
+                b.detach() if detach else b for a in adapters for b in a.update()
             ]  # not factors(): some are constants
             wide = [b.to(torch.promote_types(b.up.dtype, torch.float32)) if detach else b for b in blocks]
             deltas.append(torch.stack([b.delta() for b in wide]).sum(0))
