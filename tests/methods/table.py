@@ -414,7 +414,23 @@ FIRST = [next(row for row in ROWS if row.facts is facts) for facts in TABLE]
 rows = pytest.mark.parametrize("row", ROWS, ids=str)
 first_rows = pytest.mark.parametrize("row", FIRST, ids=str)
 dropping_rows = pytest.mark.parametrize("row", [row for row in FIRST if row.facts.takes_dropout], ids=str)
-archs = pytest.mark.parametrize("arch", ARCHS.values(), ids=lambda arch: arch.name)
+
+
+def on(*archs: Arch) -> pytest.MarkDecorator:
+    """Every method on each architecture; its further variants on the first, and on one more in turn.
+
+    A variant differs in its config, an architecture in its layers: what both bring at once is the method's, and seen in its first row.
+    """
+    pairs = []
+    for i, row in enumerate(ROWS):
+        some = archs if row in FIRST else {archs[0], archs[1 + i % (len(archs) - 1)]}
+        pairs += [(arch, row) for arch in archs if arch in some]
+    return pytest.mark.parametrize(
+        ("arch", "row"), pairs, ids=lambda each: each.name if isinstance(each, Arch) else str(each)
+    )
+
+
+everywhere = on(*ARCHS.values())
 
 
 def adapt(

@@ -16,9 +16,9 @@ from table import (
     adapt,
     adapter_buffers,
     adapter_parameters,
-    archs,
     assert_distinct,
     assert_same,
+    everywhere,
     layers,
     rows,
     snapshot,
@@ -40,8 +40,7 @@ def test_every_method_is_in_the_table() -> None:
 # 1. The start -------------------------------------------------------------------------------------------------------
 
 
-@rows
-@archs
+@everywhere
 def test_starts_at_the_base(arch: Arch, row: Row, device: torch.device) -> None:
     if not row.facts.starts_at_base:
         pytest.skip("this method does not start at zero")
@@ -54,8 +53,7 @@ def test_starts_at_the_base(arch: Arch, row: Row, device: torch.device) -> None:
 # 2. The paper's formula -----------------------------------------------------------------------------------------------
 
 
-@rows
-@archs
+@everywhere
 def test_the_update_is_the_papers_formula(arch: Arch, row: Row, device: torch.device) -> None:
     if device.type == "mps":
         pytest.skip("no float64 on mps")
@@ -87,8 +85,7 @@ def test_the_forward_adds_the_update(row: Row, device: torch.device) -> None:
             torch.testing.assert_close(layer.lowrank_adapters["default"](layer.base_layer(x), x), wanted)
 
 
-@rows
-@archs
+@everywhere
 def test_rank_of_the_update(arch: Arch, row: Row, device: torch.device) -> None:
     model = adapt(arch, row, device)
     config = model.peft_config["default"]
@@ -151,8 +148,7 @@ def test_rasa_pool_reaches_every_layer_and_no_other_kind() -> None:
 # 3. Merging and folding ---------------------------------------------------------------------------------------------
 
 
-@rows
-@archs
+@everywhere
 def test_forward_is_merged_is_folded(arch: Arch, row: Row, device: torch.device) -> None:
     model = adapt(arch, row, device)
     state, plain = snapshot(model), arch.out(arch.build(device))
@@ -196,8 +192,7 @@ def test_folded_in_float64_is_exact(row: Row, device: torch.device) -> None:
 # 4. Counting --------------------------------------------------------------------------------------------------------
 
 
-@rows
-@archs
+@everywhere
 def test_parameter_count(arch: Arch, row: Row, device: torch.device) -> None:
     model = adapt(arch, row, device)
     config = model.peft_config["default"]
@@ -216,8 +211,7 @@ def test_parameter_count(arch: Arch, row: Row, device: torch.device) -> None:
     assert everything == trainable + sum(p.numel() for p in base.parameters())
 
 
-@rows
-@archs
+@everywhere
 def test_every_tensor_lives_and_is_saved_once(arch: Arch, row: Row, device: torch.device) -> None:
     model = adapt(arch, row, device)
     named = list(model.named_parameters(remove_duplicate=False))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from models import BERT, GPT2, LLAMA, Arch
 from peft import PeftModel
-from table import Row, adapt, first_rows, layers, rows, second
+from table import Row, adapt, first_rows, layers, on, second
 
 from rankfold.doctor import diagnose
 from rankfold.fold import fold_model, fold_state_dict
@@ -29,9 +29,8 @@ def loaded(arch: Arch, folder: Path) -> PeftModel:
     return PeftModel.from_pretrained(arch.build(), str(folder)).eval()  # pyright: ignore[reportArgumentType]
 
 
-@rows
 @pytest.mark.parametrize("profile", ["uniform", "compact"])
-@pytest.mark.parametrize("arch", [LLAMA, GPT2, BERT], ids=lambda arch: arch.name)
+@on(LLAMA, GPT2, BERT)
 def test_stock_peft_gives_the_same_logits(arch: Arch, profile: str, row: Row, tmp_path: Path) -> None:
     model = based(arch, row, tmp_path / "base")
     report = fold_model(model, tmp_path / "out", profile=profile)
@@ -42,8 +41,7 @@ def test_stock_peft_gives_the_same_logits(arch: Arch, profile: str, row: Row, tm
         assert diagnose(str(tmp_path / "out"), str(tmp_path / "base"), ["vllm", "sglang", "tgi", "peft"]).healthy
 
 
-@rows
-@pytest.mark.parametrize("arch", [LLAMA, GPT2], ids=lambda arch: arch.name)
+@on(LLAMA, GPT2)
 def test_in_memory_it_is_the_update(arch: Arch, row: Row) -> None:
     """What `fold_state_dict` gives is each layer's own delta, its scale by `set_scale` included."""
     model = adapt(arch, row, allow_unscheduled=True)

@@ -15,10 +15,11 @@ from table import (
     Row,
     adapt,
     adapter_parameters,
-    archs,
     assert_same,
+    everywhere,
     first_rows,
     layers,
+    on,
     rows,
     second,
     snapshot,
@@ -29,8 +30,7 @@ from transformers import AutoModelForCausalLM
 # Merging and unloading ----------------------------------------------------------------------------------------------
 
 
-@rows
-@archs
+@everywhere
 def test_merge_and_unload(arch: Arch, row: Row, device: torch.device) -> None:
     model = adapt(arch, row, device)
     wanted, keys = arch.out(model), arch.build().state_dict().keys()
@@ -46,8 +46,7 @@ def test_merge_and_unload(arch: Arch, row: Row, device: torch.device) -> None:
         torch.testing.assert_close(arch.out(again.eval()), arch.out(merged), rtol=1e-6, atol=1e-6)
 
 
-@rows
-@archs
+@everywhere
 def test_unload(arch: Arch, row: Row, device: torch.device) -> None:
     base = arch.build(device)
     bare = adapt(arch, row, device).unload()
@@ -118,8 +117,7 @@ def test_tied_embeddings(row: Row, device: torch.device, tmp_path) -> None:
     torch.testing.assert_close(TIED.out(loaded), wanted, rtol=1e-4, atol=1e-5)
 
 
-@rows
-@pytest.mark.parametrize("arch", [LLAMA, MLP], ids=lambda a: a.name)
+@on(LLAMA, MLP)
 def test_peft_converts_it_to_lora(arch: Arch, row: Row, device: torch.device) -> None:
     """PEFT's own (dense SVD) conversion goes through our delta."""
     model = adapt(arch, row, device)

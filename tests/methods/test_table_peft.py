@@ -26,11 +26,12 @@ from table import (
     adapt,
     adapter_buffers,
     adapter_parameters,
-    archs,
     assert_distinct,
     assert_same,
+    everywhere,
     first_rows,
     layers,
+    on,
     rows,
     second,
     snapshot,
@@ -149,8 +150,7 @@ def test_modules_to_save_of_a_plain_module(row: Row, device: torch.device, tmp_p
 # Several adapters ---------------------------------------------------------------------------------------------------
 
 
-@rows
-@archs
+@everywhere
 def test_two_adapters_at_once_add_up(arch: Arch, row: Row, device: torch.device) -> None:
     head = {"task_type": None}  # PEFT allows one trained head at a time
     model = adapt(arch, row, device, **head)
@@ -212,8 +212,7 @@ def test_switching_unmerges(row: Row, device: torch.device) -> None:
     assert torch.equal(LLAMA.out(model), wanted)
 
 
-@rows
-@archs
+@everywhere
 def test_disabling(arch: Arch, row: Row, device: torch.device) -> None:
     base = arch.out(arch.build(device))
     model = adapt(arch, row, device)
@@ -232,8 +231,7 @@ def test_disabling(arch: Arch, row: Row, device: torch.device) -> None:
     assert torch.equal(arch.out(model), on)
 
 
-@rows
-@archs
+@everywhere
 @pytest.mark.parametrize("active", [True, False], ids=["active", "inactive"])
 def test_deleting(arch: Arch, row: Row, active: bool, device: torch.device) -> None:
     model = adapt(arch, row, device)
@@ -390,8 +388,7 @@ def test_adapters_share_nothing(row: Row, device: torch.device) -> None:
 # Mixed batches, generation ------------------------------------------------------------------------------------------
 
 
-@rows
-@archs
+@everywhere
 def test_mixed_batch(arch: Arch, row: Row, device: torch.device) -> None:
     model = adapt(arch, row, device)
     second(model, arch, row)
@@ -433,8 +430,7 @@ def test_mixed_batch_refuses(row: Row, device: torch.device) -> None:
     assert torch.isfinite(LLAMA.out(model, batch, adapter_names=names)).all()
 
 
-@rows
-@pytest.mark.parametrize("arch", [LLAMA, GPT2, T5], ids=lambda a: a.name)
+@on(LLAMA, GPT2, T5)
 def test_generate(arch: Arch, row: Row, device: torch.device) -> None:
     model = adapt(arch, row, device)
     ids = arch.inputs(device)["input_ids"]
@@ -507,8 +503,7 @@ def test_mixed_model_is_refused_clearly(row: Row) -> None:
 # Configs ------------------------------------------------------------------------------------------------------------
 
 
-@rows
-@archs
+@everywhere
 def test_config_survives_json(arch: Arch, row: Row, tmp_path) -> None:
     config = row.config(
         arch, exclude_modules=["lm_head"], modules_to_save=["head"], base_model_name_or_path="x", revision="main"

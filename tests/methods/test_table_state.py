@@ -26,10 +26,11 @@ from table import (
     Row,
     adapt,
     adapter_parameters,
-    archs,
     assert_distinct,
     assert_same,
+    everywhere,
     layers,
+    on,
     rows,
     second,
     snapshot,
@@ -99,8 +100,7 @@ def test_casting(row: Row, cast, device: torch.device) -> None:
     assert {p.dtype for p in model.parameters()} == {torch.float32}
 
 
-@rows
-@archs
+@everywhere
 @pytest.mark.parametrize("autocast", [True, False])
 def test_half_precision_base(arch: Arch, row: Row, autocast: bool, device: torch.device, tmp_path) -> None:
     def check(model: PeftModel, name: str) -> None:
@@ -139,8 +139,7 @@ SECOND_INJECTION = pytest.warns(UserWarning, match="Already found a `peft_config
 # Without a PeftModel ------------------------------------------------------------------------------------------------
 
 
-@rows
-@archs
+@everywhere
 def test_inject_adapter_in_model(arch: Arch, row: Row, device: torch.device) -> None:
     wrapped = adapt(arch, row, device, task_type=None)
     model = inject_adapter_in_model(row.config(arch, task_type=None), arch.build(device))
@@ -160,8 +159,7 @@ def test_inject_adapter_in_model(arch: Arch, row: Row, device: torch.device) -> 
         torch.testing.assert_close(arch.out(model), arch.out(arch.build(device)), rtol=1e-6, atol=1e-6)
 
 
-@rows
-@pytest.mark.parametrize("arch", [LLAMA, GPT2, BERT, T5, VIT], ids=lambda a: a.name)
+@on(LLAMA, GPT2, BERT, T5, VIT)
 def test_transformers_own_interface(arch: Arch, row: Row, device: torch.device, tmp_path) -> None:
     """`model.add_adapter(config)` and all that transformers offers beside it."""
     base = arch.out(arch.build(device))
@@ -205,8 +203,7 @@ def test_transformers_own_interface(arch: Arch, row: Row, device: torch.device, 
 # Files --------------------------------------------------------------------------------------------------------------
 
 
-@rows
-@archs
+@everywhere
 def test_save_and_load(arch: Arch, row: Row, device: torch.device, tmp_path) -> None:
     model = adapt(arch, row, device)
     wanted, state = arch.out(model), get_peft_model_state_dict(model)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
-from models import BERT, GPT2, LLAMA, T5, VIT, VOCAB, Arch
+from models import ARCHS, BERT, GPT2, LLAMA, T5, VIT, VOCAB, Arch
 from peft import PeftModel, prepare_model_for_kbit_training
 from safetensors.torch import load_file
 from table import (
@@ -17,11 +17,12 @@ from table import (
     adapt,
     adapter_buffers,
     adapter_parameters,
-    archs,
     assert_same,
+    everywhere,
     first_rows,
     fit,
     layers,
+    on,
     rows,
     second,
     snapshot,
@@ -47,8 +48,7 @@ def gradients(arch: Arch, model: nn.Module, batches: list[dict[str, Tensor]] | N
 # What moves ---------------------------------------------------------------------------------------------------------
 
 
-@rows
-@archs
+@everywhere
 def test_training_moves_the_adapter_and_nothing_else(arch: Arch, row: Row, device: torch.device) -> None:
     model = adapt(arch, row, device, live=False)
     before, first = snapshot(model), arch.loss(model).item()
@@ -105,7 +105,7 @@ DROPOUT = [row for row in ROWS if row.variant == "dropout"]
 
 
 @pytest.mark.parametrize("row", DROPOUT, ids=str)
-@archs
+@pytest.mark.parametrize("arch", ARCHS.values(), ids=lambda arch: arch.name)
 def test_dropout(arch: Arch, row: Row, device: torch.device) -> None:
     def run() -> Tensor:
         torch.manual_seed(3)
@@ -136,8 +136,7 @@ def test_dropout_is_unbiased(row: Row, device: torch.device) -> None:
 # Precision ----------------------------------------------------------------------------------------------------------
 
 
-@rows
-@archs
+@everywhere
 def test_autocast(arch: Arch, row: Row, device: torch.device) -> None:
     model = adapt(arch, row, device).train()
     torch.manual_seed(0)
@@ -156,8 +155,7 @@ def test_autocast(arch: Arch, row: Row, device: torch.device) -> None:
         assert torch.isfinite(p.grad).all()
 
 
-@rows
-@archs
+@everywhere
 def test_half_precision_base_trains(arch: Arch, row: Row, device: torch.device) -> None:
     """Adapter in float32 on a bfloat16 base without autocast, as PEFT sets it up: small steps are not lost."""
     model = adapt(arch, row, device, dtype=torch.bfloat16).train()
@@ -184,9 +182,8 @@ def test_gates_learn_in_a_pure_bfloat16_model(row: Row, device: torch.device) ->
 # Memory savers ------------------------------------------------------------------------------------------------------
 
 
-@rows
 @pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "non-reentrant"])
-@pytest.mark.parametrize("arch", [LLAMA, GPT2, BERT, T5, VIT], ids=lambda a: a.name)
+@on(LLAMA, GPT2, BERT, T5, VIT)
 def test_gradient_checkpointing(arch: Arch, row: Row, reentrant: bool, device: torch.device) -> None:
     """The same gradients, dropout included."""
     plain = adapt(arch, row, device).train()
@@ -234,8 +231,7 @@ def test_prepared_for_kbit_training(row: Row, device: torch.device) -> None:
     assert changed - adapter_buffers(model).keys() == {n for n, p in adapter_parameters(model) if p.numel()}
 
 
-@rows
-@archs
+@everywhere
 def test_accumulated_gradients_equal_those_of_the_whole_batch(arch: Arch, row: Row, device: torch.device) -> None:
     model = adapt(arch, row, device)
     batch = arch.inputs(device, rows=4)
@@ -386,8 +382,7 @@ def test_traced_model_equals_eager(row: Row, device: torch.device) -> None:
     check_compiled(LLAMA, row, device, backend="aot_eager")
 
 
-@rows
-@pytest.mark.parametrize("arch", [LLAMA, GPT2], ids=lambda a: a.name)
+@on(LLAMA, GPT2)
 def test_compiled_layer_has_one_graph(arch: Arch, row: Row, device: torch.device, masks_of_peft: None) -> None:
     """Forward and backward of an adapted layer without a graph break, dropout included; eager inside (fast to test)."""
     torch.compiler.reset()

@@ -18,7 +18,6 @@ from rankfold.fold import native, peft_adapters
 from rankfold.fold.lora_tensors import Layout, check_kinds
 from rankfold.fold.profiles import uniform
 from rankfold.fold.source import Source
-from rankfold.host.adapter import Site
 from rankfold.host.config import LowRankConfig
 from rankfold.kernel.factors import Factors
 
@@ -113,13 +112,14 @@ def _compressed(blocks: Sequence[Factors], rank: int) -> tuple[Sequence[Factors]
 def _fill(out: FoldedStateDict, source: Source, updates: dict[str, Sequence[Factors]], dtype: torch.dtype) -> None:
     """Writes every module's factors, rounded once, zeros behind them up to the rank."""
     layout = Layout(source.sites)
-    shapes = layout.tensors({site.name: _empty(site, out.rank) for site in source.sites})
     devices = {layout.of[name]: blocks[0].up.device for name, blocks in updates.items() if blocks}
-    for key in out.keys() - shapes.keys():
+    some = next(iter(devices.values()))
+    shapes = {name: layout.shapes(name, out.rank) for name in layout.stacks}
+    for key in out.keys() - {key for both in shapes.values() for key in both}:
         del out[key]
-    for name in layout.stacks:
-        for key in layout.keys(name):
-            out[key] = _memory(out.get(key), shapes[key].shape, dtype, devices.get(name, next(iter(devices.values()))))
+    for name, both in shapes.items():
+        for key, shape in both.items():
+            out[key] = _memory(out.get(key), shape, dtype, devices.get(name, some))
     for site in source.sites:
         (down, up), start = layout.views(site.name, out), 0
         for block in updates.get(site.name, ()):
@@ -133,12 +133,7 @@ def _fill(out: FoldedStateDict, source: Source, updates: dict[str, Sequence[Fact
     out.update({key: head.detach().to(dtype) for key, head in source.heads.items()})
 
 
-def _empty(site: Site, rank: int) -> Factors:
-    with torch.device("meta"):
-        return Factors(torch.empty(rank, site.in_features), torch.empty(site.out_features, rank))
-
-
-def _memory(held: Tensor | None, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+def _memory(held: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """The tensor of an earlier call where it fits, else a new one."""
     if held is not None and held.shape == shape and held.dtype == dtype and held.device == device:
         return held

@@ -57,11 +57,16 @@ class Layout:
             parts = [factors[site.name] for site in stack]
             down = torch.cat([f.down for f in parts])  # rank × in, of one expert after the other
             up = torch.stack([f.up for f in parts], dim=-1).flatten(1)  # out × rank, experts side by side
-            if kernel := stack[0].kernel:
-                channels = stack[0].in_features // math.prod(kernel)
-                down, up = down.reshape(len(down), channels, *kernel), up.reshape(*up.shape, *[1] * len(kernel))
-            found |= zip(self.keys(name), (down.contiguous(), up.contiguous()), strict=True)
+            for (key, shape), tensor in zip(self.shapes(name, parts[0].rank).items(), (down, up), strict=True):
+                found[key] = tensor.reshape(shape).contiguous()
         return found
+
+    def shapes(self, name: str, rank: int) -> dict[str, tuple[int, ...]]:
+        """The shapes of the tensors of one parameter or module, by their keys."""
+        site, rows = self.stacks[name][0], rank * len(self.stacks[name])
+        inputs = (site.in_features // math.prod(site.kernel), *site.kernel) if site.kernel else (site.in_features,)
+        down, up = self.keys(name)
+        return {down: (rows, *inputs), up: (site.out_features, rows, *[1] * len(site.kernel or ()))}
 
     def views(self, site: str, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """A site's `down` and `up` in a file's tensors."""
