@@ -366,20 +366,24 @@ def check_compiled(arch: Arch, row: Row, device: torch.device, **how) -> None:
         torch.testing.assert_close(found["_orig_mod." + name], grad, rtol=1e-3, atol=1e-5)
 
 
+# What the kernel is given: one pair, a pool with a gate, an index. Inductor takes most of a minute for each.
+KINDS_OF_BLOCKS = [row for row in FIRST if row.facts.method in ("lora", "rasa", "sbora")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", KINDS_OF_BLOCKS, ids=str)
+def test_compiled_model_equals_eager(row: Row, device: torch.device) -> None:
+    check_compiled(LLAMA, row, device)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("arch", "row"),
-    [*((LLAMA, row) for row in FIRST), *((BERT, row) for row in FIRST[:2])],
+    [*((LLAMA, row) for row in FIRST if row not in KINDS_OF_BLOCKS), (BERT, FIRST[1])],
     ids=lambda a: getattr(a, "name", str(a)),
 )
-def test_compiled_model_equals_eager(arch: Arch, row: Row, device: torch.device) -> None:
-    check_compiled(arch, row, device)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("row", [row for row in ROWS if row not in FIRST], ids=str)
-def test_traced_model_equals_eager(row: Row, device: torch.device) -> None:
-    check_compiled(LLAMA, row, device, backend="aot_eager")
+def test_traced_model_equals_eager(arch: Arch, row: Row, device: torch.device) -> None:
+    check_compiled(arch, row, device, backend="aot_eager")
 
 
 @on(LLAMA, GPT2)
