@@ -1,7 +1,7 @@
-"""The methods on real tasks, compared by `rankfold compare`: the numbers of docs/evidence.md.
+"""The methods on real tasks, compared by `rankfold compare`: docs/evidence.md, and "Measured" on the page of each method and optimiser.
 
-    python benchmarks/evidence.py            # runs what is missing of evidence-*.yaml (about two hours on 2 cores), then writes the page
-    python benchmarks/evidence.py --page     # the page alone, from the committed lines in results/
+    python benchmarks/evidence.py            # runs what is missing of evidence-*.yaml (hours on 2 cores), then writes the pages
+    python benchmarks/evidence.py --page     # the pages alone, from the committed lines in results/
 
 CoRA's basis must be there first; the compare files say how it is made.
 """
@@ -18,20 +18,23 @@ from typing import Any
 import yaml
 
 from rankfold.compare import wording
-from rankfold.compare.analysis import Analysis
+from rankfold.compare.analysis import Analysis, Contender
 from rankfold.compare.experiment import compare
 from rankfold.compare.file import load
 from rankfold.compare.statistics import analyse
-from rankfold.compare.trial_file import read
+from rankfold.compare.trial_file import TrialLine, read
 
 HERE = Path(__file__).parent
-RESULTS, PAGE = HERE / "results", HERE.parent / "docs" / "evidence.md"
+RESULTS, DOCS = HERE / "results", HERE.parent / "docs"
 #: File and heading, in the page's order.
 TASKS = {
     "classification": "all-MiniLM-L6-v2 learns the sentiment of film reviews",
     "phonemes": "SmolLM2-135M learns to read words aloud",
     "optimisers": "Optimisers for pairs of factors: all-MiniLM-L6-v2 and the film reviews again",
+    "chains": "Chains beside LoRA: all-MiniLM-L6-v2 and the film reviews again",
 }
+#: What is written on the page of a method or an optimiser lies between these; a page without them stays as it is.
+BEGIN, END = "<!-- measured: written by `python benchmarks/evidence.py --page` -->\n", "<!-- end of measured -->\n"
 EARLIER = RESULTS / "evidence.jsonl"
 
 
@@ -45,36 +48,57 @@ def main() -> None:
         file = load(HERE / f"evidence-{name}.yaml")
         out = compare(file, workers=2, command=f"rankfold compare benchmarks/evidence-{name}.yaml --workers 2")
         shutil.copyfile(out / "trials.jsonl", RESULTS / f"evidence-{name}.jsonl")
-    PAGE.write_text(page(), encoding="utf-8")
-    print(PAGE)
+    for path in write(RESULTS, DOCS):
+        print(path)
 
 
-def page() -> str:
+def write(results: Path, docs: Path) -> list[Path]:
+    """Writes the pages of `docs` from the lines in `results`; returns those that were written."""
+    found = {name: read(path) for name in TASKS if (path := results / f"evidence-{name}.jsonl").exists()}
+    analyses = {name: analyse(lines) for name, lines in found.items() if lines}
+    written = [docs / "evidence.md"]
+    written[0].write_text(page(results, analyses), encoding="utf-8")
+    for path in sorted([*docs.glob("methods/*.md"), *docs.glob("optimisers/*.md")]):
+        text = path.read_text(encoding="utf-8")
+        parts = [part for name, analysis in analyses.items() if (part := measured(name, analysis, path))]
+        if BEGIN in text and parts:
+            head, _, rest = text.partition(BEGIN)
+            path.write_text(head + BEGIN + "\n\n".join(parts) + "\n" + END + rest.partition(END)[2], encoding="utf-8")
+            written.append(path)
+    return written
+
+
+def page(results: Path, analyses: dict[str, Analysis]) -> str:
     parts = [
         "# Evidence: the methods on real tasks\n\nWritten by `python benchmarks/evidence.py --page` from the lines in `benchmarks/results/`; nothing here "
         "is typed by hand. How the intervals are made: [statistics](statistics.md).\n"
     ]
-    for name, title in TASKS.items():
-        path = RESULTS / f"evidence-{name}.jsonl"
-        if path.exists():
-            parts.append(section(name, title, path))
+    parts += [section(name, found, read(results / f"evidence-{name}.jsonl")) for name, found in analyses.items()]
     return "\n".join([*parts, earlier()])
 
 
-def section(name: str, title: str, path: Path) -> str:
-    lines = read(path)
-    found = analyse(lines)
-    # Not load(), which would ask for CoRA's basis, and the page needs the committed lines alone
-    file: dict[str, Any] = yaml.safe_load((HERE / f"evidence-{name}.yaml").read_text(encoding="utf-8"))
+def settings(name: str) -> dict[str, Any]:
+    """The compare file. Not load(), which would ask for CoRA's basis, and the pages need the committed lines alone."""
+    return yaml.safe_load((HERE / f"evidence-{name}.yaml").read_text(encoding="utf-8"))
+
+
+def section(name: str, found: Analysis, lines: list[TrialLine]) -> str:
+    file = settings(name)
     steps, batch = file["training"]["max_steps"], file["training"]["batch_size"]
     rates, seeds, search = (", ".join(f"{x:g}" for x in file[key]) for key in ("rates", "seeds", "search_seeds"))
     own = {m["label"]: m["rates"] for m in file["methods"] if "rates" in m}
     if own:
         rates = "; ".join(f"{label} {', '.join(f'{x:g}' for x in tried)}" for label, tried in own.items())
     versions = ", ".join(f"{k} {v}" for k, v in next(line.versions for line in lines if line.versions).items())
-    return f"""## {title}
+    budget = file["budget"]
+    size = (
+        f"budget {budget:,} trained parameters"
+        if isinstance(budget, int)
+        else "each contender at the rank that it is given"
+    )
+    return f"""## {TASKS[name]}
 
-`rankfold compare benchmarks/evidence-{name}.yaml`: {steps} steps of {batch}, budget {file["budget"]:,} trained parameters, learning rates {rates} (chosen on validation rows, with
+`rankfold compare benchmarks/evidence-{name}.yaml`: {steps} steps of {batch}, {size}, learning rates {rates} (chosen on validation rows, with
 seed {search}), seeds {seeds}. {len(lines)} trials, {len(found.failures)} of them failed or diverged.
 
 {wording.answer(found)}
@@ -92,11 +116,60 @@ def table(found: Analysis) -> str:
     rows = [f"| contender | rate | test {wording.words(found.metric)} | 95 % interval | each seed | trained | kept | against {found.reference} |", "|---|---|---|---|---|---|---|---|"]  # fmt: skip
     for c in found.ranked:
         each = ", ".join(wording.number(t, n) for t in c.tests)
-        numbers = [f"{x:,.0f}" if x is not None else "–" for x in (c.trained, c.kept)]
+        numbers = [wording.count(x) for x in (c.trained, c.kept)]
         rows.append(
-            f"| {c.name} | {c.rate:g} | {wording.number(c.test, n)} | {wording.between(c.interval, n)} | {each} | {numbers[0]} | {numbers[1]} | {wording.against(found, c)} |"
+            f"| {c.name} | {c.rate:g} | {spread(found, c)} | {wording.between(c.interval, n)} | {each} | {numbers[0]} | {numbers[1]} | {against(found, c, found.reference)} |"
         )
     return "\n".join(rows)
+
+
+def measured(name: str, found: Analysis, path: Path) -> str:
+    """What came out for the method or optimiser that `path` is the page of, beside the plain LoRAs; "" where it took no part."""
+    own = [c for c in found.ranked if page_of(c) == (path.parent.name, path.stem)]
+    plain = [c for c in found.ranked if page_of(c) == ("methods", "lora")]
+    plain.sort(key=lambda c: c.name != found.reference)
+    if not own or own == plain:
+        return ""
+    file = settings(name)
+    steps, batch, seeds = file["training"]["max_steps"], file["training"]["batch_size"], file["seeds"]
+    heads = "".join(f" against {c.name} |" for c in plain)
+    rows = []
+    for c in [*plain, *own]:
+        tried = ", ".join(f"{p.rate:g}" + (" (did not finish)" if p.failed else "") for p in c.sensitivity.points)
+        held = "".join(f" {against(found, c, other.name)} |" for other in plain)
+        rows.append(f"| {c.name} | {tried} | {c.rate:g} | {spread(found, c)} | {wording.count(c.trained)} |{held}")
+    edges = [
+        f"{c.name}'s is the {c.sensitivity.edge}" for c in [*plain, *own] if c.sensitivity.edge in ("lowest", "highest")
+    ]
+    edge = f" The best rate may lie outside of what was tried: {', '.join(edges)}." if edges else ""
+    return f"""{TASKS[name]}, {steps} steps of {batch}, test {wording.words(found.metric)} as mean ± standard deviation over the seeds {", ".join(map(str, seeds))}. The rate
+is the best on validation rows, with seed {", ".join(map(str, file["search_seeds"]))}. Differences have a 95 % interval that holds for all contenders together ([all of them](../evidence.md), `benchmarks/evidence-{name}.yaml`).{edge}
+
+| contender | rates tried | rate | test {wording.words(found.metric)} | trained |{heads}
+|---|---|---|---|---|{"---|" * len(plain)}
+{chr(10).join(rows)}"""
+
+
+def page_of(c: Contender) -> tuple[str, str]:
+    """Folder and name of the page of a contender: its optimiser's where it has one of its own, else its method's."""
+    optimizer = c.training.get("optimizer")
+    return ("optimisers", optimizer) if optimizer else ("methods", c.method.removeprefix("peft:"))
+
+
+def spread(found: Analysis, c: Contender) -> str:
+    """The mean over the seeds and their standard deviation, and how many did not finish."""
+    n = wording.digits(found)
+    deviation = "" if c.deviation is None else f" ± {wording.number(c.deviation, n)}"
+    return wording.number(c.test, n) + deviation + (f", {len(c.failed)} of the seeds failed" if c.failed else "")
+
+
+def against(found: Analysis, c: Contender, other: str | None) -> str:
+    """As `wording.against` of any other contender, with the interval."""
+    n, d = wording.digits(found), found.difference(c.name, other) if other and other != c.name else None
+    if d is None:
+        return "reference" if c.name == other else wording.NOTHING
+    interval = f" ({wording.between(d.interval, n, sign=True)})" if d.interval else ""
+    return f"{wording.signed(d.value, n)}{interval}, {d.verdict}"
 
 
 def earlier() -> str:

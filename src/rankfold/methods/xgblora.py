@@ -61,18 +61,13 @@ class XgbLoraConfig(ChainConfig):
 
 
 class XgbLora(Chain):
-    #: Whether the live booster trains it; the controller says so.
-    drawn = True
+    """It rests where the live booster has not drawn its layer."""
 
     def live(self) -> Factors:
-        return super().live() if self.drawn else super().live().detach()
+        return super().live().detach() if self.resting else super().live()
 
     def terms(self) -> list[Term]:
-        return super().terms() if self.drawn else [Term(self.blocks())]
-
-    def set_drawn(self, drawn: bool) -> None:
-        self.drawn = drawn
-        self.requires_grad_(drawn)
+        return [Term(self.blocks())] if self.resting else super().terms()
 
 
 def block_of(module: str) -> str:
@@ -108,15 +103,14 @@ class XgbLoraController(ChainController[XgbLora, XgbLoraConfig]):
         order = torch.randperm(len(self.layers), generator=generator(self.config.seed, "layers", self.link))
         drawn = {self.layers[i] for i in order[: self.count].tolist()}
         for a in self.adapters:
-            a.set_drawn(block_of(a.site.name) in drawn)
+            a.resting = block_of(a.site.name) not in drawn
 
     def trained(self) -> Sequence[XgbLora]:
-        return [a for a in self.adapters if a.drawn]
+        return [a for a in self.adapters if not a.resting]
 
     def before_step(self, optimizer: torch.optim.Optimizer) -> None:
         for a in self.adapters:
-            a.set_drawn(a.drawn)  # PEFT asks all of an adapter for gradients again after `disable_adapter()`
-            if not a.drawn and any(p.grad is not None for p in a.parameters()):
+            if a.resting and any(p.grad is not None for p in a.parameters()):
                 raise RankfoldError(
                     f"XgbLoraConfig: {a.site.name} has a gradient, and the live booster does not train it; load the optimiser's state "
                     "before attach(model, optimizer), and call zero_grad(set_to_none=True) after each step"
@@ -129,7 +123,7 @@ class XgbLoraController(ChainController[XgbLora, XgbLoraConfig]):
 
     def release(self) -> None:
         for a in self.adapters:
-            a.set_drawn(True)
+            a.resting = False
 
 
 XGBLORA = register(
