@@ -10,12 +10,16 @@ ASSETS := .venv/.stamp-assets
 TASK_ASSETS := .venv/.stamp-assets-tasks
 SDIST := $(RANKFOLD_CACHE)/downloads/vaderSentiment-3.3.2.tar.gz
 
+RELEASE := $(RANKFOLD_CACHE)/environments/release
+LOWEST := $(RANKFOLD_CACHE)/environments/lowest
+LOWEST_TESTS := tests/test_imports.py tests/kernel/test_factors.py tests/fold/test_in_memory.py tests/control tests/runfile tests/train/test_run.py
+
 # One thread for each test process: the cores are shared out already. Nothing may ask a hub.
 TEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist worksteal
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv assets assets-tasks demo demo-lm test test-fast test-llama test-peft lint types bench dist clean distclean
+.PHONY: help venv assets assets-tasks demo demo-lm test test-fast test-llama test-peft lint types bench dist test-wheel test-lowest clean distclean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -72,8 +76,29 @@ types: $(VENV)  ## pyright, on the node that pip installed
 bench: assets  ## the time and memory of a training step, as ratios (run it alone)
 	$(BIN)/python benchmarks/step.py
 
-dist: $(VENV)  ## wheel and sdist into dist/
-	$(BIN)/python -m build
+$(RELEASE)/.stamp: Makefile
+	$(PYTHON) -m venv $(RELEASE)
+	$(RELEASE)/bin/python -m pip install -q 'build>=1.2' 'twine>=6' 'check-wheel-contents>=0.6'
+	@touch $@
+
+dist: $(RELEASE)/.stamp  ## wheel and sdist into dist/, checked
+	rm -rf build dist
+	$(RELEASE)/bin/python -m build
+	$(RELEASE)/bin/twine check --strict dist/*
+	$(RELEASE)/bin/check-wheel-contents dist/*.whl
+
+test-wheel: $(VENV)  ## the wheel in an environment of its own, without the bundled models, runs the README's Python
+	$(TEST) tests/test_wheel.py
+
+test-lowest: $(LOWEST)/.stamp  ## a quick part of the tests with the lowest versions that pyproject.toml allows (EXCEPT=torch: all but these)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONPATH=src $(LOWEST)/bin/python -m pytest -q -W default $(LOWEST_TESTS)
+
+$(LOWEST)/.stamp: pyproject.toml tests/lowest.py
+	rm -rf $(LOWEST)
+	$(PYTHON) -m venv $(LOWEST)
+	$(PYTHON) tests/lowest.py $(EXCEPT) > $(LOWEST)/lowest.txt
+	$(LOWEST)/bin/python -m pip install -q -r $(LOWEST)/lowest.txt
+	@touch $@
 
 clean:  ## remove what was built, but not .venv
 	rm -rf build dist src/*.egg-info .pytest_cache .ruff_cache

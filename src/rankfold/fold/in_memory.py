@@ -2,6 +2,7 @@
 
 lora = fold_state_dict(model)             # {"base_model.model.….q_proj.lora_A.weight": rank × in, …}
 lora.config                               # its adapter_config.json
+lora.save("folder")                       # where the engine reads files
 lora = fold_state_dict(model, out=lora)   # the next sync, into the same memory
 """
 
@@ -9,8 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from rankfold.errors import RankfoldError
@@ -19,6 +22,7 @@ from rankfold.fold.lora_tensors import Layout, check_kinds
 from rankfold.fold.profiles import uniform
 from rankfold.fold.source import Source
 from rankfold.host.config import LowRankConfig
+from rankfold.io.files import to_json, whole_folder
 from rankfold.kernel.factors import Factors
 
 
@@ -34,6 +38,21 @@ class FoldedStateDict(dict[str, Tensor]):
     config: dict[str, object]
     rank: int
     compressed: dict[str, float]
+
+    def save(self, folder: str | Path) -> None:
+        """Writes the folder that engines and PEFT load: adapter_config.json and adapter_model.safetensors.
+
+        Raises:
+            FileExistsError: the folder exists and is not empty.
+            RankfoldError: values that are not finite.
+        """
+        for key, tensor in self.items():
+            if not tensor.isfinite().all():
+                raise RankfoldError(f"{key} has NaN or infinity: the model has diverged; lower the learning rate")
+        with whole_folder(Path(folder)) as partial:
+            tensors = {key: tensor.cpu().contiguous() for key, tensor in self.items()}
+            save_file(tensors, partial / "adapter_model.safetensors", metadata={"format": "pt"})
+            (partial / "adapter_config.json").write_text(to_json(self.config), encoding="utf-8")
 
 
 def fold_state_dict(

@@ -55,7 +55,7 @@ def from_model(model: nn.Module, adapter_name: str = "default", heads: dict[str,
     config = getattr(model, "peft_config", {}).get(adapter_name)
     if config is None:
         raise RankfoldError(f"adapter_name={adapter_name!r}: the model has {sorted(getattr(model, 'peft_config', {}))}")
-    config = check_foldable(config)
+    config = check_foldable(config, attached=_attached(base, adapter_name))
     layers, sites, modules, adapters = {}, [], [], {}
     for name, module in base.named_modules():
         if f".{LAYERS}." in f".{name}." or name.startswith(SHARED) or name.endswith(".base_layer"):
@@ -183,8 +183,18 @@ def _is_ours(key: str) -> bool:
     return f".{LAYERS}." in key or f".{SHARED}." in key
 
 
-def check_foldable(config: PeftConfig) -> LowRankConfig:
-    """The config, if its adapter has a fold; raises ValueError that says why not."""
+def _attached(base: nn.Module, adapter_name: str) -> bool:
+    """Whether a controller runs the adapter's schedule here: before its first step the config has no schedule yet."""
+    layers = (module for module in base.modules() if isinstance(module, AdaptedLayer))
+    return any(adapter.scheduled for layer in layers for adapter in layer.adapters([adapter_name]))
+
+
+def check_foldable(config: PeftConfig, attached: bool = False) -> LowRankConfig:
+    """The config, if its adapter has a fold; raises ValueError that says why not.
+
+    Args:
+        attached: whether a controller runs its schedule on a live model.
+    """
     if not isinstance(config, LowRankConfig):
         raise RankfoldError(
             f"peft_type={getattr(config.peft_type, 'value', config.peft_type)} is not one of rankfold's methods"
@@ -197,7 +207,7 @@ def check_foldable(config: PeftConfig) -> LowRankConfig:
             f"trainable_token_indices={config.trainable_token_indices}: it trains rows of the embedding, which no LoRA holds; "
             "save what merge_and_unload() gives"
         )
-    if method.controller is not None and not config.schedule and not config.allow_unscheduled:
+    if method.controller is not None and not (config.schedule or attached or config.allow_unscheduled):
         raise RankfoldError(
             f"this {config.method} adapter was saved without its schedule having run, so its ranks were never chosen; "
             "train it with rankfold.attach or AdapterCallback, or set allow_unscheduled in its config"

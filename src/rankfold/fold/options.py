@@ -42,7 +42,7 @@ class CheckedOptions:
     """What was asked of a fold.
 
     Args:
-        profile: one of `PROFILES`: the format, see docs/folding.md.
+        profile: one of `PROFILES`: the format, see `rankfold docs folding`.
         dtype: "float32", "bfloat16" or "float16"; by default the base's.
         pad: of profile uniform: "serve" pads the rank up to one that engines name in their flags, "none" does not.
         rank: compress every module to at most this rank; the best approximation, and its error is stated.

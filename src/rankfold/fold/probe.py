@@ -13,6 +13,7 @@ from rankfold.fold.proof import logit_error
 from rankfold.fold.source import base_class, base_model
 from rankfold.io.formats import SavedAdapter
 from rankfold.io.models import load_base, quiet
+from rankfold.pages import cite
 from rankfold.tasks import table
 from rankfold.tasks.task import Task
 from rankfold.text import first_line
@@ -27,7 +28,7 @@ def probe(adapter: SavedAdapter, folded: Path, base: str | None, profile: Profil
     """
     config = adapter.config
     if profile.loads_as == "nothing":
-        return {"skipped": f"{profile.noun} is not for Python; docs/serving.md says what was compared"}
+        return {"skipped": f"{profile.noun} is not for Python; {cite('serving')} says what was compared"}
     task = table.of_adapter(None, base_class(config, base).__name__)
     if task is None:
         known = ", ".join(dict.fromkeys(str(t.peft_type) for t in table.TASKS.values() if t.peft_type))

@@ -35,7 +35,7 @@ from rankfold.kernel.factors import Factors
 
 @dataclass
 class BlockLoraConfig(LowRankConfig):
-    """Block-LoRA (arXiv 2501.16720); most of it is our interpretation, see docs/methods/block_lora.md.
+    """Block-LoRA (arXiv 2501.16720); most of it is our interpretation, see `rankfold docs block_lora`.
 
     Args:
         blocks: n; divides r, and with block_axis="input" every module's inputs.

@@ -6,6 +6,7 @@ from rich.console import Group
 from rich.text import Text
 
 from rankfold import text
+from rankfold.pages import cite
 from rankfold.plan.cost_plan import CostPlan, Row
 from rankfold.plan.folding import Fold
 
@@ -79,5 +80,5 @@ def _below(plan: CostPlan) -> list[str]:
         *lines,
         *plan.base.notes,
         "folded: parameters of the LoRA of `rankfold fold`, padded to the rank after the arrow (vLLM's --max-lora-rank)",
-        "FLOPs: adapter over base for a token, forward; +back: forward and backward (docs/planning.md)",
+        f"FLOPs: adapter over base for a token, forward; +back: forward and backward ({cite('planning')})",
     ]

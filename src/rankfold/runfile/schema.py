@@ -162,7 +162,7 @@ class Training(Section):
     )
     optimizer_options: dict[str, Any] = Field(
         default={},
-        description="Options of an optimiser of `rankfold optimizers`, as in {ratio: 16}; its page has them.",
+        description="Options of an optimiser of `rankfold optimizers`, as in {ratio: 16}; `rankfold optimizers NAME` lists them.",
     )
     weight_decay: float = Field(default=0.0, ge=0, description="Decoupled weight decay.")
     max_grad_norm: float | None = Field(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -16,9 +16,11 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, set_seed
 
+from rankfold.errors import RankfoldError
 from rankfold.io.adapters import LABELS
 from rankfold.io.files import whole_folder, write_whole
 from rankfold.runfile.checks import check
+from rankfold.runfile.load import load, parse
 from rankfold.runfile.problems import RunFileError
 from rankfold.runfile.schema import RunFile
 from rankfold.tasks.rows import DataError
@@ -40,8 +42,8 @@ Measure = Callable[[CarefulTrainer, str, Any], dict[str, float]]
 
 
 def train(
-    run: RunFile,
-    *,
+    run: RunFile | str | Path | Mapping[str, Any],
+    *overrides: str,
     resume: bool = False,
     overwrite: bool = False,
     command: str = "",
@@ -53,6 +55,8 @@ def train(
     """Train as the run file says.
 
     Args:
+        run: the path of a run file, its values as a dictionary, or what `runfile.load` made of them.
+        overrides: such as "training.seed=1"; of a path or a dictionary.
         resume: continue from the last whole checkpoint in the output folder; start if there is none.
         overwrite: delete an earlier run in the output folder first.
         command: how the run was started, for the model card.
@@ -68,8 +72,7 @@ def train(
     state = processes()
     say = say if state.is_main_process else _silent
     measure = measure or evaluate
-    if problems := check(run):
-        raise RunFileError(problems)
+    run = _read(run, overrides)
     folder.check(run, resume=resume, overwrite=overwrite)
     output = Path(run.output)
 
@@ -194,6 +197,16 @@ def train(
         plot_metrics(logged, prepared.task.logged_as(run.metric), title, output, result.best_step)
     state.wait_for_everyone()
     return result
+
+
+def _read(run: RunFile | str | Path | Mapping[str, Any], overrides: Sequence[str]) -> RunFile:
+    if not isinstance(run, RunFile):
+        return parse(dict(run), overrides) if isinstance(run, Mapping) else load(run, overrides)
+    if overrides:
+        raise RankfoldError(f"train: {overrides[0]!r} overrides a run file that is read already; give train its path")
+    if problems := check(run):
+        raise RunFileError(problems)
+    return run
 
 
 class _MeasureFirst(TrainerCallback):

@@ -2,7 +2,7 @@
 
     y = x Wᵀ + scale · (x lora_a) lora_b,      lora_a: in × r,  lora_b: r × out
 
-Written from mlx-lm's source (docs/serving.md says which version was run).
+Written from mlx-lm's source (`rankfold docs serving` says which version was run).
 """
 
 from __future__ import annotations
