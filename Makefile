@@ -19,7 +19,7 @@ TEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/p
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv assets assets-tasks demo demo-lm test test-fast test-llama test-peft lint types bench dist test-wheel test-lowest clean distclean
+.PHONY: help venv assets assets-tasks demo demo-lm test test-fast test-llama test-engines test-engine test-peft lint types bench dist test-wheel test-lowest clean distclean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -62,6 +62,12 @@ test-fast: assets  ## the test-suite without the slow tests
 
 test-llama: assets  ## folds in llama.cpp itself; part of `make test`
 	$(TEST) tests/fold/test_llama_cpp.py
+
+test-engines: assets  ## folds in vLLM, llama.cpp, mistral.rs, OpenVINO GenAI and mlx-lm, each in an environment of its own (7 GB, made once)
+	$(BIN)/python tests/engines/run.py
+
+test-engine: assets  ## the same in one of them (ENGINE=vllm)
+	$(BIN)/python tests/engines/run.py $(or $(ENGINE),$(error give ENGINE=vllm, or another that tests/engines/run.py --help names))
 
 test-peft: $(VENV)  ## PEFT's own tests with our methods in LoRA's place (METHODS="lora rasa" for some)
 	$(BIN)/python tests/peft_suite/run.py $(METHODS)

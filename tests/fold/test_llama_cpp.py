@@ -38,7 +38,8 @@ from rankfold.io.cache import MissingAssetError, cached_folder
 
 pytest.importorskip("xllamacpp", reason="there is no wheel of llama.cpp (xllamacpp) for this machine")
 
-from llama_cpp_models import as_the_converter_does, greedy, log_probs, widen, write_float32
+from gguf_bases import widen, write_float32
+from llama_cpp_models import as_the_converter_does, greedy, log_probs
 
 TOKENS = list(range(5, 25))
 LENGTHS = (1, 7, 20)

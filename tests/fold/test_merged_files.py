@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from rankfold.fold import fold_adapter, fold_model
-from rankfold.fold.profiles.merged_files import with_old_keys
+from rankfold.io.old_keys import with_old_keys
 
 SMALL = {
     "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 32,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import multiprocessing
 import os
 import re
@@ -220,6 +221,8 @@ def test_gguf_becomes_a_plain_folder_once(tiny_gguf: Path, cache: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder)
     model.save_pretrained(folder.parent / "saved again")  # refused when a quantiser is left on it
     assert AutoTokenizer.from_pretrained(folder).decode([259]) == " a"
+    config = json.loads((folder / "config.json").read_text())  # mlx-lm and mistral.rs read the old keys alone
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"]
     made = (folder / "model.safetensors").stat().st_mtime_ns
     assert load_gguf_folder(str(tiny_gguf)) == folder
     assert (folder / "model.safetensors").stat().st_mtime_ns == made

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from rankfold.doctor.adapter_file import AdapterFile, open_adapter
 from rankfold.doctor.base_shapes import BaseShapes, read_base
 from rankfold.doctor.case import Case, make_case
 from rankfold.doctor.checks import check
+from rankfold.doctor.engine_runs import EngineRun, engine_runs
 from rankfold.doctor.engines import ENGINES, Verdict, judge
 from rankfold.doctor.findings import Finding, Status
 from rankfold.doctor.settings import read_settings
@@ -54,6 +55,12 @@ class Diagnosis:
         return [v for v in self.verdicts if v.status in bad or (self.asked and v.status is not Status.LOADS)]
 
     @property
+    def runs(self) -> list[EngineRun]:
+        """Of the engines that were asked, those in which folds of ours were run."""
+        known = engine_runs()
+        return [known[v.engine.key] for v in self.verdicts if v.engine.key in known]
+
+    @property
     def healthy(self) -> bool:
         return not self.problems and not self.failing
 
@@ -61,6 +68,7 @@ class Diagnosis:
         def plain(findings: Sequence[Finding]) -> list[dict[str, str]]:
             return [{"status": f.status, "what": f.what, "where": f.where, "fix": f.fix} for f in findings]
 
+        runs = engine_runs()
         engines = [
             {
                 "engine": v.engine.key,
@@ -68,6 +76,7 @@ class Diagnosis:
                 "version": v.engine.version,
                 "known_by": v.engine.known,
                 "date": v.engine.date,
+                "folds_run": asdict(runs[v.engine.key]) if v.engine.key in runs else None,
                 "status": v.status,
                 "findings": plain(v.findings),
             }

@@ -1,6 +1,6 @@
 """What each engine does with an adapter: one row per engine, each a list of small rules.
 
-Each row says how it is known, at which version and when; no engine is started by this module.
+Each row says how it is known, at which version and when; no engine is started by this module. Runs of folds are in engine_runs.py.
 """
 
 from __future__ import annotations

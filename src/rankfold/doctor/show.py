@@ -43,7 +43,10 @@ def show(found: Diagnosis) -> Group:
         words = [f"{n} problem{'s' * (n > 1)} in the file"] if n else []
         words += [f"not right in {', '.join(bad)}"] if bad else []
         verdict = Text("; ".join(words), "bold red")
-    return Group(*parts, verdict, Text(BASIS, "dim"))
+    basis = [BASIS]
+    if found.runs:
+        basis.append(f"folds of rankfold were run against transformers in {', '.join(map(str, found.runs))}")
+    return Group(*parts, verdict, *(Text(text, "dim") for text in basis))
 
 
 def _engines(found: Diagnosis) -> Table:

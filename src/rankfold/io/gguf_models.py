@@ -13,8 +13,12 @@ from typing import Any
 from rankfold.errors import RankfoldError
 from rankfold.io.cache import MissingAssetError, cached_folder
 from rankfold.io.files import sha256
+from rankfold.io.old_keys import add_old_keys
 
 logger = logging.getLogger(__name__)
+
+#: Raise it when what is written changes, so that a folder that lies in a cache is made anew.
+WRITTEN = 2
 
 
 def load_gguf_folder(path: str | os.PathLike[str]) -> Path:
@@ -43,8 +47,9 @@ def cached_gguf(path: Path, name: str, write: Callable[[Path, Path], None]) -> P
     def build(folder: Path) -> None:
         logger.info("converting %s to plain float32 safetensors, once, into %s", path, folder.parent)
         write(path, folder)
+        add_old_keys(folder)
 
-    return cached_folder(f"{name}-{sha256(path)[:16]}", build)
+    return cached_folder(f"{name}-{sha256(path)[:16]}-v{WRITTEN}", build)
 
 
 def write_llama(path: Path, folder: Path) -> None:

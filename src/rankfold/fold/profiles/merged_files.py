@@ -1,9 +1,7 @@
 """What lies beside the weights of a merged model: the base's own config with what the merge changed, its tensors' own names,
 tokenizer, chat template and processors.
 
-`save_pretrained` of transformers 5 renames keys of the config, and engines that read the old ones fall back to defaults without
-a word: mlx-lm took theta 10000 for 100000, mistral.rs asks for `rope_theta`. So the base's config.json is kept, and a base that
-has only the new keys gets the old ones beside them.
+The base's config.json is kept, and a base that has only the keys of transformers 5 gets the old ones beside them (io/old_keys.py).
 """
 
 from __future__ import annotations
@@ -20,6 +18,7 @@ from transformers.utils.hub import cached_file
 from rankfold.errors import RankfoldError
 from rankfold.io.files import to_json
 from rankfold.io.models import model_config
+from rankfold.io.old_keys import with_old_keys
 from rankfold.io.weights import INDEX, read_metadata, weight_files
 
 #: What makes a vocabulary. An adapter that has any of them brings its whole tokenizer.
@@ -59,18 +58,6 @@ OTHERS = (
     "1_Pooling/config.json",
 )
 
-#: Keys that transformers 4 wrote, by those of `rope_parameters`; of single families where they have names of their own.
-ROPE = {"rope_theta": "rope_theta", "partial_rotary_factor": "partial_rotary_factor"}
-ROPE_OF = {
-    "gpt_neox": {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"},
-    "gpt_neox_japanese": {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"},
-}
-#: The same for parameters by type of layer: the key of theta.
-THETAS = {"full_attention": "rope_theta", "sliding_attention": "rope_local_base_freq"}
-THETAS_OF = {
-    "modernbert": {"full_attention": "global_rope_theta", "sliding_attention": "local_rope_theta"},
-    "modernbert-decoder": {"full_attention": "global_rope_theta", "sliding_attention": "local_rope_theta"},
-}
 #: Differs between any two configs and says nothing of the model.
 _VOLATILE = {"_name_or_path", "transformers_version", "auto_map"}
 
@@ -121,47 +108,6 @@ def _changed(kept: dict[str, Any], before: Mapping[str, Any], after: Mapping[str
             if key == "dtype" and "torch_dtype" in found:
                 found["torch_dtype"] = new
     return found
-
-
-def with_old_keys(config: Mapping[str, Any], scaling: bool = True) -> dict[str, Any]:
-    """A config with the keys of transformers 4 beside those of transformers 5, in its parts as well; what is there stays.
-
-    Args:
-        scaling: write `rope_scaling` too, which some configs would read in place of `rope_parameters`.
-    """
-    found = {
-        k: with_old_keys(v, scaling) if isinstance(v, dict) and k.endswith("_config") else v for k, v in config.items()
-    }
-    if isinstance(found.get("dtype"), str):
-        found.setdefault("torch_dtype", found["dtype"])
-    if pattern := _period(found.get("layer_types")):
-        found.setdefault("sliding_window_pattern", pattern)
-    rope, kind = found.get("rope_parameters"), found.get("model_type")
-    if not isinstance(rope, dict) or not rope:
-        return found
-    nested = {layers: part for layers, part in rope.items() if isinstance(part, dict)}
-    for layers, part in nested.items():
-        if "rope_theta" in part and (name := THETAS_OF.get(str(kind), THETAS).get(layers)):
-            found.setdefault(name, part["rope_theta"])
-    flat = nested.get("full_attention", {}) if nested else rope
-    for new, old in ROPE_OF.get(str(kind), ROPE).items():
-        if new in flat and not (nested and new == "rope_theta"):
-            found.setdefault(old, flat[new])
-    rest = {key: value for key, value in flat.items() if key not in ROPE}
-    if scaling and rest.get("rope_type", "default") != "default":
-        found.setdefault("rope_scaling", rest)
-    return found
-
-
-def _period(layers: Any) -> int:
-    """Every how many layers attention is full, as older configs say it; 0 where there is no such period."""
-    if not isinstance(layers, list) or set(layers) != {"full_attention", "sliding_attention"}:
-        return 0
-    period = layers.index("full_attention") + 1
-    same = [
-        ("full_attention" if (i + 1) % period == 0 else "sliding_attention") == kind for i, kind in enumerate(layers)
-    ]
-    return period if period > 1 and all(same) else 0
 
 
 def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
