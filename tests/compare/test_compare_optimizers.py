@@ -11,6 +11,7 @@ from rankfold.commands.compare import print_plan, print_report
 from rankfold.compare.contenders import Entry, resolve
 from rankfold.compare.experiment import check_labels, compare
 from rankfold.compare.file import parse
+from rankfold.compare.rates import RateGrid
 from rankfold.compare.statistics import analyse
 from rankfold.compare.trial_file import read
 from rankfold.compare.trial_list import make, wanted
@@ -76,7 +77,7 @@ def test_ids(values: Values):
 
 
 def test_rates_of_its_own(values: Values):
-    entry = Entry("x", "all", {"name": "peft:lora"}, rates=[0.1, 0.2, 0.3])
+    entry = Entry("x", "all", {"name": "peft:lora"}, grid=RateGrid([0.1, 0.2, 0.3]))
     trials, _ = wanted(entry, parse(values), {})
     assert [t.line.rate for t in trials] == [0.1, 0.2, 0.3]
 

@@ -12,6 +12,7 @@ from rankfold.commands.terminal import command_line
 if TYPE_CHECKING:
     from rankfold.compare.contenders import Lineup
     from rankfold.compare.file import CompareFile
+    from rankfold.compare.rates import RateGrid
 
 INTERRUPTED = "interrupted; the same command goes on where this one stopped"
 
@@ -76,6 +77,12 @@ def print_report(out: Path) -> None:
     print(f"wrote {page}")
 
 
+def _rates(grid: RateGrid | None) -> dict[str, str]:
+    if grid is None:
+        return {}
+    return {"rates": f"{', '.join(f'{rate:g}' for rate in grid.first)}{' and beyond' if grid.most else ''}"}
+
+
 def print_plan(lineup: Lineup, file: CompareFile) -> None:
     """Prints contenders, trials and rows."""
     from rich.console import Console
@@ -94,7 +101,7 @@ def print_plan(lineup: Lineup, file: CompareFile) -> None:
         own = {k: v for k, v in e.training.items() if k != "optimizer_options"} | e.training.get(
             "optimizer_options", {}
         )
-        given = {**e.method, **own, **({"rates": e.rates} if e.rates else {})}
+        given = {**e.method, **own, **_rates(e.grid)}
         fields = ", ".join(f"{k} {v}" for k, v in given.items() if k != "name")
         table.add_row(e.label, e.where, *numbers, f"cannot be trained: {e.reason}" if e.reason else fields)
     console = Console()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from rankfold.compare import wording as say
 from rankfold.compare.analysis import Analysis
 from rankfold.compare.trial_file import TrialLine
 
@@ -29,7 +30,12 @@ def cautions(analysis: Analysis, lines: Sequence[TrialLine], trials: Sequence[Tr
             found.append(f"{c.name} was not tried with {_seeds(c.missing)} at its learning rate {c.rate:g}.")
     edges: dict[str, list[str]] = {"lowest": [], "highest": [], "only": []}
     for c in analysis.contenders:
-        if c.sensitivity.edge:
+        if c.sensitivity.edge and c.sensitivity.added is not None:
+            found.append(
+                f"{c.name}: the best learning rate ({c.rate:g}) is still at the edge of the grid ({say.grid(c.sensitivity)}): a better one may "
+                "lie outside; raise `most` in rates, or finish the comparison."
+            )
+        elif c.sensitivity.edge:
             edges[c.sensitivity.edge].append(f"{c.name} ({c.rate:g})")
     for edge in ("lowest", "highest"):
         if edges[edge]:

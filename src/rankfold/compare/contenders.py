@@ -10,8 +10,10 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from rankfold.compare.file import THIRDS, CompareFile, ContenderSpec, Place, SameAs, number, with_targets
+from rankfold.compare.file import THIRDS, CompareFile, ContenderSpec, Extension, Place, SameAs, number, with_targets
+from rankfold.compare.rates import RateGrid, given
 from rankfold.errors import RankfoldError
+from rankfold.plan.first_rate import LAYERS, first_rate
 from rankfold.plan.match import solve
 from rankfold.runfile.checks import peft_config
 from rankfold.runfile.methods import config_fields
@@ -34,7 +36,7 @@ class Entry:
     Args:
         method: its section of a run file.
         training: what it changes in the run file's section of that name: its optimiser and the options.
-        rates: learning rates of its own, or None for those of all.
+        grid: learning rates; None for those of the file.
         trained, head: parameters trained in the adapter, and in full beside it; None if it cannot be built.
         reason: why it cannot be trained, or None.
     """
@@ -46,7 +48,7 @@ class Entry:
     head: int | None = None
     reason: str | None = None
     training: dict[str, Any] = field(default_factory=dict)
-    rates: list[float] | None = None
+    grid: RateGrid | None = None
 
     def name(self) -> str:
         """The entry in words."""
@@ -76,7 +78,7 @@ def resolve(file: CompareFile) -> Lineup:
     Raises:
         DataError, ModelError: rows or model cannot be used. ValueError: no contender can be trained at this budget.
     """
-    prepared = prepare(file.run_file(with_targets(file.methods[0], file.targets), file.rates[0], file.seeds[0], "-"))
+    prepared = prepare(file.run_file(with_targets(file.methods[0], file.targets), file.a_rate, file.seeds[0], "-"))
     for split, use in (("validation", "chooses the learning rates"), ("test", "is what the report is on")):
         if prepared.rows[split] is None:
             raise DataError(
@@ -88,7 +90,7 @@ def resolve(file: CompareFile) -> Lineup:
     first = next((e for e in entries if e.reason is None), None)
     if first is None:
         raise RankfoldError("no contender can be trained: " + "; ".join(f"{e.name()}: {e.reason}" for e in entries))
-    run = file.run_file(first.method, file.rates[0], file.seeds[0], "-", first.training)
+    run = file.run_file(first.method, file.a_rate, file.seeds[0], "-", first.training)
     plan = make_plan(dataclasses.replace(prepared, run=run, peft_config=peft_config(run)))
     same: dict[str, Entry] = {}
     for entry in entries:
@@ -106,6 +108,7 @@ class _Bench:
     def __init__(self, file: CompareFile, prepared: Prepared):
         self.file, self.prepared = file, prepared
         self.counted: dict[str, budget.Budget] = {}
+        self.first_rates: dict[str, float] = {}
         self.skeleton, self.head = model.load_model(prepared.run, prepared.place, prepared.config, weights=False)
 
     def all(self) -> Iterator[tuple[str, ContenderSpec, str, Place]]:
@@ -117,7 +120,7 @@ class _Bench:
         return model.adapt(deepcopy(self.skeleton), peft_config(self.run(method)), self.head, self.prepared.processor)
 
     def run(self, method: dict[str, Any], training: dict[str, Any] | None = None) -> RunFile:
-        return self.file.run_file(method, self.file.rates[0], self.file.seeds[0], "-", training)
+        return self.file.run_file(method, self.file.a_rate, self.file.seeds[0], "-", training)
 
     def count(self, method: dict[str, Any], training: dict[str, Any] | None = None) -> budget.Budget:
         """What the optimiser trains; counted once per method, optimiser and fields."""
@@ -136,7 +139,8 @@ class _Bench:
 
     def entry(self, label: str, contender: ContenderSpec, where: str, place: Place, limit: int | None) -> Entry:
         method = with_targets(contender, self.file.targets)
-        entry = Entry(label, where, method, training=contender.training, rates=contender.rates)
+        rates = contender.rates or self.file.rates
+        entry = Entry(label, where, method, training=contender.training, grid=given(rates, self.file.a_rate))
         try:
             method |= self.placed(place, method.get("target_modules"))
             if limit is not None:
@@ -146,9 +150,26 @@ class _Bench:
             if limit is None or row_of(self.run(method, contender.training).training.optimizer) is not None:
                 spent = self.count(method, contender.training)
                 entry = replace(entry, method=method, trained=spent.adapter, head=spent.head)
+            if isinstance(rates, Extension) and rates.extend == "auto":
+                first = self.first_rate(method, contender.training)
+                entry = replace(entry, grid=RateGrid.around(first, rates.most))
         except ValueError as e:
             return replace(entry, method=method, trained=None, head=None, reason=str(e))
         return entry
+
+    def first_rate(self, method: dict[str, Any], training: dict[str, Any]) -> float:
+        """Where the search for a learning rate begins; measured once per method, optimiser and fields."""
+        run, key = self.run(method, training), _key(method, training)
+        if key not in self.first_rates:
+            text = self.prepared.config.get_text_config()
+            self.first_rates[key] = first_rate(
+                peft_config(run),
+                lora_rate=self.prepared.task.start["training"]["learning_rate"],
+                layers=getattr(text, "num_hidden_layers", None) or LAYERS,
+                optimizer=run.training.optimizer,
+                options=run.training.optimizer_options,
+            )
+        return self.first_rates[key]
 
     def solved(self, method: dict[str, Any], limit: int) -> tuple[dict[str, Any], int, int]:
         """The method with the fields that the budget changes, and what AdamW trains in the adapter and in full beside it."""

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import Field, ValidationError
@@ -30,14 +30,24 @@ from rankfold.tasks import table
 THIRDS = ("first third", "middle third", "last third")
 
 
+class Extension(Section):
+    extend: Literal["auto"] | Annotated[list[float], Field(min_length=1)] = Field(
+        description="Rates to begin with; auto: a first rate for the method, and its neighbours."
+    )
+    most: int = Field(default=6, ge=1, description="How many rates may be added, until the best one lies inside.")
+
+
+Rates = Annotated[list[float], Field(min_length=1)] | Extension
+
+
 class ContenderSpec(Method):
     """A method as in a run file, and what is its own beside it: optimiser, rates, name in the report."""
 
     label: str | None = Field(default=None, description="Its name in the report; by default the method's.")
     optimizer: str | None = Field(default=None, description="Its optimiser; by default that of `training`.")
     optimizer_options: dict[str, Any] | None = Field(default=None, description="Options of its optimiser.")
-    rates: list[float] | None = Field(
-        default=None, min_length=1, description="Learning rates to try with it; by default those of all contenders."
+    rates: Rates | None = Field(
+        default=None, description="Learning rates to try with it, or auto; by default those of all contenders."
     )
 
     @property
@@ -93,7 +103,10 @@ class CompareFile(Section):
         description="Trained parameters of every adapter: 1200000, 1.2M, or {of: {name: peft:lora, r: 8}}; the ranks of "
         "every contender follow. None: as the contenders say.",
     )
-    rates: list[float] = Field(min_length=1, description="Learning rates to try with every contender.")
+    rates: Rates = Field(
+        description="Learning rates to try with every contender. auto: a few around a first rate of the method, and more beyond "
+        "the best until it has neighbours on both sides; {extend: [1e-3, 2e-3]} begins with these."
+    )
     seeds: list[int] = Field(min_length=1, description="Seeds of the head, the adapter, the order of rows and dropout.")
     search: Literal["grid"] | HalvingSearch = Field(
         default="grid",
@@ -114,6 +127,12 @@ class CompareFile(Section):
     )
     imports: list[str] = Field(default=[], description=IMPORTS)
     output: str = Field(description="Folder of the comparison. One that is there is continued.")
+
+    @property
+    def a_rate(self) -> float:
+        """Any rate, for what does not depend on it."""
+        given = self.rates.extend if isinstance(self.rates, Extension) else self.rates
+        return given[0] if isinstance(given, list) else 1e-3
 
     @property
     def choosing_seeds(self) -> list[int]:
@@ -194,7 +213,7 @@ def parse(
 
 
 def _short_forms(values: dict[str, Any]) -> list[Problem]:
-    """Expands `methods: [NAME]`, `budget: none` and `search: halving`, and fills in what a comparison decides by itself."""
+    """Expands `methods: [NAME]`, `rates: auto`, `budget: none` and `search: halving`, and fills in what a comparison decides by itself."""
     problems = []
     methods = values.get("methods")
     if isinstance(methods, list):
@@ -204,6 +223,9 @@ def _short_forms(values: dict[str, Any]) -> list[Problem]:
                 problems.append(
                     Problem(("methods", i), f"{short(m)} is neither a method's name nor {{name: ..., ...}}")
                 )
+    for section in [values, *(m for m in values.get("methods") or () if isinstance(m, dict))]:
+        if section.get("rates") == "auto":
+            section["rates"] = {"extend": "auto"}
     if values.get("budget") == "none":
         values.pop("budget")
     if values.get("search") == "halving":
@@ -236,10 +258,15 @@ class _Spot:
         return [*self.repeated(), *wrong]
 
 
+def _rates(path: KeyPath, given: Rates | None) -> list[Problem]:
+    path, given = ((*path, "extend"), given.extend) if isinstance(given, Extension) else (path, given)
+    return _Spot(path, given).rates() if isinstance(given, list) else []
+
+
 def _check(file: CompareFile) -> list[Problem]:
-    problems = _Spot(("rates",), file.rates).rates() + _Spot(("seeds",), file.seeds).repeated()
+    problems = _rates(("rates",), file.rates) + _Spot(("seeds",), file.seeds).repeated()
     for i, c in enumerate(file.methods):
-        problems += _Spot(("methods", i, "rates"), c.rates or []).rates()
+        problems += _rates(("methods", i, "rates"), c.rates)
     problems += [Problem(("seeds",), f"{seed} must not be less than 0") for seed in file.seeds if seed < 0]
     if foreign := [s for s in file.search_seeds or () if s not in file.seeds]:
         problems.append(
@@ -276,7 +303,7 @@ def _check_runs(file: CompareFile) -> list[Problem]:
     found: dict[Problem, None] = {}
     for path, contender in contenders:
         method, own = with_targets(contender, file.targets), contender.training
-        run = file.run_file(method, file.rates[0], file.seeds[0], file.output, own)
+        run = file.run_file(method, file.a_rate, file.seeds[0], file.output, own)
         for p in check(run):
             its = p.path[0] == "method" or (p.path[0] == "training" and p.path[1] in own)
             found[Problem((*path, *p.path[1:]), p.message) if its else p] = None

@@ -43,6 +43,7 @@ class Sensitivity:
         seeds: that the choice was made with: those that every rate in question was tried with.
         edge: which edge of the rates tried the best one is, "only" for a single rate, or None.
         steps_to_edge: rates tried beyond the best one, on the nearer side.
+        added: of the rates, how many were added because the best one was at an edge; None for a fixed list.
         spread: best mean minus worst, as a positive number; with halving at its first rung, else at the end. None for one rate.
     """
 
@@ -52,6 +53,7 @@ class Sensitivity:
     edge: Edge | None
     steps_to_edge: int
     spread: float | None
+    added: int | None = None
 
 
 @dataclass
@@ -75,6 +77,12 @@ class Trials:
     def rates(self) -> list[float]:
         """Every rate that was tried, the smallest first."""
         return sorted({*self.ended, *self.failed, *self.rungs})
+
+    @property
+    def added(self) -> int | None:
+        """How many rates were added to a grid that extends itself; None for a fixed list."""
+        groups = (*self.ended.values(), *self.failed.values(), *self.rungs.values())
+        return max((line.added for seeds in groups for line in seeds.values() if line.added is not None), default=None)
 
 
 def contenders(lines: Sequence[TrialLine]) -> list[Trials]:
@@ -137,6 +145,7 @@ def choose(trials: Trials, greater_is_better: bool) -> Sensitivity | None:
         edge=_edge(index, last),
         steps_to_edge=min(index, last - index),
         spread=max(means) - min(means) if len(means) > 1 else None,
+        added=trials.added,
     )
 
 

@@ -38,6 +38,8 @@ def show(analysis: Analysis) -> Group:
     parts: list[RenderableType] = [Text(say.answer(analysis)), Text("")]
     if analysis.contenders:
         parts.append(table)
+    searched = [c for c in analysis.ranked if c.sensitivity.added is not None]
+    parts += [Text(f"rates tried with {c.name}: {say.grid(c.sensitivity)}", style="dim") for c in searched]
     parts += [Padding(Text(f"! {warning}"), (1, 0, 0, 0)) for warning in analysis.warnings]
     if analysis.failures:
         parts.append(

@@ -28,6 +28,7 @@ class TrialLine:
         where: name of the target variant; "all" where the file has none.
         rung: of successive halving, counted from 0, for a trial that was measured before its end and has `validation`
             but no `test`; the same trial at its end is another line, with None.
+        added: of a grid that extends itself: 0 for the rates that it began with, else which of the rates added to it this is.
         reason: of a failure, one sentence.
         config: the method's fields as resolved.
         training: the optimiser and its options, where they are the contender's own.
@@ -55,6 +56,7 @@ class TrialLine:
     rate: float
     seed: int
     rung: int | None = None
+    added: int | None = None
     status: Status
     reason: str | None = None
     config: dict[str, Any]

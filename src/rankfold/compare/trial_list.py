@@ -13,6 +13,7 @@ from typing import Any
 
 from rankfold.compare.contenders import Entry
 from rankfold.compare.file import CompareFile
+from rankfold.compare.rates import given
 from rankfold.compare.trial_file import TrialLine
 
 FOLDER = "trials"
@@ -47,22 +48,44 @@ class Trial:
 
 def wanted(entry: Entry, file: CompareFile, done: Mapping[str, TrialLine]) -> tuple[list[Trial], int]:
     """The trials of one contender that are known to be needed, done ones included, and how many more will follow."""
+    grid = entry.grid or given(file.rates, file.a_rate)
+    added = dict.fromkeys(grid.first, 0 if grid.most else None)
+
+    def measured(rates: Sequence[float], until: float, before: float) -> list[Trial]:
+        pairs = [(rate, seed) for rate in rates for seed in file.choosing_seeds]
+        return [make(entry, file, rate, seed, until, before, added[rate]) for rate, seed in pairs]
+
     trials: list[Trial] = []
-    rates, before = list(entry.rates or file.rates), 0.0
+    rates, before, rung = list(grid.first), 0.0, []
     for until in file.rungs:
-        rung = [make(entry, file, rate, seed, until, before) for rate in rates for seed in file.choosing_seeds]
+        rung = measured(rates, until, before)
         trials += rung
         if any(t.id not in done for t in rung):
             return trials, _later(file, len(rates), until)
-        last = until == 1
-        ranked = _ranked([done[t.id] for t in rung])
-        rates, before = ranked[: 1 if last else math.ceil(file_keep(file) * len(rates))], until
+        if until < 1:
+            rates = _ranked([done[t.id] for t in rung])[: math.ceil(file_keep(file) * len(rates))]
+            before = until
+    ended = [done[t.id] for t in rung]
+    while True:
+        ranked = _ranked(ended)
+        diverged = any(done[t.id].status == "diverged" for t in trials)
+        rate = grid.following(added, ranked, diverged)
+        if rate is None:
+            break
+        added[rate] = len(added) - len(grid.first) + 1
+        more = measured([rate], 1.0, 0.0)  # to the end at once: that is what the best rate's result is of
+        trials += more
+        if any(t.id not in done for t in more):
+            return trials, _later(file, 1, 1.0)
+        ended += [done[t.id] for t in more]
     rest = [seed for seed in file.seeds if seed not in file.choosing_seeds]
-    return trials + [make(entry, file, rate, seed, 1.0, 0.0) for rate in rates for seed in rest], 0
+    return trials + [make(entry, file, r, seed, 1.0, 0.0, added[r]) for r in ranked[:1] for seed in rest], 0
 
 
-def make(entry: Entry, file: CompareFile, rate: float, seed: int, until: float, before: float) -> Trial:
-    """The trial of a contender at a rate and a seed, whose steps up to the share `before` are made already."""
+def make(
+    entry: Entry, file: CompareFile, rate: float, seed: int, until: float, before: float, added: int | None = None
+) -> Trial:
+    """The trial of a contender at a rate and a seed, whose steps up to the share `before` are made already; `added` as in its line."""
     run = file.run_file(entry.method, rate, seed, "-", entry.training)
     key = hash_of(run.model_dump(exclude_defaults=True, exclude={"output", "imports"}), file.launch)
     number = file.rungs.index(until)
@@ -77,6 +100,7 @@ def make(entry: Entry, file: CompareFile, rate: float, seed: int, until: float, 
         rate=rate,
         seed=seed,
         rung=None if whole else number,
+        added=added,
         status="failed",
         reason=entry.reason,
         config={k: v for k, v in entry.method.items() if k != "name"},

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import rankfold.text
 from rankfold.compare.analysis import Analysis, Contender, Difference
+from rankfold.compare.selection import Sensitivity
 
 MINUS, NOTHING = "−", "–"
 
@@ -167,6 +168,15 @@ def _held(analysis: Analysis, d: Difference) -> str:
 
 def _capital(text: str) -> str:
     return text[0].upper() + text[1:]
+
+
+def grid(s: Sensitivity) -> str:
+    """The rates that were tried, as "0.001, 0.002, 0.005, 0.01; 1 of them added, as the best was at the edge; no seed finished at 0.01"."""
+    text = ", ".join(f"{p.rate:g}" for p in s.points)
+    if s.added:
+        text += f"; {s.added} of them added, as the best was at the edge"
+    failed = [f"{p.rate:g}" for p in s.points if p.mean is None and p.failed]
+    return text + (f"; no seed finished at {names(failed)}" if failed else "")
 
 
 def method(analysis: Analysis) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 import re
 from dataclasses import dataclass, field
@@ -109,6 +110,12 @@ class LowRankConfig(PeftConfig, metaclass=LoraFields):
     sparser_with: ClassVar[str | None] = None
     #: A note on the counts, shown below a plan.
     note: ClassVar[str | None] = None
+    #: Fields that belong to one model: where the adapter goes there, and what came from it.
+    of_one_model: ClassVar[frozenset[str]] = frozenset({
+        "target_modules", "exclude_modules", "target_parameters", "modules_to_save", "trainable_token_indices", "ensure_weight_tying",
+        "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "grown", "schedule", "inference_mode", "task_type",
+        "peft_type", "base_model_name_or_path", "revision", "auto_mapping", "peft_version",
+    })  # fmt: skip
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -171,6 +178,15 @@ class LowRankConfig(PeftConfig, metaclass=LoraFields):
             RankfoldError: as the constructor.
         """
         return cls(**fields)
+
+    def for_another_model(self, **fields: Any) -> LowRankConfig:
+        """The same method on another model, with these fields; it serves for measuring, as `planned` does for counting."""
+        kept = {
+            f.name: getattr(self, f.name)
+            for f in dataclasses.fields(self)
+            if f.init and f.name not in self.of_one_model
+        }
+        return self.planned(**{**kept, **fields})
 
     @classmethod
     def fields_at(cls, r: int) -> dict[str, int]:

@@ -57,6 +57,7 @@ class CoraConfig(LowRankConfig):
     """
 
     method: ClassVar[str] = "cora"
+    of_one_model: ClassVar[frozenset[str]] = LowRankConfig.of_one_model | {"basis", "basis_hash"}
     basis: str = field(
         default="",
         metadata={"help": "File of the subspace; `rankfold subspace` writes it.", "example": "bases/qkv.safetensors"},
@@ -142,13 +143,13 @@ class CoraConfig(LowRankConfig):
 
 
 class _AnyBasis(Subspace):
-    """A basis for every module, of any rank, without values."""
+    """A basis for every module, of any rank: random, or without values on the meta device."""
 
     def key_for(self, site: Site) -> str:
         return site.name
 
     def basis_for(self, site: Site) -> Tensor:
-        return torch.empty(site.out_features, self.rank, device="meta")
+        return torch.nn.init.orthogonal_(torch.empty(site.out_features, self.rank))
 
 
 @dataclass

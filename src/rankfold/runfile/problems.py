@@ -7,7 +7,7 @@ import types
 import typing
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ValidationError
 
@@ -99,6 +99,8 @@ def allowed(annotation: Any) -> str:
     origin, args = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is Literal:
         return ("one of " if len(args) > 1 else "") + ", ".join(f"'{a}'" for a in args)
+    if origin is Annotated:
+        return allowed(args[0])
     if origin in (typing.Union, types.UnionType):
         return " or ".join(dict.fromkeys(allowed(a) for a in args))
     if origin is list and args:

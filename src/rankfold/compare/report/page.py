@@ -134,7 +134,7 @@ def _chosen_with(analysis: Analysis) -> list[tuple[Contender, str]]:
             if s.seeds == tuple(sorted((*c.seeds, *c.failed)))
             else f"; chosen with seed{'s' if len(s.seeds) > 1 else ''} {', '.join(map(str, s.seeds))}"
         )
-        found.append((c, f"{s.best:g}, {where}{spread}{seeds}."))
+        found.append((c, f"{s.best:g}, {where} ({say.grid(s)}){spread}{seeds}."))
     return found
 
 
