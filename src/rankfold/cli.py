@@ -15,7 +15,7 @@ from rankfold.errors import RankfoldError
 
 #: In the order of the help; each is a module of `rankfold.commands`.
 COMMANDS = (
-    "train", "sparsify", "compare", "validate", "init", "methods", "optimizers", "fold", "combine", "extract", "diff", "doctor", "plan",
+    "train", "sparsify", "continual", "compare", "validate", "init", "methods", "optimizers", "fold", "combine", "extract", "diff", "doctor", "plan",
     "gelora", "inspect", "subspace", "version",
 )  # fmt: skip
 
