@@ -14,7 +14,7 @@ SRC = Path(__file__).parent.parent / "src" / "rankfold"
 FLOOR = {
     "errors": 0, "text": 0, "peft_version": 0, "after_import": 0, "moved": 0, "catalogue": 0, "pages": 0, "kernel": 0,
     "host": 1, "io": 2, "control": 3, "optim": 3, "methods": 4, "tasks": 5, "runfile": 6,
-    "fold": 7, "algebra": 8, "inspect": 8, "train": 9, "gelora": 10, "plan": 11, "compare": 12, "doctor": 12, "commands": 13, "cli": 14, "__main__": 15,
+    "fold": 7, "algebra": 8, "inspect": 8, "train": 9, "gelora": 10, "continual": 10, "plan": 11, "compare": 12, "doctor": 12, "commands": 13, "cli": 14, "__main__": 15,
 }  # fmt: skip
 
 

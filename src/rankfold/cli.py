@@ -15,8 +15,8 @@ from rankfold.errors import RankfoldError
 
 #: In the order of the help; each is a module of `rankfold.commands`.
 COMMANDS = (
-    "train", "sparsify", "compare", "validate", "init", "methods", "optimizers", "fold", "combine", "extract", "diff", "doctor", "plan",
-    "gelora", "inspect", "subspace", "docs", "version",
+    "train", "sparsify", "continual", "compare", "validate", "init", "methods", "optimizers", "fold", "combine", "extract", "diff", "doctor",
+    "plan", "gelora", "inspect", "subspace", "docs", "version",
 )  # fmt: skip
 
 #: Packages of an extra, by the name that is imported, and what needs them.

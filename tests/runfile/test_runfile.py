@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from rankfold.compare.file import load as load_comparison
+from rankfold.continual.file import load as load_continual
 from rankfold.runfile.load import load, parse
 from rankfold.runfile.problems import RunFileError
 from rankfold.runfile.template import template
@@ -196,7 +197,8 @@ def test_every_default_in_the_written_file_is_valid(tmp_path, task):
     "example", sorted(Path(__file__).parents[2].glob("examples/*.yaml")), ids=lambda path: path.name
 )
 def test_examples_are_valid(example):
-    (load_comparison if "methods:" in example.read_text() else load)(example)
+    text = example.read_text()
+    (load_comparison if "methods:" in text else load_continual if "split:" in text else load)(example)
 
 
 @pytest.mark.parametrize("name", ["adalora", "dynamic_dora"])

@@ -48,6 +48,7 @@ class Method:
             methods get.
         next_task: for a method with a rule of its own for learning one task after another: ends a task of the named adapter of a
             model, begins the next one, and returns the new config. Without it, the same adapter just goes on.
+        end_task: what such a method does to a trained task before it is measured and saved, where it does something.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Method:
     starter: bool = False
     example: Mapping[str, Any] | None = None
     next_task: Callable[[nn.Module, str], LowRankConfig] | None = None
+    end_task: Callable[[nn.Module, str], None] | None = None
 
     @property
     def foldable(self) -> bool:

@@ -43,7 +43,7 @@ def draw_adapter(found: Inspection, path: Path) -> None:
         axes = figure.add_subplot(grid[0, i], sharey=first)
         first = first or axes
         table = found.grid.table(values, math.nan)
-        _heat(axes, table, colours, form)
+        heat(axes, table, colours, form)
         axes.set_title(name, fontsize=10, color=INK, loc="left")
         axes.set_xticks(range(columns), [c.replace(".", ".\n") for c in found.grid.columns], rotation=90, fontsize=8)
         _layer_ticks(axes, found.grid.rows)
@@ -165,7 +165,8 @@ def _edges(steps: Sequence[int]) -> list[float]:
     return [steps[0] - (inner[0] - steps[0]), *inner, steps[-1] + (steps[-1] - inner[-1])]
 
 
-def _heat(axes: Any, table: list[list[float]], colours: str, form: str) -> None:
+def heat(axes: Any, table: list[list[float]], colours: str, form: str) -> None:
+    """Draws a table as a map of colours, with its values in `form`; NaN is left empty."""
     known = [v for row in table for v in row if not math.isnan(v)]
     axes.set_facecolor(NOTHING)  # shows where there is no module
     axes.imshow(table, cmap=_colours(colours), vmin=0, vmax=max(known) or 1, aspect="auto")

@@ -172,6 +172,12 @@ def absorb(model: nn.Module, adapter_name: str = "default") -> dict[str, float]:
     return {name: residual for name, residual in found.items() if residual is not None}
 
 
+def end_task(model: nn.Module, adapter_name: str = "default") -> None:
+    """`absorb` for an adapter with `kd`, and nothing for another."""
+    if _adapters(model, adapter_name)[0].kd:
+        absorb(model, adapter_name)
+
+
 def _adapters(model: nn.Module, name: str) -> tuple[SdLoraConfig, list[AdaptedLayer], list[SdLora]]:
     """The config, the layers and the adapters of one name, those of tied heads left out; raises RankfoldError where they cannot be frozen."""
     configs: dict[str, Any] = getattr(model, "peft_config", {})
@@ -209,5 +215,6 @@ SD_LORA = register(
         adapter=SdLora,
         folds_at="sum of r_k",
         next_task=next_task,
+        end_task=end_task,
     )
 )

@@ -11,7 +11,8 @@ from rankfold.runfile.yaml import KeyPath
 
 PATHS = {
     ("output",), ("model", "name"), ("data", "source"), ("data", "train"), ("data", "validation"), ("data", "test"),
-    ("training", "start_from"), ("imports",),
+    ("training", "start_from"), ("imports",), ("model", "adapters"),
+    ("tasks", "source"), ("tasks", "train"), ("tasks", "validation"), ("tasks", "test"),
 }  # fmt: skip
 """The keys whose text may be a path."""
 METHODS = ("method", "methods", "budget")

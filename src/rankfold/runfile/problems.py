@@ -120,7 +120,7 @@ def _declared(root: type[BaseModel], loc: tuple[str | int, ...]) -> tuple[KeyPat
         i += 1
         if field is None:
             return loc[:i], None, section
-        at: Any = field.annotation
+        at: Any = _given(field.annotation)
         items = typing.get_args(at)[-1:] if typing.get_origin(at) in (list, dict) else ()
         if items and i < len(loc) and (_is_section(items[0]) or isinstance(loc[i], int)):
             at = items[0]  # an item of a list, or a value of a mapping
@@ -128,8 +128,15 @@ def _declared(root: type[BaseModel], loc: tuple[str | int, ...]) -> tuple[KeyPat
             if i == len(loc):
                 return loc, at, None
         if i == len(loc) or not _is_section(at):
-            return loc[:i], at, section
+            return loc[:i], field.annotation, section
         section = at
+
+
+def _given(annotation: Any) -> Any:
+    """What `X | None` is where it is not null: X."""
+    kinds = [kind for kind in typing.get_args(annotation) if kind is not type(None)]
+    optional = typing.get_origin(annotation) in (typing.Union, types.UnionType) and len(kinds) == 1
+    return kinds[0] if optional else annotation
 
 
 def _is_section(annotation: Any) -> bool:

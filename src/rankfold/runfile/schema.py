@@ -49,6 +49,11 @@ class Model(Section):
         description="Attention implementation (sdpa, eager, flash_attention_2, ...); null lets transformers choose.",
     )
     trust_remote_code: bool = Field(default=False, description="Run Python code that comes with a hub model.")
+    adapters: list[str] = Field(
+        default=[],
+        description="Adapter folders whose updates, and heads, are merged into the frozen weights in this order before the run's "
+        "own adapter is added. It needs weights of float32.",
+    )
 
 
 class Columns(BaseModel):
@@ -95,6 +100,11 @@ class Data(Section):
     labels: list[str | int] | None = Field(
         default=None,
         description="The classes in order of their index. By default the sorted labels of the training rows.",
+    )
+    classes: list[str | int] | None = Field(
+        default=None,
+        min_length=1,
+        description="Keep only the rows of these classes; labels still says which the head has.",
     )
     max_length: int | None = Field(
         default=None,

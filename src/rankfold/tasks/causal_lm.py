@@ -25,7 +25,7 @@ class CausalLm(Task):
     name = "causal-lm"
     summary = "text in, text out"
     kinds = (CHAT, PAIR, TEXT)
-    foreign = ("labels",)
+    foreign = ("labels", "classes")
     max_length = 1024
     models = ("AutoModelForCausalLM",)
     peft_type = "CAUSAL_LM"

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from rankfold.errors import short
+from rankfold.errors import nearest, short
 from rankfold.tasks.rows import DataError, Rows
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 def index_of(
@@ -49,6 +54,30 @@ def index_of(
         rows.notes.append(f"train: no row has the {noun} {', '.join(sorted(unseen))} of data.labels")
     rows.labels = labels
     return {label: i for i, label in enumerate(labels)}
+
+
+def only(split: Dataset, column: str, classes: Sequence[str | int], name: str) -> Dataset:
+    """The rows of some classes.
+
+    Args:
+        column: that of the class.
+        name: of the split.
+
+    Raises:
+        DataError: a class that no training row has, or no row left.
+    """
+    wanted, found = {str(c) for c in classes}, [str(value) for value in split[column]]
+    known = sorted(set(found), key=_natural)
+    if name == "train" and (absent := [str(c) for c in classes if str(c) not in known]):
+        raise DataError(
+            f"data.classes: no row of train has the class {absent[0]!r}{nearest(absent[0], known, 'it has')}"
+        )
+    kept = [i for i, value in enumerate(found) if value in wanted]
+    if not kept:
+        raise DataError(
+            f"{name} has no row of data.classes ({', '.join(map(str, classes))}); it has: {', '.join(known)}"
+        )
+    return split.select(kept)
 
 
 def _alike(labels: list[str], noun: str) -> list[str]:

@@ -23,7 +23,7 @@ class Preference(Task):
     name = "preference"
     summary = "prompt in, the better of two answers out"
     kinds = (ASKED, IMPLICIT)
-    foreign = ("labels", "packing", "loss_on")
+    foreign = ("labels", "classes", "packing", "loss_on")
     max_length = 1024
     keyed = "prompts"
     models = ("AutoModelForCausalLM",)

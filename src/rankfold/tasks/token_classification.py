@@ -24,7 +24,7 @@ class TokenClassification(Task):
     summary = "words in, a tag for each out"
     kinds = (("words", "tags"),)
     targets = ("tags",)
-    foreign = ("packing", "loss_on")
+    foreign = ("classes", "packing", "loss_on")
     max_length = 512
     models = ("AutoModelForTokenClassification",)
     peft_type = "TOKEN_CLS"

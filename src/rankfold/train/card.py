@@ -71,6 +71,9 @@ def model_card(prepared: Prepared, result: TrainResult) -> str:
         title, home = row.title, row.config.__module__
     module = "rankfold" if home.startswith("rankfold.") else home
     use = f"import {module}  # makes {title} known to PEFT\n" if ours else ""
+    earlier = "".join(
+        f"model = PeftModel.from_pretrained(model, {folder!r}).merge_and_unload()\n" for folder in run.model.adapters
+    )
     plain = (
         "`rankfold fold path/to/this/folder -o folded` makes a plain LoRA of it, which needs no rankfold.\n\n"
         if ours
@@ -107,7 +110,7 @@ from peft import PeftModel
 from transformers import {model_class}
 {use}
 model = {model_class}.from_pretrained({prepared.place!r}{arguments})
-model = PeftModel.from_pretrained(model, "path/to/this/folder")
+{earlier}model = PeftModel.from_pretrained(model, "path/to/this/folder")
 ```
 
 {plain}## Made by

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from rankfold.errors import nearest
 from rankfold.tasks import table
+from rankfold.tasks.classes import only
 from rankfold.tasks.rows import SPLITS, DataError, Rows
 from rankfold.tasks.task import Task
 from rankfold.train.datafile import SUFFIXES, is_data_file, read_file
@@ -37,6 +38,8 @@ def load_rows(run: RunFile) -> Rows:
     targets = tuple(column for column in kind if column in task.targets)
     carried = task.carried(train, names, kind)
     used = {name: _with_kind(split, names, kind, carried, name) for name, split in splits.items()}
+    if run.data.classes is not None:
+        used = {name: only(split, targets[0], run.data.classes, name) for name, split in used.items()}
     rows = Rows(used, kind, targets, carried)
     if unused := [c for c in train.column_names if c not in {*carried, *(names.get(role, role) for role in kind)}]:
         rows.notes.append(f"train: not used: the column{'s' if unused[1:] else ''} {', '.join(unused)}")

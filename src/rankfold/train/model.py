@@ -81,6 +81,7 @@ def load_model(
             auto, run.model, place, config=config, dtype=run.model.dtype, output_loading_info=True, **options
         )
     _reject_nan(model, run.model.name)
+    model = _merged(model, run.model.adapters)
     new = {key.rpartition(".")[0] for key in report["missing_keys"]}
     if task.new_head:
         head = heads(model)
@@ -88,6 +89,24 @@ def load_model(
     if new:
         raise ModelError(f"model.name: '{run.model.name}' lacks weights of a language model: {', '.join(sorted(new))}")
     return model, []
+
+
+def _merged(model: PreTrainedModel, adapters: list[str]) -> PreTrainedModel:
+    """The model with the updates of adapter folders in its weights, and with their heads."""
+    for i, folder in enumerate(adapters):
+        where = f"model.adapters.{i}"
+        narrow = next((p.dtype for p in model.parameters() if p.is_floating_point() and p.dtype.itemsize < 4), None)
+        if narrow is not None:
+            raise ModelError(
+                f"{where}: small updates are rounded away in weights of {narrow}; set model.dtype: float32"
+            )
+        try:
+            config = read_config(Path(folder))
+            adapted = PeftModel.from_pretrained(model, folder, config=config)
+            model = adapted.merge_and_unload(safe_merge=True)  # pyright: ignore[reportAssignmentType, reportCallIssue]
+        except (ValueError, TypeError, KeyError, RuntimeError, AttributeError, OSError) as e:
+            raise ModelError(f"{where}: '{folder}' cannot be merged into the model: {e}") from e
+    return model
 
 
 @contextmanager

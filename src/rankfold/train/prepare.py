@@ -85,6 +85,9 @@ def prepare(run: RunFile) -> Prepared:
     if max_length is not None:
         tokens.note_cut_off(rows, {split: found.longest for split, found in encoded.items()}, max_length)
     note_idle_schedule(rows, config_of_adapter)
+    if run.model.adapters:
+        merged = ", ".join(run.model.adapters)
+        rows.notes.append(f"model.adapters: this adapter belongs on the model with {merged} merged into it")
     arguments = trainer_arguments(run, validated="validation" in encoded, max_length=max_length)
     return Prepared(run, task, place, config, processor, rows, encoded, max_length, config_of_adapter, arguments)
 

@@ -48,6 +48,7 @@ def train(
     overwrite: bool = False,
     command: str = "",
     also: Sequence[str] = (),
+    further: Mapping[str, Any] | None = None,
     measure: Measure | None = None,
     callbacks: Sequence[TrainerCallback] = (),
     say: Callable[[str], None] = print,
@@ -61,6 +62,7 @@ def train(
         overwrite: delete an earlier run in the output folder first.
         command: how the run was started, for the model card.
         also: further splits whose rows are measured after training, such as "train".
+        further: rows of other runs, as the trainer takes them, that are measured after training too; by a name.
         measure: takes the place of `evaluate` before and after training, to look at more than it returns.
         callbacks: further callbacks of the trainer.
         say: takes each sentence for the reader (on the main process only).
@@ -120,7 +122,7 @@ def train(
         trainer.add_callback(metrics_file)
     state.wait_for_everyone()
 
-    split, measured = _measured_split(prepared)
+    split, measured = measured_split(prepared)
     first = _MeasureFirst(lambda: measure(trainer, split or "", measured))
     if checkpoint:
         first.scores = _recorded(output / "metrics.jsonl", split, prepared.task)
@@ -143,7 +145,8 @@ def train(
     after = measure(trainer, split, measured) if split else {}
     if metrics_file is not None:
         metrics_file.close()
-    others = {name: measure(trainer, name, prepared.for_trainer(name)) for name in also if rows[name] is not None}
+    others = {name: prepared.for_trainer(name) for name in also if rows[name] is not None} | dict(further or {})
+    others = {name: measure(trainer, name, found) for name, found in others.items()}
 
     drop_reference(adapted)
     best = trainer.state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
@@ -228,7 +231,7 @@ def _silent(sentence: str) -> None:
     pass
 
 
-def _measured_split(prepared: Prepared) -> tuple[str | None, Any]:
+def measured_split(prepared: Prepared) -> tuple[str | None, Any]:
     """The rows for the scores before and after: test, else validation (which also chose the checkpoint), else none."""
     split = next((name for name in ("test", "validation") if prepared.rows[name] is not None), None)
     return split, prepared.for_trainer(split) if split else None
