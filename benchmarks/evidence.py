@@ -31,7 +31,12 @@ TASKS = {
     "classification": "all-MiniLM-L6-v2 learns the sentiment of film reviews",
     "phonemes": "SmolLM2-135M learns to read words aloud",
     "optimisers": "Optimisers for pairs of factors: all-MiniLM-L6-v2 and the film reviews again",
+    "capacity-1": "Where capacity matters: reading words aloud at the budget of LoRA r = 1",
+    "capacity-2": "Where capacity matters: reading words aloud at the budget of LoRA r = 2",
+    "capacity-8": "Where capacity matters: reading words aloud at the budget of LoRA r = 8",
 }
+#: About four hours each on 2 cores, so they run by `--only` alone; the page says where one has not been run.
+LONG = ("capacity-1", "capacity-2", "capacity-8")
 EARLIER = RESULTS / "evidence.jsonl"
 
 
@@ -40,7 +45,7 @@ def main() -> None:
     parser.add_argument("--page", action="store_true", help="write the page from the lines that are there")
     parser.add_argument("--only", choices=TASKS, help="run this one alone")
     arguments = parser.parse_args()
-    tasks = [arguments.only] if arguments.only else list(TASKS)
+    tasks = [arguments.only] if arguments.only else [name for name in TASKS if name not in LONG]
     for name in tasks if not arguments.page else []:
         file = load(HERE / f"evidence-{name}.yaml")
         out = compare(file, workers=2, command=f"rankfold compare benchmarks/evidence-{name}.yaml --workers 2")
@@ -58,6 +63,8 @@ def page() -> str:
         path = RESULTS / f"evidence-{name}.jsonl"
         if path.exists():
             parts.append(section(name, title, path))
+        elif name in LONG:
+            parts.append(not_run(name, title))
     return "\n".join([*parts, earlier()])
 
 
@@ -67,10 +74,8 @@ def section(name: str, title: str, path: Path) -> str:
     # Not load(), which would ask for CoRA's basis, and the page needs the committed lines alone
     file: dict[str, Any] = yaml.safe_load((HERE / f"evidence-{name}.yaml").read_text(encoding="utf-8"))
     steps, batch = file["training"]["max_steps"], file["training"]["batch_size"]
-    rates, seeds, search = (", ".join(f"{x:g}" for x in file[key]) for key in ("rates", "seeds", "search_seeds"))
-    own = {m["label"]: m["rates"] for m in file["methods"] if "rates" in m}
-    if own:
-        rates = "; ".join(f"{label} {', '.join(f'{x:g}' for x in tried)}" for label, tried in own.items())
+    seeds, search = (", ".join(f"{x:g}" for x in file[key]) for key in ("seeds", "search_seeds"))
+    rates = rates_tried(file, found)
     versions = ", ".join(f"{k} {v}" for k, v in next(line.versions for line in lines if line.versions).items())
     return f"""## {title}
 
@@ -81,7 +86,7 @@ seed {search}), seeds {seeds}. {len(lines)} trials, {len(found.failures)} of the
 
 {table(found)}
 
-{"".join(f"* {warning}{chr(10)}" for warning in found.warnings)}
+{errors(name)}{"".join(f"* {warning}{chr(10)}" for warning in found.warnings)}
 *Trained*: parameters of the adapter that the optimiser changes. *Kept*: Σ rank·(in + out) of the components left after training, which a served LoRA without padding
 needs. Made with {versions}.
 """
@@ -97,6 +102,46 @@ def table(found: Analysis) -> str:
             f"| {c.name} | {c.rate:g} | {wording.number(c.test, n)} | {wording.between(c.interval, n)} | {each} | {numbers[0]} | {numbers[1]} | {wording.against(found, c)} |"
         )
     return "\n".join(rows)
+
+
+def rates_tried(file: dict[str, Any], found: Analysis) -> str:
+    """The grid of all contenders, or each one's where they have their own or found them."""
+    own = {m["label"]: ", ".join(f"{x:g}" for x in m["rates"]) for m in file["methods"] if "rates" in m}
+    if not isinstance(file["rates"], list):
+        own = {c.name: wording.grid(c.sensitivity) for c in found.contenders}
+    return "; ".join(f"{label} {tried}" for label, tried in own.items()) or ", ".join(f"{x:g}" for x in file["rates"])
+
+
+def errors(name: str) -> str:
+    """Phoneme error beside loss and token accuracy, on the same words; nothing where they have not been measured."""
+    path = RESULTS / f"evidence-{name}-errors.jsonl"
+    if not path.exists():
+        return ""
+    lines: list[dict[str, Any]] = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    rows = [f"On {lines[0]['words']:,} test words (`benchmarks/phoneme_errors.py`), mean over seeds; the phonemes are decoded greedily:\n", "| contender | seeds | phoneme error | each seed | loss | token accuracy |", "|---|---|---|---|---|---|"]  # fmt: skip
+    means = {
+        label: [line for line in lines if line["label"] == label] for label in dict.fromkeys(t["label"] for t in lines)
+    }
+    for label, some in sorted(means.items(), key=lambda pair: statistics.mean(t["phoneme_error"] for t in pair[1])):
+        error, loss, right = (
+            statistics.mean(t[key] for t in some) for key in ("phoneme_error", "loss", "token_accuracy")
+        )
+        each = ", ".join(f"{t['phoneme_error']:.4f}" for t in some)
+        rows.append(f"| {label} | {len(some)} | {error:.4f} | {each} | {loss:.4f} | {right:.4f} |")
+    return "\n".join(rows) + "\n\n"
+
+
+def not_run(name: str, title: str) -> str:
+    file: dict[str, Any] = yaml.safe_load((HERE / f"evidence-{name}.yaml").read_text(encoding="utf-8"))
+    methods, steps, batch = len(file["methods"]), file["training"]["max_steps"], file["training"]["batch_size"]
+    more = len(file["seeds"]) - len(file["search_seeds"])
+    least, most = methods * (3 * len(file["search_seeds"]) + more), methods * (6 * len(file["search_seeds"]) + more)
+    return f"""## {title}
+
+**Not run yet.** `rankfold compare benchmarks/evidence-{name}.yaml --workers 2` runs {methods} contenders at a budget of {file["budget"]:,} trained parameters, {steps} steps of {batch}
+each: {least} to {most} trials, by how far `rates: auto` has to go. A trial of 50 such steps took 190 s on one core (`results/evidence-phonemes.jsonl`), half of it in steps; at about 400 s per trial,
+expect {least * 400 / 2 / 3600:.0f} to {most * 400 / 2 / 3600:.0f} hours on two cores, in as many pieces as you like. Then `benchmarks/phoneme_errors.py {name.rpartition("-")[2]}` adds the phoneme error.
+"""
 
 
 def earlier() -> str:
