@@ -32,7 +32,13 @@ TASKS = {
     "phonemes": "SmolLM2-135M learns to read words aloud",
     "optimisers": "Optimisers for pairs of factors: all-MiniLM-L6-v2 and the film reviews again",
     "chains": "Chains beside LoRA: all-MiniLM-L6-v2 and the film reviews again",
+    "structures": "Few examples: all-MiniLM-L6-v2 and 160 film reviews",
+    "capacity-1": "Where capacity matters: reading words aloud at the budget of LoRA r = 1",
+    "capacity-2": "Where capacity matters: reading words aloud at the budget of LoRA r = 2",
+    "capacity-8": "Where capacity matters: reading words aloud at the budget of LoRA r = 8",
 }
+#: About four hours each on 2 cores, so they run by `--only` alone; the page says where one has not been run.
+LONG = ("capacity-1", "capacity-2", "capacity-8")
 #: What is written on the page of a method or an optimiser lies between these; a page without them stays as it is.
 BEGIN, END = "<!-- measured: written by `python benchmarks/evidence.py --page` -->\n", "<!-- end of measured -->\n"
 EARLIER = RESULTS / "evidence.jsonl"
@@ -43,7 +49,7 @@ def main() -> None:
     parser.add_argument("--page", action="store_true", help="write the page from the lines that are there")
     parser.add_argument("--only", choices=TASKS, help="run this one alone")
     arguments = parser.parse_args()
-    tasks = [arguments.only] if arguments.only else list(TASKS)
+    tasks = [arguments.only] if arguments.only else [name for name in TASKS if name not in LONG]
     for name in tasks if not arguments.page else []:
         file = load(HERE / f"evidence-{name}.yaml")
         out = compare(file, workers=2, command=f"rankfold compare benchmarks/evidence-{name}.yaml --workers 2")
@@ -73,7 +79,11 @@ def page(results: Path, analyses: dict[str, Analysis]) -> str:
         "# Evidence: the methods on real tasks\n\nWritten by `python benchmarks/evidence.py --page` from the lines in `benchmarks/results/`; nothing here "
         "is typed by hand. How the intervals are made: [statistics](statistics.md).\n"
     ]
-    parts += [section(name, found, read(results / f"evidence-{name}.jsonl")) for name, found in analyses.items()]
+    for name in TASKS:
+        if name in analyses:
+            parts.append(section(name, analyses[name], read(results / f"evidence-{name}.jsonl")))
+        elif name in LONG:
+            parts.append(not_run(name))
     return "\n".join([*parts, earlier()])
 
 
@@ -85,10 +95,8 @@ def settings(name: str) -> dict[str, Any]:
 def section(name: str, found: Analysis, lines: list[TrialLine]) -> str:
     file = settings(name)
     steps, batch = file["training"]["max_steps"], file["training"]["batch_size"]
-    rates, seeds, search = (", ".join(f"{x:g}" for x in file[key]) for key in ("rates", "seeds", "search_seeds"))
-    own = {m["label"]: m["rates"] for m in file["methods"] if "rates" in m}
-    if own:
-        rates = "; ".join(f"{label} {', '.join(f'{x:g}' for x in tried)}" for label, tried in own.items())
+    seeds, search = (", ".join(f"{x:g}" for x in file[key]) for key in ("seeds", "search_seeds"))
+    rates = rates_tried(file, found)
     versions = ", ".join(f"{k} {v}" for k, v in next(line.versions for line in lines if line.versions).items())
     budget = file["budget"]
     size = (
@@ -105,7 +113,7 @@ seed {search}), seeds {seeds}. {len(lines)} trials, {len(found.failures)} of the
 
 {table(found)}
 
-{"".join(f"* {warning}{chr(10)}" for warning in found.warnings)}
+{errors(name)}{"".join(f"* {warning}{chr(10)}" for warning in found.warnings)}
 *Trained*: parameters of the adapter that the optimiser changes. *Kept*: Σ rank·(in + out) of the components left after training, which a served LoRA without padding
 needs. Made with {versions}.
 """
@@ -170,6 +178,46 @@ def against(found: Analysis, c: Contender, other: str | None) -> str:
         return "reference" if c.name == other else wording.NOTHING
     interval = f" ({wording.between(d.interval, n, sign=True)})" if d.interval else ""
     return f"{wording.signed(d.value, n)}{interval}, {d.verdict}"
+
+
+def rates_tried(file: dict[str, Any], found: Analysis) -> str:
+    """The grid of all contenders, or each one's where they have their own or found them."""
+    own = {m["label"]: ", ".join(f"{x:g}" for x in m["rates"]) for m in file["methods"] if "rates" in m}
+    if not isinstance(file["rates"], list):
+        own = {c.name: wording.grid(c.sensitivity) for c in found.contenders}
+    return "; ".join(f"{label} {tried}" for label, tried in own.items()) or ", ".join(f"{x:g}" for x in file["rates"])
+
+
+def errors(name: str) -> str:
+    """Phoneme error beside loss and token accuracy, on the same words; nothing where they have not been measured."""
+    path = RESULTS / f"evidence-{name}-errors.jsonl"
+    if not path.exists():
+        return ""
+    lines: list[dict[str, Any]] = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    rows = [f"On {lines[0]['words']:,} test words (`benchmarks/phoneme_errors.py`), mean over seeds; the phonemes are decoded greedily:\n", "| contender | seeds | phoneme error | each seed | loss | token accuracy |", "|---|---|---|---|---|---|"]  # fmt: skip
+    means = {
+        label: [line for line in lines if line["label"] == label] for label in dict.fromkeys(t["label"] for t in lines)
+    }
+    for label, some in sorted(means.items(), key=lambda pair: statistics.mean(t["phoneme_error"] for t in pair[1])):
+        error, loss, right = (
+            statistics.mean(t[key] for t in some) for key in ("phoneme_error", "loss", "token_accuracy")
+        )
+        each = ", ".join(f"{t['phoneme_error']:.4f}" for t in some)
+        rows.append(f"| {label} | {len(some)} | {error:.4f} | {each} | {loss:.4f} | {right:.4f} |")
+    return "\n".join(rows) + "\n\n"
+
+
+def not_run(name: str) -> str:
+    file = settings(name)
+    methods, steps, batch = len(file["methods"]), file["training"]["max_steps"], file["training"]["batch_size"]
+    more = len(file["seeds"]) - len(file["search_seeds"])
+    least, most = methods * (3 * len(file["search_seeds"]) + more), methods * (6 * len(file["search_seeds"]) + more)
+    return f"""## {TASKS[name]}
+
+**Not run yet.** `rankfold compare benchmarks/evidence-{name}.yaml --workers 2` runs {methods} contenders at a budget of {file["budget"]:,} trained parameters, {steps} steps of {batch}
+each: {least} to {most} trials, by how far `rates: auto` has to go. A trial of 50 such steps took 190 s on one core (`results/evidence-phonemes.jsonl`), half of it in steps; at about 400 s per trial,
+expect {least * 400 / 2 / 3600:.0f} to {most * 400 / 2 / 3600:.0f} hours on two cores, in as many pieces as you like. Then `benchmarks/phoneme_errors.py {name.rpartition("-")[2]}` adds the phoneme error.
+"""
 
 
 def earlier() -> str:

@@ -123,11 +123,11 @@ def page(found: dict[str, Any]) -> str:
         if row["label"] != "LoRA (PEFT)"
     )
     return f"""{BEGIN}
-| method, α = 16 | what its first steps move | ten steps go, L = {DEPTHS[0]} | L = {DEPTHS[1]} | first rate, L = {DEPTHS[0]} | L = {DEPTHS[1]} |
+| method, α = 16 | what its first steps move | twenty steps go, L = {DEPTHS[0]} | L = {DEPTHS[1]} | first rate, L = {DEPTHS[0]} | L = {DEPTHS[1]} |
 |---|---|---|---|---|---|
 {rows}
 
-*Ten steps go*: ‖ΔW‖ after ten steps at {found["lora_rate"]:g}, over LoRA's with r = 8. L: layers that share a pool. With LoRA, r = 8 and L = {DEPTHS[0]}, the optimisers begin at:
+*Twenty steps go*: ‖ΔW‖ after twenty steps at {found["lora_rate"]:g}, over LoRA's with r = 8. L: layers that share a pool. With LoRA, r = 8 and L = {DEPTHS[0]}, the optimisers begin at:
 {optimizers}.
 
 The rule against the comparisons in `benchmarks/results/`, from LoRA's best rate in each (validation of seed 0; "or more": the highest rate tried, "or less": the lowest):

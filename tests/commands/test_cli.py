@@ -210,6 +210,8 @@ def test_init(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     path = tmp_path / "new.yaml"
     assert cli.main(["init", str(path), "--task", "causal-lm", "--method", "lora"]) == 0
     assert cli.main(["validate", str(path)]) == 0
+    assert "training.learning_rate is 0.002, a first rate for this method and scale" in capsys.readouterr().out
+    assert "learning_rate: 0.002" in path.read_text()
     assert cli.main(["init", str(path)]) == 1
     assert "exists; give another name or --force" in capsys.readouterr().err
     assert cli.main(["init", str(path), "--force"]) == 0

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 from dataclasses import replace
 
-from synthetic import METHODS, lines
+from rich.console import Console
+from synthetic import METHODS, Method, lines
 
 from rankfold.compare import wording
 from rankfold.compare.statistics import analyse
+from rankfold.compare.table import show
 
 
 def test_zero_has_no_minus() -> None:
@@ -25,3 +28,22 @@ def test_a_tie_names_all_that_share_the_best_value() -> None:
     assert " have the highest test accuracy, 0.8000 each; " in said
     assert f"each; {best} (" in said
     assert all(name in said for name in others)
+
+
+def test_what_chains_and_boosters_train_at_a_time():
+    methods = (Method("LoRA", "lora"), Method("COLA", "cola"), Method("XGBLoRA", "xgblora"))
+    live = {"COLA": 338_000, "XGBLoRA": 112_000}
+    found = [
+        replace(t, parameters=t.parameters | ({"live": live[t.label]} if t.label in live else {}))
+        for t in lines(methods, rates=(2e-3,), seeds=(0,), rows=40)
+    ]
+    lora, cola, boosted = analyse(found).contenders
+    assert (lora.live, wording.at_a_time(lora)) == (None, "")
+    assert (cola.live, wording.at_a_time(cola)) == (338_000, "at a time")
+    assert wording.at_a_time(boosted) == "at most 112,000 at a time"
+    console = Console(width=160, record=True, file=io.StringIO())
+    console.print(show(analyse(found)))
+    text = console.export_text()
+    assert "112k of 338k" in text
+    assert "XGBLoRA trains 112,000 parameters at a time, at most; kept: what its links add up to" in text
+    assert "do not have one budget: 112,000 to 338,000" in text

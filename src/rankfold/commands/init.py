@@ -22,17 +22,23 @@ class Options(CommonOptions):
 
 def run(options: Options) -> int:
     from rankfold.compare.template import template as compare_template
+    from rankfold.plan.starter import learning_rate
     from rankfold.runfile.imports import seen_from
     from rankfold.runfile.template import template
 
     path = Path(options.run_file)
     if path.exists() and not options.force:
         raise FileExistsError(f"'{path}' exists; give another name or --force")
+    rate = None if options.compare else learning_rate(options.task, options.method)
     text = (
         compare_template(options.task)
         if options.compare
-        else template(options.task, options.method, seen_from(options.imports, path))
+        else template(options.task, options.method, seen_from(options.imports, path), rate)
     )
     path.write_text(text, encoding="utf-8")
+    if rate is not None:
+        print(
+            f"training.learning_rate is {rate:g}, a first rate for this method and scale (docs/comparing.md); tune it"
+        )
     print(f"wrote {path}; next: rankfold {'compare' if options.compare else 'train'} {path} --dry-run")
     return 0

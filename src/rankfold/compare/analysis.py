@@ -44,7 +44,8 @@ class Contender:
         test: mean over `seeds`, `deviation` their standard deviation (None for one seed).
         interval: 95 %, for this contender by itself; None where its seeds are too few for one.
         over: what the interval allows to come out otherwise. "rows" is for one seed alone: the one model on other rows.
-        trained, head, stored, folded: parameters; `kept` is the plain LoRA of the components left after training.
+        trained, head, stored, folded: parameters; `kept` is the plain LoRA of the components left after training, of a chain all its links.
+        live: trained at a time, at most, where links or boosters follow each other; else None.
         front_trained, front_kept: whether no other has a better test metric with fewer parameters.
         seconds: in optimiser steps.
         config: the method's fields; `training` the optimiser and its options, where they are its own.
@@ -66,6 +67,7 @@ class Contender:
     interval: tuple[float, float] | None
     over: Over
     trained: float | None
+    live: float | None
     head: float | None
     stored: float | None
     folded: float | None

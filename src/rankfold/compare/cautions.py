@@ -59,7 +59,7 @@ def cautions(analysis: Analysis, lines: Sequence[TrialLine], trials: Sequence[Tr
             f"The scores of the test rows do not make up {analysis.metric} (or are missing): what other test rows would "
             "change is not in the intervals."
         )
-    trained = [c.trained for c in analysis.contenders if c.trained]
+    trained = [count for c in analysis.contenders if (count := c.live or c.trained)]
     if trained and max(trained) > 1.05 * min(trained):
         found.append(
             f"The contenders do not have one budget: {min(trained):,.0f} to {max(trained):,.0f} trained parameters."

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from rankfold.compare.file import THIRDS, CompareFile, ContenderSpec, Extension, Place, SameAs, number, with_targets
 from rankfold.compare.rates import RateGrid, given
 from rankfold.errors import RankfoldError
-from rankfold.plan.first_rate import LAYERS, first_rate
+from rankfold.plan.first_rate import LAYERS, first_rate, lora_rate_of
 from rankfold.plan.match import solve
 from rankfold.runfile.checks import peft_config
 from rankfold.runfile.methods import config_fields
@@ -164,7 +164,7 @@ class _Bench:
             text = self.prepared.config.get_text_config()
             self.first_rates[key] = first_rate(
                 peft_config(run),
-                lora_rate=self.prepared.task.start["training"]["learning_rate"],
+                lora_rate=lora_rate_of(self.file.task),
                 layers=getattr(text, "num_hidden_layers", None) or LAYERS,
                 optimizer=run.training.optimizer,
                 options=run.training.optimizer_options,

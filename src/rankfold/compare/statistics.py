@@ -81,7 +81,7 @@ def analyse(lines: Sequence[TrialLine], *, reference: str | None = None) -> Anal
                 over=over,
                 **{
                     key: _mean(finished, lambda t, key=key: t.parameters.get(key))
-                    for key in ("trained", "head", "stored", "folded", "folded_rank")
+                    for key in ("trained", "live", "head", "stored", "folded", "folded_rank")
                 },
                 kept=_mean(finished, lambda t: t.kept),
                 front_trained=False,

@@ -8,7 +8,13 @@ from rich.text import Text
 
 from rankfold import text
 from rankfold.compare import wording as say
-from rankfold.compare.analysis import Analysis
+from rankfold.compare.analysis import Analysis, Contender
+
+
+def _trained(c: Contender) -> str:
+    if c.trained is None:
+        return say.NOTHING
+    return say.short(c.trained) if c.live in (None, c.trained) else f"{say.short(c.live)} of {say.short(c.trained)}"
 
 
 def show(analysis: Analysis) -> Group:
@@ -31,13 +37,21 @@ def show(analysis: Analysis) -> Group:
             say.number(c.test, n),
             say.between(c.interval, n),
             f"{len(c.seeds)}{failed}",
-            say.short(c.trained) if c.trained is not None else say.NOTHING,
+            _trained(c),
             say.short(c.kept) if c.kept is not None else say.NOTHING,
             say.against(analysis, c),
         )
     parts: list[RenderableType] = [Text(say.answer(analysis)), Text("")]
     if analysis.contenders:
         parts.append(table)
+    parts += [
+        Text(
+            f"{c.name} trains {say.count(c.live)} parameters at a time, at most; kept: what its links add up to",
+            style="dim",
+        )
+        for c in analysis.ranked
+        if c.live is not None
+    ]
     searched = [c for c in analysis.ranked if c.sensitivity.added is not None]
     parts += [Text(f"rates tried with {c.name}: {say.grid(c.sensitivity)}", style="dim") for c in searched]
     parts += [Padding(Text(f"! {warning}"), (1, 0, 0, 0)) for warning in analysis.warnings]

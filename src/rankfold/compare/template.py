@@ -24,8 +24,9 @@ targets: all-linear
 #   last: {layers: last third}
 #   attention: {target_modules: [query, key, value]}
 
-# Learning rates to try with every contender. Validation chooses; test is only reported.
-rates: [1e-3, 2e-3, 5e-3]
+# Learning rates to try. Validation chooses; test is only reported. auto begins at a first rate for each method and scale, and adds
+# rates until the best one lies inside. Or a list for every contender, or for one: {name: ..., rates: [1e-3, 2e-3, 5e-3]}.
+rates: auto
 seeds: [0, 1, 2]                            # at least three: with fewer, no difference can be shown
 
 # grid runs every rate with every seed. Cheaper:

@@ -39,7 +39,7 @@ class TrialLine:
         items: one score per test row, in the order of the rows.
         weights: of the items, so that their weighted mean is `test`; None for equal ones.
         curve: {"loss": [[step, value], ...], "validation": [[step, value], ...]}.
-        parameters: trained, head, stored, folded, folded_rank.
+        parameters: trained, head, stored, folded, folded_rank; live: those trained at a time, where links or boosters follow each other.
         kept: parameters of the plain LoRA that holds just the components left after training, Σ rank·(in + out).
         ranks: by module, after training.
         seconds: in all optimiser steps; evaluation does not count. Of a trial that was resumed, from the time of a step

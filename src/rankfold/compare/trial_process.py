@@ -111,6 +111,7 @@ def measure(line: TrialLine, folder: Path, until: float) -> TrialLine:
     test = found.get("test")
     made = result.steps - (result.resumed_at or 0)
     parameters = {"trained": result.adapter, "head": result.head, "stored": result.stored}
+    parameters |= {} if result.live is None else {"live": result.live}
     return replace(
         line,
         status="done",

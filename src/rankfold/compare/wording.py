@@ -36,6 +36,13 @@ def count(value: float | None) -> str:
     return NOTHING if value is None else f"{value:,.0f}"
 
 
+def at_a_time(c: Contender) -> str:
+    """What is trained at a time, where links or boosters follow each other, as "at most 56,320 at a time"; else ""."""
+    if c.live is None:
+        return ""
+    return "at a time" if c.live == c.trained else f"at most {count(c.live)} at a time"
+
+
 def short(value: float) -> str:
     """A number of parameters for an axis, as "338k" or "1.2M"."""
     for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -212,6 +213,18 @@ class LowRankConfig(PeftConfig, metaclass=LoraFields):
     def at_the_end(self) -> Self | None:
         """For a method whose ranks fall, a copy with the ranks of the end, spread evenly; else None."""
         return None
+
+    def live(self, sizes: Mapping[str, int]) -> int | None:
+        """The most parameters that are trained at a time, for a method that trains one part after another; else None.
+
+        Args:
+            sizes: trained parameters of each adapter, by module.
+        """
+        return None
+
+    def parts(self) -> int | None:
+        """How many such parts add up in the end; 1 for most methods, None where the length of the run decides."""
+        return 1
 
     def ranks(self) -> dict[str, int]:
         """The rank settings, defaults resolved, as a run file writes them."""

@@ -10,7 +10,7 @@ import hashlib
 import itertools
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Generic, Literal, TypeVar
 
@@ -95,6 +95,12 @@ class ChainConfig(LowRankConfig):
         config = cls(**fields)
         vars(config)["planned_links"] = (expected_links(config) or 1) - 1
         return config
+
+    def live(self, sizes: Mapping[str, int]) -> int | None:
+        return sum(sizes.values())
+
+    def parts(self) -> int | None:
+        return expected_links(self)
 
 
 def expected_links(config: ChainConfig) -> int | None:

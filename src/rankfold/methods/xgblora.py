@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, ClassVar
@@ -49,6 +50,16 @@ class XgbLoraConfig(ChainConfig):
     note: ClassVar[str | None] = (
         "counted with one booster of every layer; one trains layers_drawn of them, and all of them add up"
     )
+
+    def drawn(self, layers: int) -> int:
+        """L_s where so many layers have a target module."""
+        return self.layers_drawn or max(round(layers / 3), 1)
+
+    def live(self, sizes: Mapping[str, int]) -> int | None:
+        blocks: Counter[str] = Counter()
+        for module, size in sizes.items():
+            blocks[block_of(module)] += size
+        return sum(size for _, size in blocks.most_common(self.drawn(len(blocks))))
 
     @classmethod
     def fields_at(cls, r: int) -> dict[str, int]:
@@ -86,7 +97,7 @@ class XgbLoraController(ChainController[XgbLora, XgbLoraConfig]):
     def __init__(self, config: XgbLoraConfig, adapters: Sequence[XgbLora], total_steps: int | None) -> None:
         super().__init__(config, adapters, total_steps)
         self.layers = list(dict.fromkeys(block_of(a.site.name) for a in self.adapters))
-        self.count = config.layers_drawn or max(round(len(self.layers) / 3), 1)
+        self.count = config.drawn(len(self.layers))
         if self.count > len(self.layers):
             raise RankfoldError(
                 f"XgbLoraConfig: layers_drawn={self.count} exceeds the {len(self.layers)} layers that have a target module; choose "

@@ -36,6 +36,8 @@ class Cost:
         flops: the adapter's matrix products for one token over the base's, forward, and with backward; None where
             they could not be counted (flops.py says what is).
         trained_at_end: `trained` at the target ranks of a method whose ranks fall, spread evenly; else None.
+        live: of `trained`, at most so many at a time, where a method trains one part after another; else None.
+        cumulative: of all such parts in the file in the end, before any re-factoring; None where the length of the run decides.
         notes: what its reader should know.
     """
 
@@ -46,6 +48,8 @@ class Cost:
     fold: Fold | str
     flops: tuple[float, float] | None
     trained_at_end: int | None = None
+    live: int | None = None
+    cumulative: int | None = None
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -74,17 +78,21 @@ def cost(base: nn.Module, config: PeftConfig, optimizer: PlannedOptimizer | None
     saved = _saved(model)
     fold, added, whole = forecast(model), adapter_flops(model), base_flops(base)
     end = at_the_end(config)
+    stored = sum(t.numel() for t in saved.values())
+    known = spent.live is not None and isinstance(config, LowRankConfig) and config.parts() is not None
     notes = [found] if (found := in_words(unreached(model))) else []
     if added is None:
         notes.append("its operations could not be counted without values")
     return Cost(
         trained=spent.adapter,
         head=spent.head,
-        stored=sum(t.numel() for t in saved.values()),
+        stored=stored,
         optimizer_bytes=spent.memory(state_bytes)["optimiser"],
         fold=fold,
         flops=(added[0] / whole, added[1] / (2 * whole)) if added and whole else None,
         trained_at_end=None if end is None else trained(base, end),
+        live=spent.live,
+        cumulative=stored - spent.head if known else None,
         notes=notes,
     )
 

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import yaml
+from peft import PeftConfig
 
 from rankfold.plan.base_facts import BaseFacts
 from rankfold.plan.cost import Cost
@@ -24,6 +25,8 @@ class Row:
         ranks: its rank settings in a few letters.
         cost: None where it cannot run or cannot meet the budget, and `reason` says why.
         share: of the budget, if there is one.
+        config: where it can run, with its ranks.
+        first_rate: a learning rate to begin with, where `lora_rate` is LoRA's; None where it was not asked or cannot be measured.
     """
 
     label: str
@@ -33,13 +36,18 @@ class Row:
     share: float | None = None
     reason: str | None = None
     notes: list[str] = field(default_factory=list)
+    config: PeftConfig | None = None
+    first_rate: float | None = None
+    lora_rate: float | None = None
 
     def run_file(self) -> str:
-        """The section `method:` of a run file."""
+        """The section `method:` of a run file, and the learning rate to begin with."""
         lines = yaml.safe_dump({"method": self.method}, sort_keys=False, width=120)
         for key, (value, help) in _still_needed(self.method["name"]).items():
             if key not in self.method:
                 lines += f"  {key}: {value}  # {help}\n"
+        if self.first_rate is not None:
+            lines += f"# training.learning_rate {self.first_rate:g} to begin with, where LoRA's at alpha/r = 2 is {self.lora_rate:g}\n"
         return lines
 
     def to_dict(self) -> dict[str, Any]:
@@ -49,6 +57,8 @@ class Row:
             known = {
                 "trained": c.trained,
                 "trained_at_end": c.trained_at_end,
+                "live": c.live,
+                "cumulative": c.cumulative,
                 "head": c.head,
                 "stored": c.stored,
                 "optimizer_bytes": c.optimizer_bytes,
@@ -58,7 +68,13 @@ class Row:
                 "serve": fold and {"rank": fold.served, "vllm": fold.flag},
                 "no_fold": None if fold else c.fold,
             }
-        about = {"label": self.label, "method": self.method, "share": self.share, "reason": self.reason}
+        about = {
+            "label": self.label,
+            "method": self.method,
+            "share": self.share,
+            "reason": self.reason,
+            "first_rate": self.first_rate,
+        }
         return {**about, **known, "notes": self.notes, "run_file": self.run_file() if self.cost else None}
 
 

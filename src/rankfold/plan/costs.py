@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from peft import PeftConfig
 from torch import nn
@@ -14,6 +15,7 @@ from rankfold.plan.base_facts import describe
 from rankfold.plan.candidates import Candidate, chosen, parse
 from rankfold.plan.cost import cost, trained
 from rankfold.plan.cost_plan import CostPlan, Row
+from rankfold.plan.first_rate import LAYERS, first_rate, lora_rate_of
 from rankfold.plan.folding import Fold
 from rankfold.plan.match import match, parse_budget
 from rankfold.plan.meta import meta_model
@@ -73,6 +75,8 @@ def run_costs(
     if yardstick is not None:
         limit = trained(base, yardstick.with_rank(RANK).config(base, task, where))
     rows = [_row(base, c.with_rank(r or RANK), task, where, limit, planned) for c in candidates]
+    if methods:
+        rows = [_with_first_rate(row, base, task, planned) for row in rows]
     plan = CostPlan(model, task, describe(base), where, limit, rows, optimizer)
     if not any(row.cost for row in rows):
         raise RankfoldError(_none(rows, limit))
@@ -134,9 +138,31 @@ def _row(
         )
     if found.trained_at_end is not None:
         notes.append(f"its ranks fall: {found.trained_at_end:,} of its parameters are left at the target")
+    if found.live is not None:
+        end = "as many for each part that the run has time for" if found.cumulative is None else f"{found.cumulative:,}"
+        notes.append(f"live: at most {found.live:,} of its parameters are trained at a time; cumulative: {end}")
     if isinstance(config, LowRankConfig) and config.note:
         notes.append(config.note)
-    return Row(candidate.label, {**method, **named(config)}, in_words(config), found, share, notes=notes)
+    return Row(candidate.label, {**method, **named(config)}, in_words(config), found, share, notes=notes, config=config)
+
+
+def _with_first_rate(row: Row, base: nn.Module, task: str | None, optimizer: PlannedOptimizer | None) -> Row:
+    """The row with a learning rate to begin with, where the method's steps can be measured."""
+    if row.config is None:
+        return row
+    lora_rate = lora_rate_of(task)
+    text = base.config.get_text_config()  # pyright: ignore[reportCallIssue]
+    try:
+        rate = first_rate(
+            row.config,
+            lora_rate=lora_rate,
+            layers=getattr(text, "num_hidden_layers", None) or LAYERS,
+            optimizer=optimizer.row.name if optimizer else "adamw_torch",
+            options=optimizer.options if optimizer else {},
+        )
+    except RankfoldError:
+        return row
+    return replace(row, first_rate=rate, lora_rate=lora_rate)
 
 
 def _solvable(config: PeftConfig) -> bool:

@@ -1,6 +1,6 @@
 """A first learning rate for a method, from how far its steps go compared with LoRA's.
 
-OUR INTERPRETATION, of no paper: a search starts where ten steps of the optimiser move the update as far, in the Frobenius norm, as ten of
+OUR INTERPRETATION, of no paper: a search starts where twenty steps of the optimiser move the update as far, in the Frobenius norm, as twenty of
 AdamW move that of LoRA with r = 8 and α/r = 2 at LoRA's own rate. Scale, gates, first values, pools and the optimiser's rule all count,
 because real adapters take the steps: on square matrices, against one fixed random gradient each, in a stack as deep as the model.
 docs/comparing.md holds the rule against the rates that comparisons chose.
@@ -22,14 +22,20 @@ from rankfold.host.config import LowRankConfig
 from rankfold.methods.lora import PlainLoraConfig
 from rankfold.optim.create import create
 from rankfold.runfile.optimizers import row_of
+from rankfold.tasks import table
 
 #: Where nothing says how deep the model is, and what LoRA's rate is there.
 LAYERS, LORA_RATE = 12, 2e-3
-STEPS, WIDTH = 10, 64
+STEPS, WIDTH = 20, 64
 #: LoRA's settings that the others are held against.
 LORA_R, LORA_SCALE = 8, 2
 _PLACE = ("target_modules", "exclude_modules", "target_parameters", "modules_to_save", "layers_to_transform", "layers_pattern",
           "rank_pattern", "alpha_pattern", "trainable_token_indices")  # fmt: skip
+
+
+def lora_rate_of(task: str | None) -> float:
+    """LoRA's rate where the run file of `rankfold init` for a task has it; without one, `LORA_RATE`."""
+    return table.get(task).start["training"].get("learning_rate", LORA_RATE) if task else LORA_RATE
 
 
 def first_rate(

@@ -18,11 +18,12 @@ from rankfold.tasks import table
 WIDTH = 100
 
 
-def template(task: str, method: str, imports: Sequence[str] = ()) -> str:
+def template(task: str, method: str, imports: Sequence[str] = (), learning_rate: float | None = None) -> str:
     """The text of a run file for a task and a method.
 
     Args:
         imports: what registers the method, where it does not come with rankfold.
+        learning_rate: a first one for this method; by default the task's for LoRA.
 
     Raises:
         RankfoldError: no such task or method; the message names the nearest.
@@ -30,6 +31,7 @@ def template(task: str, method: str, imports: Sequence[str] = ()) -> str:
     start = table.get(task).start
     refuse(method)
     config = config_class(method)
+    training = start["training"] | ({} if learning_rate is None else {"learning_rate": learning_rate})
     return "\n".join(
         [
             "# rankfold train run.yaml              train            (--dry-run: print the plan only)",
@@ -46,7 +48,7 @@ def template(task: str, method: str, imports: Sequence[str] = ()) -> str:
             f"  name: {method}",
             *_method_fields(config, start["method"] | preset(method) | example(method)),
             "",
-            *_section("training", Training, start["training"]),
+            *_section("training", Training, training),
             "# Folder of this run: adapter, checkpoints, metrics, model card. Must not exist yet.",
             f"output: runs/{start['data']['source']}-{method.replace(':', '-')}",
             "",

@@ -20,6 +20,7 @@ class Budget:
         base: frozen.
         adapter: trained in the adapter.
         head: trained in full beside it (`modules_to_save`).
+        live: trained at a time, at most, where a method trains one part of the adapter after another; else None.
         base_bytes, trained_bytes: their memory as they are now.
     """
 
@@ -28,6 +29,7 @@ class Budget:
     head: int
     base_bytes: int
     trained_bytes: int
+    live: int | None = None
 
     @property
     def trainable(self) -> int:
@@ -55,7 +57,15 @@ def count(model: nn.Module) -> Budget:
         else:
             base_bytes += size
             base += 0 if ".original_module." in name else p.numel()  # the head's untouched copy is not a second head
-    return Budget(base, adapter, head, base_bytes, trained_bytes)
+    return Budget(base, adapter, head, base_bytes, trained_bytes, live(model))
+
+
+def live(model: nn.Module) -> int | None:
+    """Parameters that are trained at a time, at most; None where that is all of them."""
+    found = [a for m in model.modules() if isinstance(m, AdaptedLayer) for a in m.adapters(list(m.lowrank_adapters))]
+    if not found:
+        return None
+    return found[0].config.live({a.site.name: sum(p.numel() for p in a.parameters() if p.requires_grad) for a in found})
 
 
 def stored(adapter: Path) -> tuple[int, int]:

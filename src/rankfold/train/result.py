@@ -20,6 +20,7 @@ class TrainResult:
         measured_on: the split of `before` and `after`: test, else validation, else none (empty).
         others: by split, what else was measured after training.
         total, trainable, adapter, head: parameters; `head` is what is trained in full beside the adapter.
+        live: of `adapter`, trained at a time at most, where the method trains one part after another; else None.
         stored, stored_bytes: of the saved adapter.
         ranks, ranks_at_start: of all modules together, where the method changes them while it trains; else None.
         resumed_at: the step this session began with, or None for a run in one go.
@@ -57,6 +58,7 @@ class TrainResult:
     notes: list[str]
     command: str
     versions: dict[str, str]
+    live: int | None = None
 
     @property
     def adapter_path(self) -> Path:

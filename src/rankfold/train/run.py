@@ -171,6 +171,7 @@ def train(
             trainable=spent.trainable,
             adapter=spent.adapter,
             head=spent.head,
+            live=spent.live,
             stored=stored,
             stored_bytes=stored_bytes,
             ranks=ranks,
