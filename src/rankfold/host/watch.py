@@ -51,7 +51,11 @@ def _refuse_unscheduled(waiting: list[Any], held: dict[int, bool]) -> None:
 
 def _notice_dead(held: dict[int, bool]) -> None:
     """Names adapters whose module's weight is read past its forward (nn.MultiheadAttention's out_proj; peft#2200, #761)."""
-    own = {a: [held[id(p)] for p in a._parameters.values() if p is not None and id(p) in held] for a in list(_NEW) if not a.resting}
+    own = {
+        a: [held[id(p)] for p in a._parameters.values() if p is not None and id(p) in held]
+        for a in list(_NEW)
+        if not a.resting
+    }
     stepped = {a: any(grads) for a, grads in own.items() if grads}
     for adapter in stepped if any(stepped.values()) else ():
         _NEW.discard(adapter)
