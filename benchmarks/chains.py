@@ -33,6 +33,7 @@ from transformers import LlamaConfig, LlamaModel
 
 from rankfold import ColaConfig, PlainLoraConfig, RacLoraConfig, XgbLoraConfig, attach
 from rankfold.kernel.factors import Factors
+from rankfold.methods.chain import Chain
 
 RESULTS = Path(__file__).parent / "results" / "chains.json"
 SHAPE: dict[str, Any] = {
@@ -78,8 +79,8 @@ class Steps:
     def with_layer(self, layer: int) -> Steps:
         attach(self.model, self.optimizer)
         for name, module in self.model.named_modules():
-            if hasattr(module, "set_drawn"):
-                module.set_drawn(f".layers.{layer}." in name)
+            if isinstance(module, Chain):
+                module.resting = f".layers.{layer}." not in name
         return self
 
     def frozen_rank(self) -> int:

@@ -133,10 +133,10 @@ def table(found: Analysis) -> str:
 
 def measured(name: str, found: Analysis, path: Path) -> str:
     """What came out for the method or optimiser that `path` is the page of, beside the plain LoRAs; "" where it took no part."""
-    own = [c for c in found.ranked if page_of(c) == (path.parent.name, path.stem)]
     plain = [c for c in found.ranked if page_of(c) == ("methods", "lora")]
     plain.sort(key=lambda c: c.name != found.reference)
-    if not own or own == plain:
+    own = [c for c in found.ranked if c not in plain and page_of(c) == (path.parent.name, path.stem)]
+    if not own:
         return ""
     file = settings(name)
     steps, batch, seeds = file["training"]["max_steps"], file["training"]["batch_size"], file["seeds"]

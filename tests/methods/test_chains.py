@@ -289,6 +289,34 @@ def test_links_are_recorded() -> None:
     assert attached.ranks() == {"default": {"a": 4, "b": 4}}
 
 
+@pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
+@chains
+def test_a_step_that_the_scaler_skips_ties_no_knot(made: Callable[[], ChainConfig], fused: bool) -> None:
+    """Scaled by a power of two, and with an overflow before step 3: the same bits as without a scaler."""
+
+    def scaled(overflow: bool) -> PeftModel:
+        model = adapted(made())
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05, fused=fused)
+        attached = attach(model, optimizer, total_steps=9)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=1000)
+        for step in range(9):
+            for bad in (True, False) if overflow and step == 3 else (False,):
+                optimizer.zero_grad()
+                loss: Any = scaler.scale(loss_at(model, step) * (float("inf") if bad else 1.0))
+                loss.backward()
+                scaler.step(optimizer)
+                scaler.update()
+        assert attached.controllers["default"].step == 9
+        return model
+
+    plain = adapted(made())
+    optimizer = torch.optim.AdamW([p for p in plain.parameters() if p.requires_grad], lr=0.05, fused=fused)
+    attach(plain, optimizer, total_steps=9)
+    train(plain, optimizer, range(9))
+    for model in (scaled(False), scaled(True)):
+        assert all(torch.equal(t, plain.state_dict()[k]) for k, t in model.state_dict().items())
+
+
 # How long a link is -----------------------------------------------------------------------------------------------------
 
 
@@ -393,6 +421,54 @@ def test_links_are_compacted_exactly() -> None:
     # 6×8 and 8×5 matrices: full rank, and what has come since
     assert all(a.frozen_rank <= min(a.site.in_features, a.site.out_features) + 3 for a in adapters(with_limit))
     assert 0 < with_limit.peft_config["default"].schedule["error"] < 1e-6  # pyright: ignore[reportOptionalSubscript]
+
+
+def test_links_are_compacted_where_their_rank_passes_half_of_full_rank() -> None:
+    """By default: 6×8 and 8×5 matrices, so above 3 and above 2; and again one limit later. Nothing is lost but rounding."""
+    model = adapted(ColaConfig(r=1, link_steps=1))
+    controller: Any = attach(model, adamw(model)).controllers["default"]
+    torch.manual_seed(0)
+    for adapter, wanted in zip(adapters(model), ([4], [3, 5]), strict=True):
+        compacted, exact = [], torch.zeros(adapter.site.out_features, adapter.site.in_features)
+        for link in range(1, 6):
+            done = Factors(torch.randn(1, adapter.site.in_features), torch.randn(adapter.site.out_features, 1))
+            exact += done.delta()
+            controller.freeze(adapter, done)
+            assert adapter.frozen_rank == link
+            if not torch.equal(adapter.links_up[:, -1:], done.up):  # not the link that was added
+                compacted.append(link)
+            torch.testing.assert_close(adapter.links_up @ adapter.links_down, exact, rtol=1e-5, atol=1e-5)
+        assert compacted == wanted
+    assert 0 < controller.chain["error"] < 1e-6
+
+
+def test_no_update_is_lost_to_a_base_in_half_precision() -> None:
+    """200 links of which each is below the rounding of the weight: merged one after another, as published, most of them are gone."""
+    layer = nn.Linear(64, 64, bias=False).bfloat16()
+    nn.init.normal_(layer.weight, std=0.02)
+    model: Any = get_peft_model(
+        nn.Sequential(layer), ColaConfig(r=1, lora_alpha=1, target_modules=["0"], links_limit=300)
+    )  # pyright: ignore[reportArgumentType]
+    (adapter,) = adapters(model)
+    one_by_one, exact = layer.weight.detach().clone(), torch.zeros(64, 64, dtype=torch.float64)
+    for _ in range(200):
+        link = Factors(torch.randn(1, 64) / 64, 8e-4 * torch.randn(64, 1))
+        adapter.add_link(link)
+        exact += link.up.double() @ link.down.double()
+        one_by_one = (one_by_one.float() + link.delta()).to(torch.bfloat16)
+    adapter.down.data.zero_()
+
+    def error(found: Tensor) -> float:
+        return float((found.detach().double() - exact).norm() / exact.norm())
+
+    assert error(adapter.factors().delta()) < 1e-6
+    base = layer.weight.detach().double()
+    lost = error(one_by_one.double() - base)
+    assert lost > 0.5
+    model.base_model.merge_adapter()
+    assert error(model.base_model.model[0].base_layer.weight.double() - base) < 0.25 * lost  # one rounding in all
+    model.base_model.unmerge_adapter()
+    assert torch.equal(model.base_model.model[0].base_layer.weight.double(), base)
 
 
 def test_the_error_of_a_re_factoring_is_the_users_and_stated() -> None:

@@ -187,6 +187,40 @@ def test_folds_to_rank_2r_on_the_untouched_base(literal: bool, tmp_path: Any) ->
     torch.testing.assert_close(LLAMA.out(folded), LLAMA.out(model), rtol=1e-4, atol=1e-5)
 
 
+def test_the_literal_mode_in_float32_is_a_whole_adapter(tmp_path: Any) -> None:
+    """Its dense matrix is saved, copied, merged and unmerged with the factors, and switched off with them."""
+
+    def build() -> nn.Module:
+        torch.manual_seed(3)
+        return nn.Sequential(nn.Linear(7, 5))
+
+    config = DeltaLoraConfig(r=2, start_step=0, literal=True, target_modules=["0"])
+    model: Any = get_peft_model(build(), config)  # pyright: ignore[reportArgumentType]
+    layer = model.base_model.model[0]
+    x, base = X.float(), layer.base_layer.weight.detach().clone()
+    before = model(x)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    attach(model, optimizer, total_steps=4)
+    for _ in range(4):
+        optimizer.zero_grad()
+        (model(x) - T.float()).square().mean().backward()
+        optimizer.step()
+    assert layer.lowrank_adapters["default"].written.any()
+    assert torch.equal(layer.base_layer.weight, base)  # the base is never written
+    wanted = model.eval()(x).detach()
+    with model.disable_adapter():
+        torch.testing.assert_close(model(x), before)
+    model.save_pretrained(tmp_path)
+    again: Any = PeftModel.from_pretrained(build(), tmp_path)
+    assert torch.equal(again(x), wanted)
+    assert torch.equal(copy.deepcopy(model)(x), wanted)
+    again.base_model.merge_adapter()
+    torch.testing.assert_close(again(x), wanted)
+    again.base_model.unmerge_adapter()
+    assert torch.equal(again.base_model.model[0].base_layer.weight, base)
+    torch.testing.assert_close(again.merge_and_unload()(x), wanted)
+
+
 def test_what_is_refused() -> None:
     with pytest.raises(ValueError, match=r"lora_dropout=0.1 must be 0"):
         DeltaLoraConfig(lora_dropout=0.1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 from typing import Any
 
@@ -131,6 +132,47 @@ def test_the_backward_pass_stops_at_the_lowest_drawn_layer() -> None:
     assert found[2] < 0.55 * found[0]
 
 
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_no_gradient_flows_below_the_lowest_drawn_layer(checkpointed: bool) -> None:
+    """Every gradient that reaches the output of a block is counted."""
+    model = adapted(layers_drawn=1, link_steps=1000)
+    if checkpointed:
+        model.get_base_model().activation_checkpointing_enable({"use_reentrant": False})
+        model.get_base_model().disable_input_require_grads()  # which transformers has asked for
+    _, controller = started(model, None)
+    arrived = [0, 0, 0]
+
+    def watch(block: int) -> Any:
+        def count(module: nn.Module, args: Any, output: Any) -> None:
+            output = output[0] if isinstance(output, tuple) else output
+            assert output.requires_grad == (block >= min(drawn(model)))
+            if output.requires_grad:
+                output.register_hook(lambda _: arrived.__setitem__(block, arrived[block] + 1))
+
+        return count
+
+    for i, block in enumerate(model.get_base_model().model.layers):
+        block.register_forward_hook(watch(i))
+    for seed in range(12):
+        controller.config.seed = seed
+        controller.begin()
+        LLAMA.loss(model).backward()
+        lowest = min(drawn(model))
+        assert arrived == [int(block >= lowest) for block in range(3)]
+        for name, p in adapter_parameters(model):
+            assert (p.grad is not None) == (int(name.split(".")[4]) == lowest)
+            p.grad = None
+        arrived[:] = [0, 0, 0]
+
+
+def test_copies_have_no_booster() -> None:
+    """A copy is not attached, so each of its layers trains until it is."""
+    model = adapted(layers_drawn=1)
+    started(model)
+    assert len(drawn(model)) == 1
+    assert drawn(copy.deepcopy(model)) == {0, 1, 2}
+
+
 def test_draws_are_the_same_in_every_process_and_after_a_resume() -> None:
     model = adapted(layers_drawn=1, link_steps=2, lora_dropout=0.0)
     optimizer, _ = started(model)
@@ -169,6 +211,16 @@ def test_a_pair_that_is_not_drawn_still_counts() -> None:
     model = adapted(layers_drawn=1, init_lora_weights=False)
     wanted = LLAMA.out(model)
     started(model)
+    torch.testing.assert_close(LLAMA.out(model), wanted)
+
+
+def test_a_pair_that_is_not_drawn_is_turned_up_with_the_others() -> None:
+    model = adapted(layers_drawn=3, init_lora_weights=False)
+    for layer in layers(model).values():
+        layer.set_scale("default", 3.0)
+    wanted = LLAMA.out(model)
+    for layer in layers(model).values():
+        layer.lowrank_adapters["default"].resting = True
     torch.testing.assert_close(LLAMA.out(model), wanted)
 
 

@@ -158,6 +158,10 @@ def test_several_adapters() -> None:
         (f"model.layers.{i}.self_attn.q_proj[second]", 2, 1.0) for i in (0, 1)
     ]
     check_identity(model)
+    model.base_model.set_adapter(["default", "second"])
+    both = pairs(model)
+    assert len({p.name for p in both}) == len(both) == 8
+    assert {p.rank for p in both if p.name.endswith("[second]")} == {2}
 
 
 def test_names_without_wrappers() -> None:
@@ -198,7 +202,9 @@ def test_half_frozen(which: str) -> None:
 def test_a_drawn_factor(side: Any, frozen: str) -> None:
     model = adapted(RacLoraConfig(r=4, links=2, side=side, target_modules=TARGETS))
     for cls in (LoraRite, LoraFa):
-        with pytest.raises(RankfoldError, match=f"q_proj: {frozen} is frozen .* to train; take torch.optim.AdamW"):
+        with pytest.raises(
+            RankfoldError, match=f"q_proj: {frozen} is frozen .* in RAC-LoRA, .* to train; take torch.optim.AdamW"
+        ):
             cls(model)
 
 
@@ -254,7 +260,7 @@ def test_penalised_factors_are_refused(config: Any, title: str) -> None:
     adapters = [a for m in model.modules() if isinstance(m, AdaptedLayer) for a in m.adapters(["default"])]
     optimizer = LoraRite([Pair(a.site.name, a.down, a.up, a.scaling) for a in adapters])  # pyright: ignore[reportArgumentType]
     optimizer.add_param_group({"params": [a.gate for a in adapters]})
-    with pytest.raises(RankfoldError, match=r"'default': its method adds a penalty .* LoraRite would take"):
+    with pytest.raises(RankfoldError, match=rf"'default': {title} adds a penalty .* LoraRite would take"):
         attach(model, optimizer, total_steps=100)
 
 
@@ -263,16 +269,18 @@ def test_computed_factors_are_plain(monkeypatch: pytest.MonkeyPatch) -> None:
 
     model = adapted(PlainLoraConfig(r=4, target_modules=TARGETS))
     monkeypatch.setattr(Lora, "blocks", lambda self: (Factors(self.down * 2, self.up),))
-    with pytest.raises(RankfoldError, match=r"no trainable pair of LoRA factors \(computed from other parameters"):
+    with pytest.raises(
+        RankfoldError, match=r"no trainable pair of LoRA factors \(LoRA computes its factors from other parameters"
+    ):
         pairs(model)
 
 
 @pytest.mark.parametrize(
     ("config", "says"),
     [
-        (BlockLoraConfig, r"no trainable pair of LoRA factors \(computed from other parameters"),
-        (SdLoraConfig, r"no trainable pair of LoRA factors \(computed from other parameters"),
-        (SboraConfig, "is frozen and the other factor is not"),
+        (BlockLoraConfig, r"no trainable pair of LoRA factors \(Block-LoRA computes its factors from other"),
+        (SdLoraConfig, r"no trainable pair of LoRA factors \(SD-LoRA computes its factors from other"),
+        (SboraConfig, "is frozen and the other factor is not in SBoRA, so"),
     ],
 )
 def test_methods_without_pairs(config: Any, says: str) -> None:

@@ -265,6 +265,22 @@ def test_lora_plus_groups() -> None:
             assert rates[id(p)] == wanted, name
 
 
+@pytest.mark.parametrize("make", [
+    lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, T_max=5), lambda o: torch.optim.lr_scheduler.LinearLR(o, 0.1, total_iters=3),
+], ids=["cosine", "warm-up"])  # fmt: skip
+def test_lora_plus_keeps_its_ratio_under_a_scheduler(make: Any) -> None:
+    model = adapted()
+    optimizer = LoraPlus(model, lr=1e-3, ratio=8.0)
+    optimizer.add_param_group({"params": [next(p for n, p in model.named_parameters() if "norm" in n)]})
+    scheduler = make(optimizer)
+    for step in range(4):
+        train(model, optimizer, range(step, step + 1))
+        down, up, later = (g["lr"] for g in optimizer.param_groups)
+        assert up == pytest.approx(8 * down, rel=1e-12)
+        assert later == down  # a group that is added has the rate of A
+        scheduler.step()
+
+
 def test_lora_plus_first_sgd_step() -> None:
     steps = {}
     for ratio in (1.0, 4.0):

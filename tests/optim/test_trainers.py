@@ -15,7 +15,7 @@ from trl import SFTConfig, SFTTrainer
 
 from rankfold import AdapterCallback, PlainLoraConfig, SoraConfig
 from rankfold.errors import RankfoldError
-from rankfold.optim import LoraRite
+from rankfold.optim import LoraRite, pairs
 from rankfold.optim.create import optimizer_cls_and_kwargs
 from rankfold.optim.registry import OPTIMIZERS
 
@@ -67,7 +67,8 @@ def test_a_trainer_makes_it_twice(tmp_path: Path) -> None:
     assert second.param_groups[0]["clip"] == 0.5
 
 
-def test_sft_trainer_adds_the_adapter(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_sft_trainer_adds_the_adapter(name: str, tmp_path: Path) -> None:
     """TRL wraps the model after the helper was called."""
     arguments = SFTConfig(
         output_dir=str(tmp_path), max_steps=2, per_device_train_batch_size=2, report_to=[], use_cpu=True, disable_tqdm=True, bf16=False,
@@ -82,12 +83,15 @@ def test_sft_trainer_adds_the_adapter(tmp_path: Path) -> None:
     )
     found = SFTTrainer(
         llama(), arguments, train_dataset=rows(), peft_config=PlainLoraConfig(r=4, target_modules=TARGETS), processing_class=tokenizer,
-        optimizer_cls_and_kwargs=optimizer_cls_and_kwargs("lora_pro", lr=0.01, mode="efficient"),
+        optimizer_cls_and_kwargs=optimizer_cls_and_kwargs(name, lr=0.01),
     )  # fmt: skip
     found.remove_callback(PrinterCallback)
     found.train()
-    assert len(found.optimizer.optimizer.pairs) == 6  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
-    assert all(p.up.any() for p in found.optimizer.optimizer.pairs)  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
+    assert type(found.optimizer.optimizer) is OPTIMIZERS[name].cls  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
+    own = pairs(found.model, frozen_down=True)  # pyright: ignore[reportArgumentType]
+    assert len(own) == 6
+    assert all(p.up.any() for p in own)
+    assert {p.down.requires_grad for p in own} == {name != "lora_fa"}
 
 
 def test_mistakes_are_told_before_training() -> None:

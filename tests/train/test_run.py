@@ -224,6 +224,17 @@ def test_a_scheduled_method_of_ours(classification: Values, tmp_path: Path):
         )
 
 
+def test_what_a_chain_trains_at_a_time_and_what_it_keeps(language_model: Values):
+    """Apart in the result, and so in a comparison: its columns "trained" and "kept"."""
+    from rankfold.compare.trial_process import _ranks
+
+    run = change(language_model, "method={name: cola, r: 2, links: 2, links_limit: 100}")
+    result = train(run, say=silent)
+    pair = 2 * 2 * 2 * (16 + 12)
+    assert (result.adapter, result.trainable, result.stored) == (pair, pair, 2 * pair)
+    assert _ranks(result.adapter_path, {})["kept"] == 2 * pair
+
+
 def test_seeds(classification: Values, tmp_path: Path):
     runs = [train(change(classification, f"training.seed={seed}", f"output={tmp_path / name}"), say=silent)
             for seed, name in ((0, "a"), (0, "b"), (1, "c"))]  # fmt: skip

@@ -70,10 +70,11 @@ def attach(model: nn.Module, optimizer: torch.optim.Optimizer, *, total_steps: i
     controllers: dict[str, Controller] = {}
     stepped = {id(p) for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
     for name, (config, adapters) in _trainable(model, stepped).items():
-        controller_cls = registry.get(config.method).controller
+        row = registry.get(config.method)
+        controller_cls = row.controller
         if controller_cls is not None:
             _refuse_partial(name, adapters, stepped)
-            _refuse_penalty(name, controller_cls, optimizer)
+            _refuse_penalty(name, row.title, controller_cls, optimizer)
             controllers[name] = controller_cls(config, adapters, total_steps)
     attached = Attached(controllers)
     if not controllers:
@@ -162,11 +163,11 @@ def _refuse_partial(name: str, adapters: list, stepped: set[int]) -> None:
             )
 
 
-def _refuse_penalty(name: str, controller: type, optimizer: torch.optim.Optimizer) -> None:
+def _refuse_penalty(name: str, title: str, controller: type, optimizer: torch.optim.Optimizer) -> None:
     """Refuses an optimiser of pairs for a method whose penalty on the factors would be taken for the update's gradient."""
     if getattr(controller, "penalises_factors", False) and getattr(optimizer, "joint", False):
         raise RankfoldError(
-            f"adapter {name!r}: its method adds a penalty on the factors to the loss, and {type(optimizer).__name__} would take the "
+            f"adapter {name!r}: {title} adds a penalty on the factors to the loss, and {type(optimizer).__name__} would take the "
             "penalty's gradient for one of the update; use LoraPlus or AdamW"
         )
 

@@ -162,8 +162,10 @@ class Adapter(nn.Module):
         return first.concat(*rest)
 
     def update(self) -> Sequence[Factors]:
-        """`blocks()`, times the multiplier."""
+        """`blocks()`, times the multiplier; constants where the adapter rests."""
         blocks = self.blocks()
+        if self.resting:
+            blocks = [block.detach() for block in blocks]
         return blocks if self.multiplier == 1.0 else [block.scaled(self.multiplier) for block in blocks]
 
     # What the layer runs --------------------------------------------------------------------------------------------

@@ -23,4 +23,6 @@ class TiedAdapter(Adapter):
         self.has_schedule = False
 
     def blocks(self) -> Sequence[Factors]:
-        return [Factors(b.up.T, b.down.T, b.gate, b.scale) for b in self._source[0].blocks()]
+        source = self._source[0]
+        blocks = [b.detach() if source.resting else b for b in source.blocks()]
+        return [Factors(b.up.T, b.down.T, b.gate, b.scale) for b in blocks]

@@ -24,7 +24,6 @@ import torch
 
 from rankfold.errors import RankfoldError
 from rankfold.host.registry import Method, register
-from rankfold.kernel.factors import Factors
 from rankfold.kernel.linears import Term
 from rankfold.methods.chain import Chain
 from rankfold.methods.knots import ChainConfig, ChainController, generator
@@ -74,11 +73,8 @@ class XgbLoraConfig(ChainConfig):
 class XgbLora(Chain):
     """It rests where the live booster has not drawn its layer."""
 
-    def live(self) -> Factors:
-        return super().live().detach() if self.resting else super().live()
-
     def terms(self) -> list[Term]:
-        return [Term(self.blocks())] if self.resting else super().terms()
+        return [Term(self.update())] if self.resting else super().terms()
 
 
 def block_of(module: str) -> str:

@@ -9,7 +9,6 @@ from peft.tuners.lora import LoraLayer, ParamWrapper
 from torch import Tensor, nn
 
 from rankfold.host import registry
-from rankfold.host.adapter import Adapter
 from rankfold.host.layer import AdaptedLayer
 
 
@@ -35,7 +34,8 @@ class Candidate:
         scale: what multiplies the product.
         gate: its trained diagonal, where it has one.
         embedding: whether the layer is an embedding; the product is then the transposed update.
-        penalised: the method that adds a loss term on the factors themselves, or "".
+        method: whose adapter it is, where it is rankfold's.
+        penalised: whether the method adds a loss term on the factors themselves.
     """
 
     name: str
@@ -44,7 +44,8 @@ class Candidate:
     scale: float
     gate: Gate | None = None
     embedding: bool = False
-    penalised: str = ""
+    method: str = ""
+    penalised: bool = False
 
 
 @dataclass
@@ -77,28 +78,25 @@ def _of_ours(layer: AdaptedLayer) -> Owned:
         if not any(True for _ in adapter.parameters()):  # tied: the embedding's
             continue
         pool: set[int] = set()
+        row = registry.METHODS.get(adapter.config.method)
+        title = row.title if row is not None else type(adapter).__name__
+        penalised = row is not None and getattr(row.controller, "penalises_factors", False)
         if adapter.shared is not None:
             found.leave(adapter.shared, "shared by several layers")
             pool = {id(p) for p in adapter.shared.parameters()}
         if not adapter.fixed:
-            found.leave(adapter, "its layer's update depends on the input")
+            found.leave(adapter, f"{title}'s update depends on the input")
             continue
-        penalised = _penalised(adapter)
-        for block in adapter.update():
+        for block in adapter.blocks():  # its parameters, also while it rests
             gate = None if block.gate is None else _gate(block.gate)
             computed = block.gate is not None and gate is None  # no diagonal that could be read again at the next step
             if computed or any(t.requires_grad and not isinstance(t, nn.Parameter) for t in (block.down, block.up)):
-                found.leave(adapter, "computed from other parameters at each forward")
+                found.leave(adapter, f"{title} computes its factors from other parameters at each forward")
             if not computed and not pool & {id(block.down), id(block.up)}:
                 name, embedding = _called(adapter.site.name, adapter_name), adapter.site.kind == "embedding"
-                found.candidates.append(Candidate(name, block.down, block.up, block.scale, gate, embedding, penalised))
+                scale = block.scale * adapter.multiplier
+                found.candidates.append(Candidate(name, block.down, block.up, scale, gate, embedding, title, penalised))
     return found
-
-
-def _penalised(adapter: Adapter) -> str:
-    """The method's title where its controller says that it adds a loss term on the factors."""
-    row = registry.METHODS.get(adapter.config.method)
-    return row.title if row is not None and getattr(row.controller, "penalises_factors", False) else ""
 
 
 def _gate(gate: Tensor) -> Gate | None:

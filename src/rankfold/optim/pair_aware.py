@@ -44,11 +44,16 @@ class PairAware(torch.optim.Optimizer):
     def take(cls, model: nn.Module | Sequence[Pair]) -> Split:
         """As `split`, and freezes what it does not train, so that whoever counts or wraps the model afterwards sees it."""
         parts = cls.split(model)
-        if not cls.trains_down:
-            for pair in parts.pairs:
+        cls.freeze(parts.pairs)
+        return parts
+
+    @classmethod
+    def freeze(cls, pairs: Sequence[Pair]) -> None:
+        """Freezes what it does not train of `pairs`."""
+        for pair in pairs if not cls.trains_down else ():
+            if pair.down.requires_grad:
                 pair.down.requires_grad_(False)
                 pair.down.grad = None
-        return parts
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores a state exactly, types included; raises RankfoldError for that of another model, rank or optimiser."""

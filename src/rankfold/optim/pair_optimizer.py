@@ -119,6 +119,7 @@ class PairOptimizer(PairAware):
                 f"{type(self).__name__}: the parameters in its groups were replaced after it was made (FSDP2 does that), and they "
                 "are not its pairs any more; use DDP, or take LoraPlus or AdamW"
             )
+        self.freeze(self.pairs)  # PEFT asks all of an adapter for gradients again after `disable_adapter()`
         todo = self._batches(frozenset())
         finite = [batch.finite() for _, batch, _ in todo]
         # One look at all of them: on a GPU each look waits for it

@@ -157,17 +157,19 @@ def _pair(c: Candidate, frozen_down: bool, joint: bool) -> Pair:
         )
     if joint and c.penalised:
         raise RankfoldError(
-            f"{c.name}: {c.penalised} adds a penalty on the factors to the loss, and a pair optimiser would take its gradient "
+            f"{c.name}: {c.method} adds a penalty on the factors to the loss, and a pair optimiser would take its gradient "
             "for one of the update; take LoraPlus or AdamW"
         )
     frozen = [n for n, t in (("down", c.down), ("up", c.up)) if not (t.requires_grad and isinstance(t, nn.Parameter))]
     if frozen and not (frozen_down and frozen == ["down"] and isinstance(c.down, nn.Parameter)):
         fixes: list[str] = []
+        by = f" in {c.method}"
         if isinstance(getattr(c, frozen[0]), nn.Parameter):  # else the method itself keeps it in a buffer
+            by = ""
             fixes = [f"make {frozen[0]}.requires_grad true"]
             fixes += ["take LoraFa, which trains up alone"] if frozen == ["down"] else []
         raise RankfoldError(
-            f"{c.name}: {frozen[0]} is frozen and the other factor is not, so there is no pair to train; "
+            f"{c.name}: {frozen[0]} is frozen and the other factor is not{by}, so there is no pair to train; "
             + ", or ".join([*fixes, "take torch.optim.AdamW"])
         )
     assert isinstance(c.down, nn.Parameter)

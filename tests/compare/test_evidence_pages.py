@@ -1,0 +1,144 @@
+"""benchmarks/evidence.py --page: what it writes on the evidence page and on the pages of methods and optimisers, from fabricated lines."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from synthetic import Method, fail, lines
+
+from rankfold.compare.statistics import analyse
+from rankfold.compare.trial_file import TrialLine, append
+
+ROOT = Path(__file__).parents[2]
+RATES = (1e-3, 2e-3, 5e-3)
+
+
+def script() -> Any:
+    spec = importlib.util.spec_from_file_location("evidence", ROOT / "benchmarks" / "evidence.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+OPTIMISERS = (
+    Method("AdamW", "lora", 1.0), Method("LoRA-RITE", "lora", 1.6, best=1e-3), Method("LoRA-Pro full", "lora", 0.4, wild=3e-3),
+    Method("LoRA-Pro efficient", "lora"), Method("AdamW on RaSA", "rasa"),
+)  # fmt: skip
+OPTIMIZER = {"LoRA-RITE": "lora_rite", "LoRA-Pro full": "lora_pro", "LoRA-Pro efficient": "lora_pro"}
+CHAINS = (Method("LoRA", "lora"), Method("LoRA, 3 x scale", "lora"), Method("COLA, 3 links", "cola"), Method("Delta-LoRA", "delta_lora", 0.7))  # fmt: skip
+
+
+def optimisers() -> list[TrialLine]:
+    found = lines(OPTIMISERS, rates=RATES)
+    return [replace(t, training={"optimizer": OPTIMIZER[t.label]} if t.label in OPTIMIZER else {}) for t in found]
+
+
+def write(path: Path, found: list[TrialLine]) -> None:
+    for line in found:
+        append(path, line)
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    folder = tmp_path_factory.mktemp("evidence")
+    for name in ("methods", "optimisers"):
+        shutil.copytree(ROOT / "docs" / name, folder / "docs" / name)
+    (folder / "results").mkdir()
+    write(folder / "results" / "evidence-optimisers.jsonl", optimisers())
+    write(folder / "results" / "evidence-chains.jsonl", lines(CHAINS, rates=RATES))
+    found = script().write(folder / "results", folder / "docs")
+    return folder / "docs", [p.relative_to(folder / "docs").as_posix() for p in found]
+
+
+def measured(page: Path) -> str:
+    """What stands under "Measured", and nothing else."""
+    return page.read_text(encoding="utf-8").partition("## Measured\n")[2]
+
+
+def test_pages_of_those_that_took_part(written: tuple[Path, list[str]]) -> None:
+    docs, found = written
+    assert set(found) == {
+        "evidence.md",
+        "methods/cola.md",
+        "methods/delta_lora.md",
+        "optimisers/lora_rite.md",
+        "optimisers/lora_pro.md",
+    }
+    for page in docs.glob("*/*.md"):
+        name = page.relative_to(docs)
+        before, after = (ROOT / "docs" / name).read_text(encoding="utf-8"), page.read_text(encoding="utf-8")
+        if name.as_posix() not in found:
+            assert before == after
+        else:  # outside of the markers nothing has changed
+            assert "Not yet" not in measured(page)
+            assert after.partition("<!-- measured")[0] == before.partition("<!-- measured")[0]
+            assert after.partition("<!-- end of measured -->")[2] == before.partition("<!-- end of measured -->")[2]
+
+
+def test_values_are_those_of_the_analysis(written: tuple[Path, list[str]]) -> None:
+    docs, _ = written
+    analysis = analyse(optimisers())
+    rite = next(c for c in analysis.contenders if c.name == "LoRA-RITE")
+    difference = analysis.difference("LoRA-RITE", "AdamW")
+    assert difference is not None
+    assert difference.interval is not None
+    assert rite.deviation is not None
+    low, high = (f"{x:+.4f}".replace("-", "−") for x in difference.interval)
+    row = (
+        f"| LoRA-RITE | 0.001, 0.002, 0.005 | {rite.rate:g} | {rite.test:.4f} ± {rite.deviation:.4f} | 338,000 | "
+        f"{difference.value:+.4f} ({low} to {high}), {difference.verdict} |"
+    )
+    text = measured(docs / "optimisers" / "lora_rite.md")
+    assert row in text.splitlines()
+    assert "over the seeds 0, 1, 2" in text
+    assert "LoRA-Pro" not in text
+    assert "LoRA-RITE's is the lowest" in text
+    evidence = (docs / "evidence.md").read_text(encoding="utf-8")
+    for heading in ("## Optimisers for pairs of factors", "## Chains beside LoRA", "## An earlier run"):
+        assert heading in evidence
+    assert f"({low} to {high}), {difference.verdict} |" in evidence
+    assert "each contender at the rank that it is given" in evidence  # the chains have no budget
+
+
+def test_every_mode_and_what_did_not_finish(written: tuple[Path, list[str]]) -> None:
+    text = measured(written[0] / "optimisers" / "lora_pro.md")
+    assert "| LoRA-Pro full | 0.001, 0.002, 0.005 (did not finish) |" in text
+    assert "| LoRA-Pro efficient | 0.001, 0.002, 0.005 |" in text
+
+
+def test_every_plain_lora_is_a_control(written: tuple[Path, list[str]]) -> None:
+    """Delta-LoRA's fair one has three times the scale."""
+    text = measured(written[0] / "methods" / "delta_lora.md")
+    heads = next(line for line in text.splitlines() if line.startswith("| contender"))
+    assert heads.endswith("| trained | against LoRA | against LoRA, 3 x scale |")
+    rows = [line.split(" | ")[0].removeprefix("| ") for line in text.splitlines() if line.startswith("| ")][1:]
+    assert rows == ["LoRA", "LoRA, 3 x scale", "Delta-LoRA"]
+    assert all(line.count("|") == heads.count("|") for line in text.splitlines() if line.startswith("|"))
+
+
+def test_seeds_that_failed_are_said(tmp_path: Path) -> None:
+    evidence = script()
+    found = [
+        fail(t, "failed", "x") if (t.label, t.seed) == ("COLA, 3 links", 2) else t for t in lines(CHAINS, rates=RATES)
+    ]
+    path = ROOT / "docs" / "methods" / "cola.md"
+    text = evidence.measured("chains", analyse(found), path)
+    assert ", 1 of the seeds failed |" in text
+    assert "not tested |" in text  # two seeds in common are too few
+    assert evidence.measured("chains", analyse(found), path.with_name("rasa.md")) == ""
+    assert evidence.measured("chains", analyse(found), path.with_name("lora.md")) == ""
+
+
+def test_committed_pages_are_up_to_date(tmp_path: Path) -> None:
+    """Whoever commits trials writes the pages too."""
+    shutil.copytree(ROOT / "docs", tmp_path / "docs")
+    for path in script().write(ROOT / "benchmarks" / "results", tmp_path / "docs"):
+        name = path.relative_to(tmp_path / "docs")
+        assert path.read_text(encoding="utf-8") == (ROOT / "docs" / name).read_text(encoding="utf-8"), name
