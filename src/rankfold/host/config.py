@@ -109,6 +109,8 @@ class LowRankConfig(PeftConfig, metaclass=LoraFields):
     sparser_with: ClassVar[str | None] = None
     #: A note on the counts, shown below a plan.
     note: ClassVar[str | None] = None
+    #: Of a method whose update may depend on the input, the rules by which a plain LoRA comes near it (`Method.approximate`).
+    approximations: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -156,6 +158,11 @@ class LowRankConfig(PeftConfig, metaclass=LoraFields):
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         super().save_pretrained(save_directory, **kwargs)
         say_what_loads_it(Path(save_directory), self.method, type(self).__module__)
+
+    @property
+    def fixed(self) -> bool:
+        """Whether the update is a fixed matrix, whatever the input: only then is there a delta to merge, fold and inspect."""
+        return True
 
     # What a plan and a comparison ask --------------------------------------------------------------------------------
 
