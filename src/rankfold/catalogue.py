@@ -70,16 +70,18 @@ def _words(call: ast.Call) -> tuple[str, str, str, str]:
 def _row(call: ast.Call, stem: str, classes: dict[str, ast.ClassDef]) -> Listed:
     given = {keyword.arg: keyword.value for keyword in call.keywords}
     name, title, paper, summary = _words(call)
-    config, adapter = (ast.unparse(given[field]) for field in ("config", "adapter"))
-    return Listed(name, title, paper, summary, _fixed(adapter, classes), config, f"rankfold.methods.{stem}")
+    config = ast.unparse(given["config"])
+    return Listed(name, title, paper, summary, _foldable(config, classes), config, f"rankfold.methods.{stem}")
 
 
-def _fixed(name: str, classes: dict[str, ast.ClassDef]) -> bool:
-    """What `fixed` is in an adapter's class or the nearest base in `methods/`; Adapter's own is True."""
+def _foldable(name: str, classes: dict[str, ast.ClassDef]) -> bool:
+    """Whether `fixed` can be true in a config's class: it is, unless the class or the nearest base in `methods/` sets it to False."""
     if name not in classes:
         return True
     for node in classes[name].body:
         target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
         if isinstance(target, ast.Name) and target.id == "fixed":
             return ast.literal_eval(node.value)  # pyright: ignore[reportAttributeAccessIssue]
-    return all(_fixed(ast.unparse(base), classes) for base in classes[name].bases)
+        if isinstance(node, ast.FunctionDef) and node.name == "fixed":
+            return True
+    return all(_foldable(ast.unparse(base), classes) for base in classes[name].bases)

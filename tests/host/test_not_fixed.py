@@ -26,12 +26,11 @@ SENTENCE = r": its update depends on the input, so no matrix and no LoRA equals 
 
 class SquareConfig(PlainLoraConfig):
     method: ClassVar[str] = "square"
+    fixed: ClassVar[bool] = False  # pyright: ignore[reportIncompatibleMethodOverride]
 
 
 class Square(Lora):
     """B·(A·x)²: zero at first, and not linear in x."""
-
-    fixed: ClassVar[bool] = False
 
     def forward(self, y: Tensor, x: Tensor) -> Tensor:
         return y + self.scaling * (x @ self.down.T).square() @ self.up.T

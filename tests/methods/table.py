@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import ARCHS, Arch
+from models import ARCHS, Arch, kinds
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -46,6 +46,7 @@ class Facts:
         takes_dropout: whether it allows dropout at all.
         model_wide: trainable numbers that all layers of the model share.
         multiple: of what every rank must be one.
+        rank_by_place: `rank` gets a layer's place among those of its kind, in the place of L.
     """
 
     method: str
@@ -59,6 +60,7 @@ class Facts:
     takes_dropout: bool = True
     model_wide: int = 0
     multiple: int = 1
+    rank_by_place: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -405,13 +407,55 @@ SD_LORA = Facts(
     model_wide=1,
 )
 
+
+def _previous(config: Any, own: State) -> list[State]:
+    """What `state_at` read off the modules that a module is linked to, itself first."""
+    links = len(own) if config.previous < 0 else config.previous
+    found = [{k: own[f"{before}{k}"] for k in ("pair.up", "pair.down")} for before in _befores(own)]
+    return found[: links + 1]
+
+
+def _befores(own: State) -> list[str]:
+    return ["", *(f"before.{i}." for i in range(1, len(own)) if f"before.{i}.pair.up" in own)]
+
+
+def _bs_delta(config: Any, r: int, alpha: float, own: State, _: State) -> Tensor:
+    pairs = [p["pair.up"] @ p["pair.down"] for p in _previous(config, own)]
+    return scale(config, r, alpha) * sum(pairs[1:], pairs[0])
+
+
+RES_LORA = Facts(
+    method="res_lora",
+    count=lambda config, r, out, inn, layers: layers * r * (inn + out),
+    rank=lambda config, r, place: r * (1 + min(place, config.previous) if config.previous >= 0 else place + 1),
+    rank_by_place=True,
+    delta=_bs_delta,
+    variants={
+        "bs": {"r": 3},
+        "all": {"r": 2, "lora_alpha": 2, "previous": -1, "use_rslora": True},
+        "dropout": {"r": 2, "lora_alpha": 3, "lora_dropout": 0.3, "previous": 2},
+    },
+    bad=(
+        ({"shortcut": "as"}, "shortcut='as'"),
+        ({"previous": -2}, "previous=-2"),
+        ({"previous": 1.0}, "previous=1.0"),
+        ({"shortcut": "is", "previous": 2}, "previous=2"),
+    ),
+)
+
 TABLE = [
-    LORA, RASA, SORA, ADALORA, DYNAMIC_DORA, CORA, COLA, RAC_LORA, XGBLORA, DELTA_LORA, SBORA, BLOCK_LORA, SD_LORA,
+    LORA, RASA, SORA, ADALORA, DYNAMIC_DORA, CORA, COLA, RAC_LORA, XGBLORA, DELTA_LORA, SBORA, BLOCK_LORA, SD_LORA, RES_LORA,
 ]  # fmt: skip
+#: ResLoRA's other shortcuts, whose update is not a matrix: they run in the tests that do not ask for one.
+LIVE = [
+    Row(RES_LORA, "is", {"r": 3, "shortcut": "is", "lora_alpha": 2}),
+    Row(RES_LORA, "ms", {"r": 3, "shortcut": "ms", "previous": 2, "lora_alpha": 2}),
+]
 ROWS = [Row(facts, variant, kwargs) for facts in TABLE for variant, kwargs in facts.variants.items()]
 FIRST = [next(row for row in ROWS if row.facts is facts) for facts in TABLE]
 
 rows = pytest.mark.parametrize("row", ROWS, ids=str)
+all_rows = pytest.mark.parametrize("row", [*ROWS, *LIVE], ids=str)
 first_rows = pytest.mark.parametrize("row", FIRST, ids=str)
 dropping_rows = pytest.mark.parametrize("row", [row for row in FIRST if row.facts.takes_dropout], ids=str)
 
@@ -546,10 +590,16 @@ def stock_lora(model: PeftModel, arch: Arch, name: str = "default", dtype: torch
 
 
 def state_at(model: nn.Module, name: str, adapter: str = "default") -> tuple[State, State]:
-    """Own and shared tensors of the adapter on one layer, in float64, read off the modules by name alone; and (out, in)."""
-    layer = layers(model)[name]
+    """Own and shared tensors of the adapter on one layer, in float64, read off the modules by name alone; and (out, in). Those of
+    the layers of its kind before it follow, as "before.1." and so on, the nearest first."""
+    found = layers(model)
+    layer = found[name]
     module = layer.lowrank_adapters[adapter]
     own = {k: v.detach().double() for k, v in module.state_dict().items()}
+    kind = next(names for names in kinds(list(found)).values() if name in names)
+    for i, before in enumerate(reversed(kind[: kind.index(name)]), 1):
+        state = found[before].lowrank_adapters[adapter].state_dict()
+        own |= {f"before.{i}.{k}": v.detach().double() for k, v in state.items()}
     own["shape"] = torch.tensor([layer.out_features, layer.in_features])
     shared = {} if module.shared is None else module.shared.state_dict() | dict(module.shared.named_buffers())  # pyright: ignore[reportCallIssue]
     return own, {k: v.detach().double() for k, v in shared.items()}

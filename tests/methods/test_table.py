@@ -93,7 +93,8 @@ def test_rank_of_the_update(arch: Arch, row: Row, device: torch.device) -> None:
     for names in kinds(list(shapes)).values():
         for name in names:
             factors = layers(model)[name].lowrank_adapters["default"].factors()
-            assert factors.rank == row.facts.rank(config, config.rank_at(name), len(names))
+            layers_or_place = names.index(name) if row.facts.rank_by_place else len(names)
+            assert factors.rank == row.facts.rank(config, config.rank_at(name), layers_or_place)
             rank = torch.linalg.matrix_rank(factors.to(torch.float64).delta()).item()
             assert rank == min(factors.rank, *shapes[name])
 

@@ -1,6 +1,6 @@
 """Gives schedules whole tensors where FSDP2 leaves every process only a shard of each parameter.
 
-Every process computes the same scores from whole tensors, so all of them cut the same components. Both functions are
+Every process computes the same scores from whole tensors, so all of them cut the same components. These functions are
 collectives for a sharded tensor: every process calls them, in the same order.
 """
 
@@ -8,12 +8,18 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, distribute_tensor
 
 
 def whole(t: Tensor) -> Tensor:
     """`t` itself, or all shards of it together; gradients go back to the shards."""
     return t.full_tensor() if isinstance(t, DTensor) else t
+
+
+def gathered(t: DTensor) -> Tensor:
+    """All shards together, for a forward on this process's own part of the batch: gradients are averaged over the processes on
+    their way back, as FSDP2 does with a parameter of its own unit."""
+    return t.full_tensor(grad_placements=[Partial("avg")] * t.device_mesh.ndim)
 
 
 def zero_(p: Tensor, out: Tensor) -> None:

@@ -200,8 +200,8 @@ def check_foldable(config: PeftConfig, attached: bool = False) -> LowRankConfig:
             f"peft_type={getattr(config.peft_type, 'value', config.peft_type)} is not one of rankfold's methods"
         )
     method = registry.get(config.method)
-    if not method.foldable:
-        raise RankfoldError(not_fixed(method.title))
+    if not config.fixed:
+        raise RankfoldError(not_fixed(method.title, config))
     if config.trainable_token_indices:
         raise RankfoldError(
             f"trainable_token_indices={config.trainable_token_indices}: it trains rows of the embedding, which no LoRA holds; "

@@ -66,8 +66,6 @@ class Adapter(nn.Module):
         shared: what `make_shared` returned for its group, or None.
     """
 
-    #: Whether the update is a fixed matrix. A method with an input-dependent update overrides `forward` and sets False.
-    fixed: ClassVar[bool] = True
     #: Whether it adapts linear layers alone; what overrides `forward` does (`kinds.py` says which kinds those are).
     linear_only: ClassVar[bool] = False
     #: Whether two of them side by side are one of the sum of their ranks, because `down` and `up` are all there is. A subclass does
@@ -116,6 +114,11 @@ class Adapter(nn.Module):
         return self.drop.p
 
     @property
+    def fixed(self) -> bool:
+        """Whether the update is a fixed matrix; the config says so. A method whose update depends on the input overrides `forward`."""
+        return self.config.fixed
+
+    @property
     def shared(self) -> Any:
         """What `make_shared` returned; a method narrows the type."""
         return self._shared[0]
@@ -157,7 +160,7 @@ class Adapter(nn.Module):
     def factors(self) -> Factors:
         """The whole update as one pair; raises RankfoldError where it is not a fixed matrix."""
         if not self.fixed:
-            raise RankfoldError(not_fixed(f"{type(self).__name__} at {self.site.name}"))
+            raise RankfoldError(not_fixed(f"{type(self).__name__} at {self.site.name}", self.config))
         first, *rest = self.update()
         return first.concat(*rest)
 
@@ -234,9 +237,11 @@ class Adapter(nn.Module):
         return f"r={self.r}, scaling={self.scaling:g}, dropout={self.dropout:g}"
 
 
-def not_fixed(what: str) -> str:
-    """One sentence that says why an adapter that is not `fixed` does not have a delta, merge, fold or spectrum."""
-    return f"{what}: its update depends on the input, so no matrix and no LoRA equals it; serve it with PEFT, unmerged"
+def not_fixed(what: str, config: LowRankConfig) -> str:
+    """One sentence that says why an adapter that is not `fixed` does not have a delta, merge, fold or spectrum, and what comes near."""
+    rules = "|".join(config.approximations)
+    near = f", or fold what comes near it: rankfold fold ADAPTER -o OUT --approximate {rules}" if rules else ""
+    return f"{what}: its update depends on the input, so no matrix and no LoRA equals it; serve it with PEFT, unmerged{near}"
 
 
 class Shared(nn.Module):
@@ -245,8 +250,21 @@ class Shared(nn.Module):
     #: Keys of its tensors in a state dict, as they were before any wrapper hid them; the tuner sets them.
     tensor_names: tuple[str, ...] = ()
 
+    def attached(self, model: nn.Module) -> None:
+        """Called once all adapters of its group are in the model."""
+
+    def detached(self) -> None:
+        """Called when its adapter leaves the model: what `attached` hung on the model goes."""
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         return super()._apply(lambda t: _keep_vectors_wide(fn, t), recurse)
+
+
+def forget(shared: nn.ModuleDict, adapter_name: str) -> None:
+    """Removes what one adapter's layers share."""
+    for state in shared[adapter_name].values():  # pyright: ignore[reportCallIssue]
+        state.detached()
+    del shared[adapter_name]
 
 
 class SharedState(nn.ModuleDict):

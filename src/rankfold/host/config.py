@@ -117,6 +117,8 @@ class LowRankConfig(PeftConfig, metaclass=LoraFields):
         "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "grown", "schedule", "inference_mode", "task_type",
         "peft_type", "base_model_name_or_path", "revision", "auto_mapping", "peft_version",
     })  # fmt: skip
+    #: Of a method whose update may depend on the input, the rules by which a plain LoRA comes near it (`Method.approximate`).
+    approximations: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -164,6 +166,11 @@ class LowRankConfig(PeftConfig, metaclass=LoraFields):
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         super().save_pretrained(save_directory, **kwargs)
         say_what_loads_it(Path(save_directory), self.method, type(self).__module__)
+
+    @property
+    def fixed(self) -> bool:
+        """Whether the update is a fixed matrix, whatever the input: only then is there a delta to merge, fold and inspect."""
+        return True
 
     # What a plan and a comparison ask --------------------------------------------------------------------------------
 

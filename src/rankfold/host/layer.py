@@ -13,7 +13,7 @@ from peft.utils import quantization_extra_repr, resolve_quantization_backend
 from torch import Tensor, nn
 
 from rankfold.errors import RankfoldError
-from rankfold.host.adapter import Adapter, not_fixed
+from rankfold.host.adapter import Adapter, forget, not_fixed
 from rankfold.host.peft_api import check_adapters_to_merge
 from rankfold.host.tied import BaseWeight
 from rankfold.host.tied_adapter import TiedAdapter
@@ -99,7 +99,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         super().delete_adapter(adapter_name)
         (shared,) = self.shared_state
         if shared is not None and adapter_name in shared:
-            del shared[adapter_name]
+            forget(shared, adapter_name)
 
     def requires_grad_(self, requires_grad: bool = True) -> Self:
         """For the shared state too: this is how transformers freezes an adapter that it has loaded."""
@@ -171,7 +171,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
             if self.merged:
                 raise RankfoldError("the scale of a merged adapter cannot change; call unmerge_adapter() first")
             if not found.fixed:
-                raise RankfoldError(not_fixed(f"set_scale: {type(found).__name__} at {found.site.name}"))
+                raise RankfoldError(not_fixed(f"set_scale: {type(found).__name__} at {found.site.name}", found.config))
             found.multiplier = float(scale)
 
     def scale_layer(self, scale: float) -> None:

@@ -123,7 +123,7 @@ class PlanningTuner(BaseTuner):
 
     def _check_served(self, config: LowRankConfig, site: Site) -> None:
         """Raises RankfoldError where the method does not adapt modules of this kind."""
-        if (self.adapter_cls.linear_only or not self.adapter_cls.fixed) and not kind_named(site.kind).linear:
+        if (self.adapter_cls.linear_only or not config.fixed) and not kind_named(site.kind).linear:
             raise RankfoldError(
                 f"{type(config).__name__}: {site.name} is of the kind {site.kind!r}, and {config.method} adapts linear "
                 "layers alone; leave it out of target_modules, or choose another method"

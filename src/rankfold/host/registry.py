@@ -67,8 +67,8 @@ class Method:
 
     @property
     def foldable(self) -> bool:
-        """Whether a plain LoRA equals it exactly."""
-        return self.adapter.fixed
+        """Whether a plain LoRA equals it exactly, with some of its configs at least."""
+        return self.config.fixed is not False
 
 
 #: All rows by name, those of entry points included.

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from rankfold.errors import RankfoldError
 from rankfold.host import weighted
-from rankfold.host.adapter import Adapter, SharedState, Site
+from rankfold.host.adapter import Adapter, SharedState, Site, forget
 from rankfold.host.checkpoint import (
     LAYERS,
     PREFIX,
@@ -71,7 +71,7 @@ class LowRankTuner(PlanningTuner):
         self.injected = getattr(self, "injected", set())  # adapters that were not loaded into or made active yet
         stale = getattr(unwrapped(model), SHARED, {})  # PEFT allows injecting a second time under one name
         if adapter_name in stale:
-            del stale[adapter_name]
+            forget(stale, adapter_name)
         with warnings.catch_warnings():
             if (
                 self._plan.parameters
@@ -85,6 +85,9 @@ class LowRankTuner(PlanningTuner):
                 warn_tied(own)
         _warn_fast_path(model)
         say(model, asked)
+        shared = getattr(unwrapped(model), SHARED, {})
+        for state in shared[adapter_name].values() if adapter_name in shared else ():
+            state.attached(unwrapped(model))
         link_siblings(model, AdaptedLinear)
         if config.fuse_mlp:
             fuse_mlps(model, AdaptedLinear)
@@ -249,7 +252,9 @@ class LowRankTuner(PlanningTuner):
         part_siblings(self.model)
         model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         unfuse_mlps(self.model)
-        if hasattr(unwrapped(self.model), SHARED):
+        if (shared := getattr(unwrapped(self.model), SHARED, None)) is not None:
+            for name in list(shared):
+                forget(shared, name)
             delattr(unwrapped(self.model), SHARED)
         return model
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:  # for type checkers alone, which cannot follow the loop below
     from rankfold.methods.lora import PlainLoraConfig as PlainLoraConfig
     from rankfold.methods.rac_lora import RacLoraConfig as RacLoraConfig
     from rankfold.methods.rasa import RasaConfig as RasaConfig
+    from rankfold.methods.res_lora import ResLoraConfig as ResLoraConfig
     from rankfold.methods.sbora import SboraConfig as SboraConfig
     from rankfold.methods.sd_lora import SdLoraConfig as SdLoraConfig
     from rankfold.methods.sora import SoraConfig as SoraConfig

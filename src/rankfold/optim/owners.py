@@ -77,7 +77,7 @@ def _of_ours(layer: AdaptedLayer) -> Owned:
     for adapter_name, adapter in ((n, a) for n in layer.lowrank_adapters for a in layer.adapters([n])):
         if not any(True for _ in adapter.parameters()):  # tied: the embedding's
             continue
-        pool: set[int] = set()
+        own, pool = {id(p) for p in adapter.parameters()}, set[int]()
         row = registry.METHODS.get(adapter.config.method)
         title = row.title if row is not None else type(adapter).__name__
         penalised = row is not None and getattr(row.controller, "penalises_factors", False)
@@ -88,6 +88,8 @@ def _of_ours(layer: AdaptedLayer) -> Owned:
             found.leave(adapter, f"{title}'s update depends on the input")
             continue
         for block in adapter.blocks():  # its parameters, also while it rests
+            if any(isinstance(t, nn.Parameter) and id(t) not in own for t in (block.down, block.up)):
+                continue  # a neighbour's, which declares it
             gate = None if block.gate is None else _gate(block.gate)
             computed = block.gate is not None and gate is None  # no diagonal that could be read again at the next step
             if computed or any(t.requires_grad and not isinstance(t, nn.Parameter) for t in (block.down, block.up)):

@@ -19,13 +19,19 @@ def adapted_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def alike(layers: dict[str, nn.Module]) -> list[list[str]]:
-    """The names in groups of the same class and the same shapes throughout."""
+    """The names in groups of the same class, and the same shapes and ranks throughout."""
     kinds: dict[Hashable, list[str]] = {}
     for name, layer in layers.items():
         shapes = tuple((n, tuple(p.shape), p.requires_grad) for n, p in layer.named_parameters())
         shared = tuple(tuple(p.shape) for a in getattr(layer, "lowrank_adapters", {}).values() for p in a.parameters())
-        kinds.setdefault((type(layer), shapes, shared), []).append(name)
+        kinds.setdefault((type(layer), shapes, shared, _ranks(layer)), []).append(name)
     return list(kinds.values())
+
+
+def _ranks(layer: nn.Module) -> tuple[int, ...]:
+    """Of the updates of our adapters, which may have parts that belong to other layers."""
+    adapters = layer.adapters(list(layer.lowrank_adapters)) if isinstance(layer, AdaptedLayer) else []
+    return tuple(sum(block.rank for block in adapter.blocks()) for adapter in adapters)
 
 
 def in_and_out(layer: nn.Module) -> tuple[int, int]:
