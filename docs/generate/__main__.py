@@ -1,7 +1,7 @@
 """Writes the pages of docs/reference/ that are made from the code, and the notebooks of docs/tutorials/.
 
-python docs/generate             write what changed
-python docs/generate --check     write nothing; exit 1 and name what is out of date
+PYTHONPATH=docs python -m generate             write what changed
+PYTHONPATH=docs python -m generate --check     write nothing; exit 1 and name what is out of date
 """
 
 from __future__ import annotations
@@ -10,14 +10,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import data_formats
-import engines
-import file_keys
-import memory
-import notebooks
-import registries
-
-import commands
+from generate import commands, data_formats, engines, file_keys, memory, notebooks, registries
 
 DOCS = Path(__file__).parents[1]
 
