@@ -8,6 +8,7 @@ BIN := .venv/bin
 VENV := .venv/.stamp-venv
 ASSETS := .venv/.stamp-assets
 TASK_ASSETS := .venv/.stamp-assets-tasks
+DOCS := .venv/.stamp-docs
 SDIST := $(RANKFOLD_CACHE)/downloads/vaderSentiment-3.3.2.tar.gz
 
 RELEASE := $(RANKFOLD_CACHE)/environments/release
@@ -19,7 +20,7 @@ TEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/p
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv assets assets-tasks demo demo-lm test test-fast test-llama test-engines test-engine test-peft lint types bench dist test-wheel test-lowest clean distclean
+.PHONY: help venv assets assets-tasks demo demo-lm test test-fast test-llama test-engines test-engine test-peft lint types bench dist test-wheel test-lowest clean distclean docs reference
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -78,6 +79,16 @@ lint: $(VENV)  ## format and lint, nothing is changed
 
 types: $(VENV)  ## pyright, on the node that pip installed
 	PYRIGHT_PYTHON_GLOBAL_NODE=0 PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright --pythonpath $(BIN)/python
+
+docs: $(DOCS) reference  ## the documentation site into build/site; a broken link fails
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+$(DOCS): pyproject.toml constraints.txt $(VENV)
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[docs]'
+	@touch $@
+
+reference: $(VENV)  ## the pages of docs/reference that are made from the code, and the notebooks
+	HF_HUB_OFFLINE=1 PYTHONPATH=docs $(BIN)/python -m generate
 
 bench: assets  ## the time and memory of a training step, as ratios (run it alone)
 	$(BIN)/python benchmarks/step.py

@@ -1,0 +1,1 @@
+"""Makes the pages of docs/reference/ from the code, and the notebooks of docs/tutorials/ from their pages."""
