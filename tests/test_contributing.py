@@ -8,8 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parent.parent
 
 
@@ -27,19 +25,22 @@ def test_add_a_method_in_one_file(tmp_path: Path) -> None:
 
 
 def test_the_readme_runs(tmp_path: Path) -> None:
-    from rankfold.io import assets as bundled
-    from rankfold.io.cache import MissingAssetError
-
-    try:
-        bundled.model_path("smollm2-135m-instruct")
-    except MissingAssetError as missing:
-        pytest.skip(str(missing))
     script = tmp_path / "readme.py"
     script.write_text("\n".join(code("README.md")), encoding="utf-8")
     env = {**os.environ, "HF_HUB_OFFLINE": "1"}
     done = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True, timeout=600, env=env)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "folded" / "fold_report.json").exists()
+
+
+def test_the_readme_is_short_and_its_numbers_are_measured() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(readme.splitlines()) <= 150
+    measured = {page: (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8") for page in ("evidence", "peft")}
+    for accuracy in re.findall(r"(?<!\d)0\.\d{4}(?!\d)", readme):
+        assert accuracy in measured["evidence"], accuracy
+    for count in re.findall(r"([\d,]+) pass; (\d+) do not", readme)[0]:
+        assert count in measured["peft"], count
 
 
 def test_the_readme_lists_every_method_and_each_has_a_page() -> None:
