@@ -184,3 +184,13 @@ def test_entries_without_a_grid_have_the_files(values: Values):
 
     found, _ = wanted(Entry("x", "all", {"name": "lora"}), parse(one(values)), {})
     assert [t.line.rate for t in found] == [1e-3]
+
+
+def test_a_dry_run_names_the_first_rates(values: Values, capsys: pytest.CaptureFixture[str]):
+    from rankfold.commands.compare import print_plan
+
+    file = parse(one(values, seeds=[0, 1], search_seeds=[0]))
+    print_plan(resolve(file), file)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "at least 4 trials of at most 8 steps" in said
+    assert "0.0005, 0.001, 0.002 and beyond" in said

@@ -111,7 +111,7 @@ def print_plan(lineup: Lineup, file: CompareFile) -> None:
     total, there = len(trials) + sum(later for _, later in known), sum(t.id in done for t in trials)
     rows = ", ".join(f"{count:,} {split}" for split, count in lineup.rows.items())
     console.print(
-        f"{total:,} trials of at most {lineup.steps:,} steps"
+        f"{'at least ' if any(e.grid and e.grid.most for e in lineup.entries) else ''}{total:,} trials of at most {lineup.steps:,} steps"
         + (f", {there:,} of them done already" if there else "")
         + f"; {rows} rows",
         highlight=False,
