@@ -30,11 +30,17 @@ def answer(job: Job) -> dict[str, Any]:
             steps = runner.send_chat_completion_request(request).choices[0].logprobs.content
             tops = [{t.token: t.logprob for t in step.top_logprobs} for step in steps]
             at = len(prompt["ids"])
-            tokens = [max(top, key=lambda t, top=top: top[t]) for top in tops]
+            # what it wrote: the likeliest may be a token that ends a text, which `ignore_eos` takes out of the choice
+            tokens = [_nearest(top, step.logprob) for top, step in zip(tops, steps, strict=True)]
             found.append({"tokens": tokens, "scores": [score(at + i, top) for i, top in enumerate(tops)]})
         return found
 
-    return {"runs": [run(name) for name in job["runs"]]}
+    return {"runs": [run(name) for name in job["runs"]], "never": job["ends"]}
+
+
+def _nearest(top: dict[int, float], logprob: float) -> int:
+    """The token that has this log-probability."""
+    return min(top, key=lambda token: abs(top[token] - logprob))
 
 
 if __name__ == "__main__":
