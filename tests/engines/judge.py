@@ -2,7 +2,7 @@
 
 Log-probabilities: the largest difference must be within the engine's bound. Text: every token that the engine wrote must be the one
 that transformers finds likeliest after the same tokens, or be behind it by less than twice the bound: two log-probabilities that are
-each off by the bound may change places. (llama.cpp and mistral.rs, told to go on, never write a token that ends a text; those do not count there.) So a text is judged to its end, also behind a token where the two part.
+each off by the bound may change places. (llama.cpp, told to go on, never writes a token that ends a text; those do not count there.) So a text is judged to its end, also behind a token where the two part.
 """
 
 from __future__ import annotations
