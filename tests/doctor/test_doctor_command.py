@@ -22,6 +22,8 @@ def test_healthy_is_0(adapter, capsys: pytest.CaptureFixture[str]):
     assert "vLLM 0.33.0" in out
     assert "healthy" in out
     assert "nothing was started" in out
+    assert "folds of rankfold were run against transformers in " in out
+    assert "llama.cpp 2026.10.11549 on 2026-" in out
 
 
 def test_sick_is_1_and_one_can_ask_for_some_engines(adapter, capsys: pytest.CaptureFixture[str]):
@@ -42,7 +44,10 @@ def test_json(adapter, llama: Path, capsys: pytest.CaptureFixture[str]):
     assert (found["healthy"], found["file"], len(found["engines"])) == (False, [], 13)
     sglang = next(e for e in found["engines"] if e["engine"] == "sglang")
     assert (sglang["version"], sglang["status"]) == ("0.5.23", "loads but mis-scaled")
-    assert (sglang["known_by"], sglang["date"]) == ("loader run", "2026-11")
+    assert (sglang["known_by"], sglang["date"], sglang["folds_run"]) == ("loader run", "2026-11", None)
+    run = next(e for e in found["engines"] if e["engine"] == "llama.cpp")["folds_run"]
+    assert run["error"] <= run["bound"]
+    assert run["profiles"] == ["gguf"]
     assert sglang["findings"][-1]["where"].endswith("(use_rslora)") or "use_rslora" in sglang["findings"][0]["where"]
 
 

@@ -208,7 +208,7 @@ ARTEFACTS = {
     )
 }
 #: By model, those that are merged: whole models are large, so a few stand for all.
-MERGED = {"random": ("rasa", "dora"), "smollm2": ("dora",)}
+MERGED = {"random": ("rasa", "dora"), "smollm2": ("rasa",)}
 
 
 class Shelf:

@@ -105,7 +105,7 @@ ENGINES = {
             "on_vllm.py",
             "vllm",
             ("uniform", "compact", "merged"),
-            1e-4,
+            5e-4,
             "all tokens behind each prompt, the 20 likeliest at every later place",
             "in one engine, by request, also in one batch",
         ),

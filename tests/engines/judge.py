@@ -84,7 +84,7 @@ def measure(
         rows = expected[len(prompt) - 1 : len(prompt) - 1 + len(tokens)]
         free = [i for i in range(rows.shape[1]) if i not in never]
         behind = rows[:, free].max(-1).values - rows[range(len(tokens)), tokens]
-        found.written, found.same = found.written + len(tokens), found.same + int((behind == 0).sum())
+        found.written, found.same = found.written + len(tokens), found.same + int((behind <= 0).sum())
         found.margin = max(found.margin, _number(behind.max()))
         if base is not None:
             found.moved = max(found.moved, _number((base(prompt) - expected[: len(prompt)]).abs().max()))

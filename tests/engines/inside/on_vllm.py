@@ -15,11 +15,9 @@ from vllm.lora.request import LoRARequest
 
 
 def answer(job: Job) -> dict[str, Any]:
-    lora = (
-        {"enable_lora": True, "max_lora_rank": job["rank"], "max_loras": len(job["adapters"])}
-        if job["adapters"]
-        else {}
-    )
+    # One slot more than there are adapters: on a CPU, a request without adapter in one batch with others gets what is in the last slot
+    slots = len(job["adapters"]) + 1
+    lora = {"enable_lora": True, "max_lora_rank": job["rank"], "max_loras": slots} if job["adapters"] else {}
     llm = LLM(
         job["base"],
         dtype="float32",
