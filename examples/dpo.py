@@ -4,6 +4,7 @@ python examples/dpo.py --tiny                                 # a random model, 
 python examples/dpo.py --model PATH --rows FILE -o trained    # JSONL of {"prompt": …, "chosen": …, "rejected": …}
 """
 
+# pyright: reportPrivateImportUsage=false
 from __future__ import annotations
 
 import argparse
@@ -33,7 +34,7 @@ else:
 
 arguments = DPOConfig(
     output_dir=str(options.output), max_steps=steps, per_device_train_batch_size=4, learning_rate=5e-5, beta=0.1,
-    logging_steps=max(steps // 10, 1), save_steps=steps, report_to="none", bf16=False, activation_checkpointing=False,
+    logging_steps=max(steps // 10, 1), save_steps=steps, report_to="none", bf16=False,
 )  # fmt: skip
 trainer = DPOTrainer(
     model=name,

@@ -5,6 +5,7 @@ python examples/grpo.py -o spoken             # the bundled SmolLM2 and dictiona
 python examples/grpo.py --engine vllm         # completions from vLLM: before each batch it gets the fold of the policy
 """
 
+# pyright: reportPrivateImportUsage=false
 from __future__ import annotations
 
 import argparse
@@ -36,7 +37,7 @@ else:
     rows = dataset("phonemes")["train"].shuffle(seed=0).select(range(2000))
 
 
-def alike(completions: list[str], spoken: list[str], **_: Any) -> list[float]:
+def alike(completions: list[str], spoken: list[str], **_: Any) -> list[float | None]:
     """How much of the first line is the dictionary's phonemes, from 0 to 1."""
     said = [(completion.strip().splitlines() or [""])[0].split() for completion in completions]
     return [SequenceMatcher(None, words, right.split()).ratio() for words, right in zip(said, spoken, strict=True)]
@@ -51,7 +52,7 @@ if options.engine == "vllm":
 arguments = GRPOConfig(
     output_dir=str(options.output), max_steps=steps, per_device_train_batch_size=8, num_generations=4,
     max_completion_length=32, learning_rate=1e-4, beta=0.0, logging_steps=max(steps // 20, 1), save_steps=steps,
-    report_to="none", bf16=False, activation_checkpointing=False,
+    report_to="none", bf16=False,
 )  # fmt: skip
 trainer = GRPOTrainer(
     model=name,

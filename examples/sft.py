@@ -4,6 +4,7 @@ python examples/sft.py --tiny                                 # a random model, 
 python examples/sft.py --model PATH --rows FILE -o trained    # JSONL of {"prompt": …, "completion": …} or {"messages": […]}
 """
 
+# pyright: reportPrivateImportUsage=false
 from __future__ import annotations
 
 import argparse
@@ -31,7 +32,7 @@ else:
 
 arguments = SFTConfig(
     output_dir=str(options.output), max_steps=steps, per_device_train_batch_size=8, learning_rate=1e-3,
-    logging_steps=max(steps // 10, 1), save_steps=steps, report_to="none", bf16=False, activation_checkpointing=False,
+    logging_steps=max(steps // 10, 1), save_steps=steps, report_to="none", bf16=False,
 )  # fmt: skip
 trainer = SFTTrainer(
     model=name,
