@@ -23,7 +23,7 @@ from rankfold.continual.run import continual
 
 HERE = Path(__file__).parent
 RESULT = HERE / "results" / "evidence-continual.json"
-TARGETS = "target_modules: [query, value]"
+TARGETS = "target_modules: '.*[.](query|value|q_proj|v_proj)'"
 CONTENDERS = {
     "SD-LoRA, own rule": [f"method={{name: sd_lora, r: 8, {TARGETS}}}"],
     "LoRA, continue": [f"method={{name: lora, r: 8, lora_alpha: 16, {TARGETS}}}", "next_task=continue"],

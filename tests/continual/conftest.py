@@ -9,12 +9,13 @@ from typing import Any
 import datasets
 import pytest
 import torch
-from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, ViTConfig, ViTModel
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "train"))
 from tiny import byte_tokenizer, write_jsonl
 
-SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+SIZES: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 WORDS = {"good": "pos", "bad": "neg", "so-so": "even", "what": "odd"}
 
 
@@ -28,7 +29,7 @@ def _quiet(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyP
 def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder, tokenizer = tmp_path_factory.mktemp("bert"), byte_tokenizer()
     torch.manual_seed(0)
-    dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    dropout: dict[str, Any] = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     config = BertConfig(vocab_size=len(tokenizer), **SIZES, **dropout, max_position_embeddings=64, pad_token_id=0)
     BertModel(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -39,9 +40,23 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder, tokenizer = tmp_path_factory.mktemp("llama"), byte_tokenizer()
     torch.manual_seed(0)
-    tokens = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None, "max_position_embeddings": 128}
+    tokens: dict[str, Any] = {
+        "pad_token_id": 0,
+        "eos_token_id": 1,
+        "bos_token_id": None,
+        "max_position_embeddings": 128,
+    }
     LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **SIZES, **tokens)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def vit(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("vit")
+    torch.manual_seed(0)
+    ViTModel(ViTConfig(**SIZES, image_size=16, patch_size=8), add_pooling_layer=False).save_pretrained(folder)
+    ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(folder)
     return folder
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from tiny import write_jsonl
 
 from rankfold.continual.file import parse
@@ -67,6 +68,13 @@ def test_lists_of_rows_need_a_source(values: Values):
 def test_the_classes(values: Values, change: Values, message: str):
     with pytest.raises(DataError, match=message):
         resolve(parse(values | change))
+
+
+def test_the_copy_of_the_file_means_the_same(values: Values):
+    file = parse(values | {"split": None, "tasks": [{"classes": ["a"]}, {"max_train": 3, "source": "b"}]})
+    again = parse(yaml.safe_load(file.to_yaml()))
+    assert again == file
+    assert [again.data_of(i) for i in (0, 1)] == [file.data_of(i) for i in (0, 1)]
 
 
 def test_parts_follow_the_seed(values: Values):

@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from peft import PeftModel
+from PIL import Image
 from safetensors.torch import load_file
 from tiny import write_jsonl
 from torch import Tensor
@@ -21,6 +22,7 @@ from rankfold.continual import run as module
 from rankfold.continual.file import load, parse
 from rankfold.continual.result import ContinualResult
 from rankfold.continual.run import continual
+from rankfold.io.models import ModelError
 from rankfold.runfile.load import load as load_run
 from rankfold.runfile.schema import RunFile
 from rankfold.train import model as models
@@ -121,6 +123,20 @@ def test_fresh_adapters_are_merged_and_then_added_up(values: Values):
     assert any("this adapter belongs on the model with" in note for note in notes)
 
 
+def test_images(values: Values, vit: Path, tmp_path: Path):
+    for split in ("train", "test"):
+        for colour in ("red", "blue", "green", "white"):
+            folder = tmp_path / "pictures" / split / colour
+            folder.mkdir(parents=True)
+            for number in range(4):
+                Image.new("RGB", (16 + number, 16), colour).save(folder / f"{number}.png")
+    data = {"source": str(tmp_path / "pictures")}
+    values |= {"task": "image-classification", "model": str(vit), "data": data, "split": {"parts": 2, "seed": 3}}
+    result = learn(values, method={"name": "sd_lora", "r": 2, "target_modules": "all-linear"})
+    assert sorted(", ".join(result.tasks).split(", ")) == ["blue", "green", "red", "white"]
+    assert 0 <= result.measures.average_anytime <= 1
+
+
 def test_language_models_have_a_matrix_of_losses(values: Values, llama: Path, tmp_path: Path):
     def rows(name: str, sign: str) -> str:
         found = [{"prompt": f"{i} {sign} {i}", "completion": f" {2 * i}"} for i in range(16)]
@@ -130,12 +146,30 @@ def test_language_models_have_a_matrix_of_losses(values: Values, llama: Path, tm
     method = {"name": "lora", "r": 2, "target_modules": ["q_proj", "v_proj"]}
     changes = {"task": "causal-lm", "model": str(llama), "data": {"test": 0.3}, "method": method}
     del values["split"]
+    changes["next_task"] = "fresh"
     result = learn(values, **changes, tasks=tasks)
     assert (result.metric, result.greater_is_better, result.tasks) == ("loss", False, ["sums.jsonl", "products.jsonl"])
     (first,), (again, second) = result.matrix
     assert result.measures.forgettings[1] == pytest.approx(again - first)
     assert result.measures.averages[1] == pytest.approx((again + second) / 2)
-    learn(values, **changes, tasks=[*tasks, rows("differences", "minus")])  # a task more goes on where it stopped
+    more = learn(values, **changes, tasks=[*tasks, rows("differences", "minus")])  # goes on where it stopped
+    assert more.matrix[:2] == result.matrix
+    out = Path(values["output"])
+    assert json.loads((out / "adapter/fold_report.json").read_text())["needed_rank"] == 6
+    model = {"name": str(llama), "dtype": "bfloat16", "adapters": [str(out / "task-1/adapter")]}
+    run = load_run(out / "task-2/run.yaml")
+    narrow = run.model_copy(update={"model": run.model.model_validate(model), "output": str(tmp_path / "narrow")})
+    with pytest.raises(
+        ModelError, match=r"model\.adapters\.0: small updates .* weights of torch\.bfloat16; set model\.dtype: float32"
+    ):
+        train(narrow, say=silent)
+    gone = run.model_copy(
+        update={"model": run.model.model_copy(update={"adapters": ["gone"]}), "output": str(tmp_path / "g")}
+    )
+    with pytest.raises(
+        ModelError, match=r"model\.adapters\.0: 'gone' cannot be merged into the model: gone does not exist"
+    ):
+        train(gone, say=silent)
 
 
 def test_a_row_killed_between_tasks_and_in_one_ends_the_same(
@@ -189,6 +223,8 @@ def _other_tasks_are_refused(values: Values, tmp_path: Path) -> None:
     """In a folder where tasks of plain LoRA are done."""
     with pytest.raises(FolderError, match=r"training\.learning_rate was 0\.01, is 0\.02"):
         learn(values, training=values["training"] | {"learning_rate": 0.02})
+    with pytest.raises(FolderError, match=r"loss_over was '(task|seen)', is 'all'"):
+        learn(values, loss_over="all")
     more = tmp_path / "more.jsonl"
     write_jsonl(more, [{"text": f"{c} {i}", "label": c} for c in ("new", "newer") for i in range(4)])
     new = {"classes": ["new", "newer"], "train": str(more), "test": str(more)}

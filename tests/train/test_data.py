@@ -277,6 +277,19 @@ def test_the_order_of_labels(tmp_path):
     assert note == "train: no row has the label 7 of data.labels"
 
 
+def test_the_rows_of_some_classes(tmp_path):
+    stars = write_jsonl(tmp_path / "a.jsonl", [{"text": f"t{i}", "label": i % 3} for i in range(9)])
+    rows = rows_of("classification", source=str(stars), classes=["2", 0])
+    assert (rows.labels, rows.class_counts) == (["0", "2"], {"0": 3, "2": 3})
+    rows = rows_of("classification", source=str(stars), classes=[1], labels=[0, 1, 2])
+    assert (rows.labels, rows.splits["train"]["label"][:]) == (["0", "1", "2"], [1, 1, 1])
+    message = "data.classes: no row of train has the class '3'; it has: 0, 1, 2"
+    assert error_of("classification", source=str(stars), classes=[3]) == message
+    none = write_jsonl(tmp_path / "b.jsonl", [{"text": "t", "label": 1}])
+    message = "test has no row of data.classes (0, 2); it has: 1"
+    assert error_of("classification", source=str(stars), classes=[0, 2], test=str(none)) == message
+
+
 # --- tokens -------------------------------------------------------------------------------------------------------------
 
 

@@ -97,8 +97,11 @@ class ContinualFile(Section):
         )
 
     def to_yaml(self) -> str:
-        """Every value, defaults included."""
-        return yaml.safe_dump(self.model_dump(exclude_none=True), sort_keys=False, allow_unicode=True, width=120)
+        """Every value, defaults included; of a task those that it gives, since the others are those of `data`."""
+        values = self.model_dump(exclude_none=True)
+        if self.tasks is not None:
+            values["tasks"] = [rows.model_dump(exclude_unset=True) for rows in self.tasks]
+        return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120)
 
 
 def has_rule(method: str) -> bool:

@@ -20,6 +20,7 @@ from rankfold.algebra.combination import Term, combined, in_words
 from rankfold.continual import start
 from rankfold.continual.classes_seen import ClassesSeen
 from rankfold.continual.file import ContinualFile
+from rankfold.continual.file import load as load_tasks
 from rankfold.continual.picture import draw
 from rankfold.continual.result import ContinualResult
 from rankfold.continual.task_list import TaskRows, measured_rows, resolve
@@ -52,7 +53,7 @@ def continual(file: ContinualFile, *, command: str = "", say: Callable[[str], No
             f"rankfold continual trains in one process, not in {count}; start it without accelerate launch"
         )
     out = Path(file.output)
-    _check_folder(out)
+    _check_folder(out, file)
     tasks = resolve(file)
     _check_head(out, tasks)
     split, rows = measured_rows(file, tasks)
@@ -190,11 +191,18 @@ def _together(result: ContinualResult, runs: list[RunFile], out: Path) -> Contin
 # --- the folder -----------------------------------------------------------------------------------------------------------
 
 
-def _check_folder(out: Path) -> None:
-    """Raises FolderError where the folder holds something else."""
+def _check_folder(out: Path, file: ContinualFile) -> None:
+    """Raises FolderError where the folder holds something else, or tasks under another loss; the rest their own files tell."""
     if out.exists() and not out.is_dir():
         raise FolderError(f"output: '{out}' is a file; name a folder")
-    if not (out / COPY).is_file() and out.is_dir() and any(entry.name != ".lock" for entry in out.iterdir()):
+    if (out / COPY).is_file():
+        before = load_tasks(out / COPY).loss_over
+        if file.has_classes and before != file.loss_over:
+            raise FolderError(
+                f"output: the tasks in '{out}' are of another row: loss_over was '{before}', is '{file.loss_over}'. Undo the change, "
+                "or name another output"
+            )
+    elif out.is_dir() and any(not entry.name.startswith(".") for entry in out.iterdir()):
         raise FolderError(f"output: '{out}' is not empty and holds no tasks in a row; name another folder")
 
 
