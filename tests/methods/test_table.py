@@ -16,6 +16,7 @@ from table import (
     adapt,
     adapter_buffers,
     adapter_parameters,
+    all_rows,
     archs,
     assert_distinct,
     assert_same,
@@ -217,7 +218,7 @@ def test_parameter_count(arch: Arch, row: Row, device: torch.device) -> None:
     assert everything == trainable + sum(p.numel() for p in base.parameters())
 
 
-@rows
+@all_rows
 @archs
 def test_every_tensor_lives_and_is_saved_once(arch: Arch, row: Row, device: torch.device) -> None:
     model = adapt(arch, row, device)

@@ -26,6 +26,7 @@ from table import (
     adapt,
     adapter_buffers,
     adapter_parameters,
+    all_rows,
     archs,
     assert_distinct,
     assert_same,
@@ -212,7 +213,7 @@ def test_switching_unmerges(row: Row, device: torch.device) -> None:
     assert torch.equal(LLAMA.out(model), wanted)
 
 
-@rows
+@all_rows
 @archs
 def test_disabling(arch: Arch, row: Row, device: torch.device) -> None:
     base = arch.out(arch.build(device))
@@ -232,7 +233,7 @@ def test_disabling(arch: Arch, row: Row, device: torch.device) -> None:
     assert torch.equal(arch.out(model), on)
 
 
-@rows
+@all_rows
 @archs
 @pytest.mark.parametrize("active", [True, False], ids=["active", "inactive"])
 def test_deleting(arch: Arch, row: Row, active: bool, device: torch.device) -> None:
@@ -318,7 +319,7 @@ def prefix_warning(name: str) -> AbstractContextManager:
     return pytest.warns(UserWarning, match="contained in the prefix") if name in "lowrank_" else nullcontext()
 
 
-@rows
+@all_rows
 def test_later_adapter_with_other_targets(row: Row, device: torch.device, tmp_path) -> None:
     """Its modules must not run until it is active, and its shared state is its own."""
     model = adapt(LLAMA, row, device)
@@ -368,7 +369,7 @@ def test_gradients_are_asked_for_where_they_should(row: Row, device: torch.devic
     assert not any(p.requires_grad for n, p in model.named_parameters() if "lowrank" not in n)
 
 
-@rows
+@all_rows
 def test_adapters_share_nothing(row: Row, device: torch.device) -> None:
     model = adapt(LLAMA, row, device)
     config = row.config(LLAMA)
@@ -390,7 +391,7 @@ def test_adapters_share_nothing(row: Row, device: torch.device) -> None:
 # Mixed batches, generation ------------------------------------------------------------------------------------------
 
 
-@rows
+@all_rows
 @archs
 def test_mixed_batch(arch: Arch, row: Row, device: torch.device) -> None:
     model = adapt(arch, row, device)
@@ -507,7 +508,7 @@ def test_mixed_model_is_refused_clearly(row: Row) -> None:
 # Configs ------------------------------------------------------------------------------------------------------------
 
 
-@rows
+@all_rows
 @archs
 def test_config_survives_json(arch: Arch, row: Row, tmp_path) -> None:
     config = row.config(

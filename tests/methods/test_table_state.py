@@ -26,6 +26,7 @@ from table import (
     Row,
     adapt,
     adapter_parameters,
+    all_rows,
     archs,
     assert_distinct,
     assert_same,
@@ -71,7 +72,7 @@ def test_copies_are_whole_and_apart(row: Row, duplicate, device: torch.device) -
     assert_same(snapshot(model), state)
 
 
-@rows
+@all_rows
 @pytest.mark.parametrize(
     "cast",
     [nn.Module.half, nn.Module.bfloat16, nn.Module.double, lambda m: m.to(torch.bfloat16)],
@@ -99,7 +100,7 @@ def test_casting(row: Row, cast, device: torch.device) -> None:
     assert {p.dtype for p in model.parameters()} == {torch.float32}
 
 
-@rows
+@all_rows
 @archs
 @pytest.mark.parametrize("autocast", [True, False])
 def test_half_precision_base(arch: Arch, row: Row, autocast: bool, device: torch.device, tmp_path) -> None:
@@ -139,7 +140,7 @@ SECOND_INJECTION = pytest.warns(UserWarning, match="Already found a `peft_config
 # Without a PeftModel ------------------------------------------------------------------------------------------------
 
 
-@rows
+@all_rows
 @archs
 def test_inject_adapter_in_model(arch: Arch, row: Row, device: torch.device) -> None:
     wrapped = adapt(arch, row, device, task_type=None)
@@ -160,7 +161,7 @@ def test_inject_adapter_in_model(arch: Arch, row: Row, device: torch.device) -> 
         torch.testing.assert_close(arch.out(model), arch.out(arch.build(device)), rtol=1e-6, atol=1e-6)
 
 
-@rows
+@all_rows
 @pytest.mark.parametrize("arch", [LLAMA, GPT2, BERT, T5, VIT], ids=lambda a: a.name)
 def test_transformers_own_interface(arch: Arch, row: Row, device: torch.device, tmp_path) -> None:
     """`model.add_adapter(config)` and all that transformers offers beside it."""
@@ -205,7 +206,7 @@ def test_transformers_own_interface(arch: Arch, row: Row, device: torch.device, 
 # Files --------------------------------------------------------------------------------------------------------------
 
 
-@rows
+@all_rows
 @archs
 def test_save_and_load(arch: Arch, row: Row, device: torch.device, tmp_path) -> None:
     model = adapt(arch, row, device)
