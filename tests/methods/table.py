@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import math
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -460,13 +460,13 @@ first_rows = pytest.mark.parametrize("row", FIRST, ids=str)
 dropping_rows = pytest.mark.parametrize("row", [row for row in FIRST if row.facts.takes_dropout], ids=str)
 
 
-def on(*archs: Arch) -> pytest.MarkDecorator:
+def on(*archs: Arch, some_rows: Sequence[Row] = ROWS) -> pytest.MarkDecorator:
     """Every method on each architecture; its further variants on the first, and on one more in turn.
 
     A variant differs in its config, an architecture in its layers: what both bring at once is the method's, and seen in its first row.
     """
     pairs = []
-    for i, row in enumerate(ROWS):
+    for i, row in enumerate(some_rows):
         some = archs if row in FIRST else {archs[0], archs[1 + i % (len(archs) - 1)]}
         pairs += [(arch, row) for arch in archs if arch in some]
     return pytest.mark.parametrize(
@@ -475,6 +475,7 @@ def on(*archs: Arch) -> pytest.MarkDecorator:
 
 
 everywhere = on(*ARCHS.values())
+all_everywhere = on(*ARCHS.values(), some_rows=[*ROWS, *LIVE])
 
 
 def adapt(

@@ -16,6 +16,7 @@ from table import (
     adapt,
     adapter_buffers,
     adapter_parameters,
+    all_everywhere,
     assert_distinct,
     assert_same,
     everywhere,
@@ -212,7 +213,7 @@ def test_parameter_count(arch: Arch, row: Row, device: torch.device) -> None:
     assert everything == trainable + sum(p.numel() for p in base.parameters())
 
 
-@everywhere
+@all_everywhere
 def test_every_tensor_lives_and_is_saved_once(arch: Arch, row: Row, device: torch.device) -> None:
     model = adapt(arch, row, device)
     named = list(model.named_parameters(remove_duplicate=False))

@@ -13,7 +13,7 @@ from models import GPT2, LLAMA, MLP, TIED, Arch
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from table import ROWS, TABLE, Facts, Row, adapt, assert_same, first_rows, layers, rows, second, snapshot
+from table import ROWS, TABLE, Facts, Row, adapt, all_rows, assert_same, first_rows, layers, rows, second, snapshot
 
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"r": 0}, "r=0"),
@@ -165,7 +165,7 @@ BROKEN: dict[str, tuple[Callable[[dict], None], str]] = {
 }
 
 
-@rows
+@all_rows
 @pytest.mark.parametrize("kind", BROKEN)
 def test_broken_checkpoint(row: Row, kind: str, tmp_path: Path) -> None:
     """Into an adapter that is there: nothing changes. Into a new one: what was there does not change."""

@@ -26,6 +26,8 @@ from table import (
     adapt,
     adapter_buffers,
     adapter_parameters,
+    all_everywhere,
+    all_rows,
     assert_distinct,
     assert_same,
     everywhere,
@@ -212,7 +214,7 @@ def test_switching_unmerges(row: Row, device: torch.device) -> None:
     assert torch.equal(LLAMA.out(model), wanted)
 
 
-@everywhere
+@all_everywhere
 def test_disabling(arch: Arch, row: Row, device: torch.device) -> None:
     base = arch.out(arch.build(device))
     model = adapt(arch, row, device)
@@ -231,7 +233,7 @@ def test_disabling(arch: Arch, row: Row, device: torch.device) -> None:
     assert torch.equal(arch.out(model), on)
 
 
-@everywhere
+@all_everywhere
 @pytest.mark.parametrize("active", [True, False], ids=["active", "inactive"])
 def test_deleting(arch: Arch, row: Row, active: bool, device: torch.device) -> None:
     model = adapt(arch, row, device)
@@ -316,7 +318,7 @@ def prefix_warning(name: str) -> AbstractContextManager:
     return pytest.warns(UserWarning, match="contained in the prefix") if name in "lowrank_" else nullcontext()
 
 
-@rows
+@all_rows
 def test_later_adapter_with_other_targets(row: Row, device: torch.device, tmp_path) -> None:
     """Its modules must not run until it is active, and its shared state is its own."""
     model = adapt(LLAMA, row, device)
@@ -366,7 +368,7 @@ def test_gradients_are_asked_for_where_they_should(row: Row, device: torch.devic
     assert not any(p.requires_grad for n, p in model.named_parameters() if "lowrank" not in n)
 
 
-@rows
+@all_rows
 def test_adapters_share_nothing(row: Row, device: torch.device) -> None:
     model = adapt(LLAMA, row, device)
     config = row.config(LLAMA)
@@ -388,7 +390,7 @@ def test_adapters_share_nothing(row: Row, device: torch.device) -> None:
 # Mixed batches, generation ------------------------------------------------------------------------------------------
 
 
-@everywhere
+@all_everywhere
 def test_mixed_batch(arch: Arch, row: Row, device: torch.device) -> None:
     model = adapt(arch, row, device)
     second(model, arch, row)
@@ -503,7 +505,7 @@ def test_mixed_model_is_refused_clearly(row: Row) -> None:
 # Configs ------------------------------------------------------------------------------------------------------------
 
 
-@everywhere
+@all_everywhere
 def test_config_survives_json(arch: Arch, row: Row, tmp_path) -> None:
     config = row.config(
         arch, exclude_modules=["lm_head"], modules_to_save=["head"], base_model_name_or_path="x", revision="main"

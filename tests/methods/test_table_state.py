@@ -22,13 +22,15 @@ from peft import (
 from safetensors.torch import load_file
 from table import (
     FIRST,
+    LIVE,
     ROWS,
     Row,
     adapt,
     adapter_parameters,
+    all_everywhere,
+    all_rows,
     assert_distinct,
     assert_same,
-    everywhere,
     layers,
     on,
     rows,
@@ -72,7 +74,7 @@ def test_copies_are_whole_and_apart(row: Row, duplicate, device: torch.device) -
     assert_same(snapshot(model), state)
 
 
-@rows
+@all_rows
 @pytest.mark.parametrize(
     "cast",
     [nn.Module.half, nn.Module.bfloat16, nn.Module.double, lambda m: m.to(torch.bfloat16)],
@@ -100,7 +102,7 @@ def test_casting(row: Row, cast, device: torch.device) -> None:
     assert {p.dtype for p in model.parameters()} == {torch.float32}
 
 
-@everywhere
+@all_everywhere
 @pytest.mark.parametrize("autocast", [True, False])
 def test_half_precision_base(arch: Arch, row: Row, autocast: bool, device: torch.device, tmp_path) -> None:
     def check(model: PeftModel, name: str) -> None:
@@ -139,7 +141,7 @@ SECOND_INJECTION = pytest.warns(UserWarning, match="Already found a `peft_config
 # Without a PeftModel ------------------------------------------------------------------------------------------------
 
 
-@everywhere
+@all_everywhere
 def test_inject_adapter_in_model(arch: Arch, row: Row, device: torch.device) -> None:
     wrapped = adapt(arch, row, device, task_type=None)
     model = inject_adapter_in_model(row.config(arch, task_type=None), arch.build(device))
@@ -159,7 +161,7 @@ def test_inject_adapter_in_model(arch: Arch, row: Row, device: torch.device) -> 
         torch.testing.assert_close(arch.out(model), arch.out(arch.build(device)), rtol=1e-6, atol=1e-6)
 
 
-@on(LLAMA, GPT2, BERT, T5, VIT)
+@on(LLAMA, GPT2, BERT, T5, VIT, some_rows=[*ROWS, *LIVE])
 def test_transformers_own_interface(arch: Arch, row: Row, device: torch.device, tmp_path) -> None:
     """`model.add_adapter(config)` and all that transformers offers beside it."""
     base = arch.out(arch.build(device))
@@ -203,7 +205,7 @@ def test_transformers_own_interface(arch: Arch, row: Row, device: torch.device, 
 # Files --------------------------------------------------------------------------------------------------------------
 
 
-@everywhere
+@all_everywhere
 def test_save_and_load(arch: Arch, row: Row, device: torch.device, tmp_path) -> None:
     model = adapt(arch, row, device)
     wanted, state = arch.out(model), get_peft_model_state_dict(model)

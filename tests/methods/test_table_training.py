@@ -17,6 +17,8 @@ from table import (
     adapt,
     adapter_buffers,
     adapter_parameters,
+    all_everywhere,
+    all_rows,
     assert_same,
     everywhere,
     first_rows,
@@ -48,7 +50,7 @@ def gradients(arch: Arch, model: nn.Module, batches: list[dict[str, Tensor]] | N
 # What moves ---------------------------------------------------------------------------------------------------------
 
 
-@everywhere
+@all_everywhere
 def test_training_moves_the_adapter_and_nothing_else(arch: Arch, row: Row, device: torch.device) -> None:
     model = adapt(arch, row, device, live=False)
     before, first = snapshot(model), arch.loss(model).item()
@@ -75,7 +77,7 @@ def test_gradients_are_those_of_the_plain_formula(row: Row, device: torch.device
         torch.testing.assert_close(fused[name], plain[name], rtol=1e-10, atol=1e-12)
 
 
-@rows
+@all_rows
 def test_only_the_active_adapters_learn(row: Row, device: torch.device) -> None:
     model = adapt(LLAMA, row, device)
     second(model, LLAMA, row)
@@ -90,7 +92,7 @@ def test_only_the_active_adapters_learn(row: Row, device: torch.device) -> None:
         assert changed - {n for name in active for n in adapter_buffers(model, name)} == wanted
 
 
-@rows
+@all_rows
 def test_training_can_go_on_from_a_file(row: Row, device: torch.device, tmp_path) -> None:
     model = adapt(LLAMA, row, device)
     model.save_pretrained(tmp_path)
@@ -155,7 +157,7 @@ def test_autocast(arch: Arch, row: Row, device: torch.device) -> None:
         assert torch.isfinite(p.grad).all()
 
 
-@everywhere
+@all_everywhere
 def test_half_precision_base_trains(arch: Arch, row: Row, device: torch.device) -> None:
     """Adapter in float32 on a bfloat16 base without autocast, as PEFT sets it up: small steps are not lost."""
     model = adapt(arch, row, device, dtype=torch.bfloat16).train()
@@ -231,7 +233,7 @@ def test_prepared_for_kbit_training(row: Row, device: torch.device) -> None:
     assert changed - adapter_buffers(model).keys() == {n for n, p in adapter_parameters(model) if p.numel()}
 
 
-@everywhere
+@all_everywhere
 def test_accumulated_gradients_equal_those_of_the_whole_batch(arch: Arch, row: Row, device: torch.device) -> None:
     model = adapt(arch, row, device)
     batch = arch.inputs(device, rows=4)

@@ -17,6 +17,11 @@ class Options(FoldingOptions):
     calibration: str | None = option(
         'texts (.jsonl with "text", or paragraphs): compress for their outputs', default=None, metavar="FILE"
     )
+    approximate: str | None = option(
+        "of an adapter without an exact fold, the rule by which a LoRA comes near; --calibration measures how near",
+        default=None,
+        metavar="RULE",
+    )
     no_probe: bool = option("do not compare outputs of the two on a probe batch", default=False)
 
 
@@ -28,6 +33,7 @@ def run(options: Options) -> int:
         options.out,
         base=options.base,
         calibration=options.calibration,
+        approximate=options.approximate,
         probe=not options.no_probe,
         **options.of_fold,
     )

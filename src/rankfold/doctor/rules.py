@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 
+from peft import PEFT_TYPE_TO_CONFIG_MAPPING
+
 from rankfold.doctor.case import Case, Pair
 from rankfold.doctor.findings import Finding, Status
 from rankfold.doctor.settings import scale
+from rankfold.host.config import LowRankConfig
 from rankfold.text import examples, short_repr
 
 Rule = Callable[[Case], Iterable[Finding]]
@@ -14,7 +17,22 @@ Scale = Callable[[Case, Pair], float]
 
 
 def fold_command(case: Case) -> str:
-    return f"rankfold fold {case.file.path} -o OUT"
+    rules = "|".join(_approximations(case))
+    return f"rankfold fold {case.file.path} -o OUT" + (f" --approximate {rules}" if rules else "")
+
+
+def _approximations(case: Case) -> tuple[str, ...]:
+    """The rules of an adapter of ours that has no exact fold."""
+    cls = PEFT_TYPE_TO_CONFIG_MAPPING.get(case.settings.peft_type)  # pyright: ignore[reportArgumentType, reportCallIssue]
+    if cls is None or not issubclass(cls, LowRankConfig) or not cls.approximations:
+        return ()
+    try:
+        config = cls(
+            **{k: v for k, v in case.file.config.items() if k in cls.__dataclass_fields__ and k != "peft_type"}
+        )
+    except (TypeError, ValueError):
+        return ()
+    return () if config.fixed else cls.approximations
 
 
 # --- rules of several engines -----------------------------------------------------------------------------------------

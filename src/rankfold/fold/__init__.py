@@ -19,6 +19,8 @@ from tqdm import tqdm
 
 from rankfold.errors import RankfoldError
 from rankfold.fold import native, peft_adapters
+from rankfold.fold.approximate import Approximation
+from rankfold.fold.approximate import approximate as approximate_in_place
 from rankfold.fold.calibration import read_texts, second_moments, tokenise
 from rankfold.fold.compression import CompressionLimit, compress
 from rankfold.fold.in_memory import FoldedStateDict, fold_state_dict
@@ -28,8 +30,9 @@ from rankfold.fold.probe import probe as run_probe
 from rankfold.fold.probe import trained_model
 from rankfold.fold.profiles.profile import Folded
 from rankfold.fold.proof import FoldReport, LayerProof, prove, prove_sum
-from rankfold.fold.source import Source, Update
+from rankfold.fold.source import Source, Update, base_config
 from rankfold.host.config import LowRankConfig
+from rankfold.io.adapters import read_labels
 from rankfold.io.files import sha256, whole_folder
 from rankfold.io.formats import SavedAdapter, read_adapter
 from rankfold.kernel.factors import Factors
@@ -55,6 +58,7 @@ def fold_adapter(
     *,
     base: str | None = None,
     calibration: str | Path | None = None,
+    approximate: str | None = None,
     probe: bool = True,
     **options: Unpack[FoldOptions],
 ) -> FoldReport:
@@ -66,7 +70,10 @@ def fold_adapter(
         out: the folder to make; it appears whole or not at all.
         base: the base model, if not the one the adapter names. Its config is needed; its weights only for the probe.
         calibration: texts (a .jsonl with "text", or plain paragraphs) to run through the base with the adapter, so that
-            compression keeps the outputs rather than the weights; `error` is then that of the outputs.
+            compression keeps the outputs rather than the weights; `error` is then that of the outputs. With `approximate`, the texts
+            on which its error is measured.
+        approximate: of an adapter whose update depends on the input ("is" and "ms" of ResLoRA), the rule by which a LoRA comes near
+            it; needs the base's weights.
         probe: compare logits with stock PEFT, where the base's weights can be loaded.
         options: as `CheckedOptions` says: profile, dtype, pad, rank, error, strict, force, progress.
 
@@ -81,14 +88,21 @@ def fold_adapter(
     _check_out(out, read.path, base or read.config.base_model_name_or_path)
     with whole_folder(out, asked.force) as folder:
         limit, texts = _limit(asked), None if calibration is None else read_texts(calibration)
-        source = source_of(read, base)
-        known = replace(read, config=source.config)  # with the class of the base, where the folder does not say it
-        if texts is not None:
+        near = None
+        if approximate is None:
+            source = source_of(read, base)
+        else:
+            source, near = _approximated(read, base, approximate, texts)
+        known = replace(
+            read, config=read.config if near else source.config
+        )  # with the class of the base, where the folder does not say it
+        if texts is not None and (limit or not near):
             name = base or source.config.base_model_name_or_path
             limit = _weighed(limit, trained_model(known, base), source, texts, name)
         report = _write(source, folder, out, str(read.path), base, asked, limit)
         if probe:
             report.probe = run_probe(known, folder, base, PROFILES[asked.profile])
+        report.approximation = near
         _write_report(report, folder)
     return report
 
@@ -99,6 +113,7 @@ def fold_model(
     *,
     adapter_name: str = "default",
     calibration: str | Path | None = None,
+    approximate: str | None = None,
     **options: Unpack[FoldOptions],
 ) -> FoldReport:
     """Folds an adapter of a live model; arguments, result and errors as `fold_adapter`. The model is not changed.
@@ -109,12 +124,21 @@ def fold_model(
     origin = f"adapter {adapter_name!r} of a live model"
     with whole_folder(out, asked.force) as folder:
         limit, texts = _limit(asked), None if calibration is None else read_texts(calibration)
+        near, take_back = None, None
+        if approximate is not None:
+            base = getattr(getattr(model, "peft_config", {}).get(adapter_name), "base_model_name_or_path", None)
+            near, take_back = approximate_in_place(model, approximate, adapter_name, _batches(model, texts, base))
         foreign = not isinstance(getattr(model, "peft_config", {}).get(adapter_name), LowRankConfig | None)
-        source = (peft_adapters if foreign else native).from_model(model, adapter_name)
-        _check_out(out, None, source.config.base_model_name_or_path)
-        if texts is not None:
-            limit = _weighed(limit, model, source, texts, source.config.base_model_name_or_path)
-        report = _write(source, folder, out, origin, None, asked, limit)
+        try:
+            source = (peft_adapters if foreign else native).from_model(model, adapter_name)
+            _check_out(out, None, source.config.base_model_name_or_path)
+            if texts is not None and (limit or not near):
+                limit = _weighed(limit, model, source, texts, source.config.base_model_name_or_path)
+            report = _write(source, folder, out, origin, None, asked, limit)
+        finally:
+            if take_back is not None:
+                take_back()
+        report.approximation = near
         _write_report(report, folder)
     return report
 
@@ -154,6 +178,26 @@ def fold_source(
         report = _write(source, folder, out, origin, base, asked, _limit(asked))
         _write_report(report, folder)
     return report
+
+
+def _approximated(
+    adapter: SavedAdapter, base: str | None, rule: str, texts: list[str] | None
+) -> tuple[Source, Approximation]:
+    """An adapter without an exact fold as the source of one that comes near it."""
+    name = base or adapter.config.base_model_name_or_path
+    model = trained_model(adapter, base)
+    near, _ = approximate_in_place(model, rule, batches=_batches(model, texts, name))
+    source = native.from_model(model)
+    dtype = getattr(base_config(name), "dtype", None) or source.dtype
+    source.notes.extend(adapter.notes)
+    return replace(source, dtype=dtype, folder=adapter.folder, labels=read_labels(adapter.folder)), near
+
+
+def _batches(model: nn.Module, texts: list[str] | None, base: str | None) -> list[dict[str, Tensor]]:
+    if texts is None:
+        return []
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    return [{"input_ids": ids} for ids in tokenise(texts, base, inner.config)]  # pyright: ignore[reportArgumentType]
 
 
 def _check_out(out: Path, adapter: Path | None, base: str | None) -> None:

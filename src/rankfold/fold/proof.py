@@ -9,6 +9,7 @@ from importlib.metadata import version
 import torch
 from torch import Tensor
 
+from rankfold.fold.approximate import Approximation
 from rankfold.fold.compression import weighted_error
 from rankfold.fold.source import Update
 from rankfold.io.files import to_json
@@ -66,6 +67,7 @@ class FoldReport:
     versions: dict[str, str] = field(default_factory=lambda: {p: version(p) for p in ("rankfold", "peft", "torch")})
     noun: str = "a plain LoRA"
     left_out: dict[str, float] = field(default_factory=dict)
+    approximation: Approximation | None = None
 
     @property
     def worst(self) -> LayerProof:
@@ -105,7 +107,8 @@ class FoldReport:
         lines = [
             f"folded {self.method} into {self.noun}: rank {self.rank} ({self.needed_rank} needed), "
             f"{len(self.layers)} modules, {self.parameters:,} numbers in {self.dtype}, {size(self.bytes)}",
-            f"error against the trained update: {self._before_rounding()}"
+            *([self.approximation.in_words()] if self.approximation else []),
+            f"error against {'that approximation' if self.approximation else 'the trained update'}: {self._before_rounding()}"
             f"{worst.frobenius:.1e} on disk (relative Frobenius, worst layer {worst.module})",
             *self._cut(),
         ]

@@ -49,6 +49,9 @@ class Method:
         next_task: for a method with a rule of its own for learning one task after another: ends a task of the named adapter of a
             model, begins the next one, and returns the new config. Without it, the same adapter just goes on.
         end_task: what such a method does to a trained task before it is measured and saved, where it does something.
+        approximate: for a method whose update may depend on the input: makes the named adapter of a model a fixed one in place, by
+            one of the config's `approximations`: (model, rule, adapter name) → a function that takes it back when called, and makes
+            it again when called again.
     """
 
     name: str
@@ -64,6 +67,7 @@ class Method:
     example: Mapping[str, Any] | None = None
     next_task: Callable[[nn.Module, str], LowRankConfig] | None = None
     end_task: Callable[[nn.Module, str], None] | None = None
+    approximate: Callable[[nn.Module, str, str], Callable[[], None]] | None = None
 
     @property
     def foldable(self) -> bool:

@@ -25,6 +25,7 @@ from typing import ClassVar
 from rankfold.host.config import LowRankConfig, is_whole
 from rankfold.host.registry import Method, register
 from rankfold.methods.res_lora_adapter import ResLora
+from rankfold.methods.res_lora_merge import approximate
 
 #: More than any model has.
 ALL = 1_000_000
@@ -74,6 +75,7 @@ RES_LORA = register(
         config=ResLoraConfig,
         adapter=ResLora,
         folds_at="(m+1)*r",
+        approximate=approximate,
         variants={
             "res_lora bs": {"shortcut": "bs"},
             "res_lora is": {"shortcut": "is"},
