@@ -19,6 +19,7 @@ ALLOWED = {
     "commands/subspace.py": {"cora_subspace"},  # CoRA's own command
     "commands/init.py": {"rasa"},  # its default, which must be known before anything heavy is imported
     "commands/plan.py": {"rasa"},  # an example in its help
+    "plan/first_rate.py": {"PlainLoraConfig"},  # LoRA's own rate is the yardstick
     "moved.py": {"cora_subspace"},  # where an old import path leads
     "fold/peft_updates.py": {"adalora"},  # the function for PEFT's adapter of that name
 }

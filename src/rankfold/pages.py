@@ -20,7 +20,7 @@ def cite(page: str) -> str:
 
 
 def pages() -> dict[str, Path]:
-    """Name ("planning", "methods/rasa") → file, sorted by name.
+    """Name ("planning", "methods/lora") → file, sorted by name.
 
     Raises:
         RankfoldError: the package was copied without them.

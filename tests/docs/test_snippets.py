@@ -133,6 +133,7 @@ YAML = [(page, block) for page in PAGES for block in blocks(page, "yaml")]
 @pytest.mark.parametrize(("page", "block"), YAML, ids=[f"{named(page)}:{block.line}" for page, block in YAML])
 def test_yaml(page: Path, block: Block, models: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     from rankfold.compare import file as compare_file
+    from rankfold.continual import file as continual_file
     from rankfold.runfile import load
     from rankfold.runfile.schema import RunFile
     from rankfold.runfile.yaml import read
@@ -148,7 +149,10 @@ def test_yaml(page: Path, block: Block, models: dict[str, Path], monkeypatch: py
     if values.get("method", {}).get("name") == "scaled":
         values["method"]["name"] = "lora"  # of the walk-throughs, which other tests run
     sections = {"model": "m", "task": "classification", "data": "d.jsonl", "output": "out"}
-    if "methods" in values:
+    if {"split", "tasks"} & values.keys():
+        of_classes = {"task": "image-classification"} if "split" in values else {}
+        continual_file.parse(sections | {"method": "lora"} | of_classes | values)
+    elif "methods" in values:
         compare_file.parse(sections | {"rates": [1e-3], "seeds": [0, 1, 2]} | values)
     else:
         assert isinstance(load.parse(sections | {"method": "lora"} | values), RunFile)

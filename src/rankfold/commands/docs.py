@@ -14,7 +14,7 @@ from rankfold.pages import page, pages
 class Options(CommonOptions):
     """list the documentation's pages, or print one"""
 
-    page: str | None = positional("such as planning or methods/rasa", default=None, nargs="?")
+    page: str | None = positional("such as planning or methods/lora", default=None, nargs="?")
     raw: bool = option("print the Markdown as it is, as is done where the output is not a terminal", default=False)
 
 

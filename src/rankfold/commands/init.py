@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rankfold.commands.command import CommonOptions, option, positional
+from rankfold.pages import cite
 from rankfold.tasks.table import TASKS
 
 
@@ -38,7 +39,7 @@ def run(options: Options) -> int:
     path.write_text(text, encoding="utf-8")
     if rate is not None:
         print(
-            f"training.learning_rate is {rate:g}, a first rate for this method and scale (docs/comparing.md); tune it"
+            f"training.learning_rate is {rate:g}, a first rate for this method and scale ({cite('comparing')}); tune it"
         )
     print(f"wrote {path}; next: rankfold {'compare' if options.compare else 'train'} {path} --dry-run")
     return 0

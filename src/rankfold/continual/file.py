@@ -14,6 +14,7 @@ import yaml
 from pydantic import Field, ValidationError
 
 from rankfold.host import registry
+from rankfold.pages import cite
 from rankfold.runfile.checks import check
 from rankfold.runfile.imports import DESCRIPTION as IMPORTS
 from rankfold.runfile.imports import load_all, with_places
@@ -124,7 +125,7 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> ContinualFile:
     try:
         values, lines = read_values(path)
     except FileNotFoundError:
-        raise FileNotFoundError(f"no file '{path}'; docs/continual.md and examples/continual.yaml show one") from None
+        raise FileNotFoundError(f"no file '{path}'; {cite('continual')} shows one") from None
     return parse(values, overrides, where=str(path), lines=lines)
 
 
