@@ -213,7 +213,7 @@ def test_switching_unmerges(row: Row, device: torch.device) -> None:
     assert torch.equal(LLAMA.out(model), wanted)
 
 
-@all_rows
+@rows
 @archs
 def test_disabling(arch: Arch, row: Row, device: torch.device) -> None:
     base = arch.out(arch.build(device))
