@@ -71,8 +71,10 @@ def model_card(prepared: Prepared, result: TrainResult) -> str:
         title, home = row.title, row.config.__module__
     module = "rankfold" if home.startswith("rankfold.") else home
     use = f"import {module}  # makes {title} known to PEFT\n" if ours else ""
+    option = getattr(prepared.peft_config, "fold_option", "")
+    near = "a plain LoRA that comes near it" if option else "a plain LoRA of it"
     plain = (
-        "`rankfold fold path/to/this/folder -o folded` makes a plain LoRA of it, which needs no rankfold.\n\n"
+        f"`rankfold fold path/to/this/folder -o folded{option}` makes {near}, which needs no rankfold.\n\n"
         if ours
         else ""
     )
