@@ -214,7 +214,7 @@ def test_switching_unmerges(row: Row, device: torch.device) -> None:
     assert torch.equal(LLAMA.out(model), wanted)
 
 
-@all_everywhere
+@everywhere
 def test_disabling(arch: Arch, row: Row, device: torch.device) -> None:
     base = arch.out(arch.build(device))
     model = adapt(arch, row, device)

@@ -17,22 +17,21 @@ Scale = Callable[[Case, Pair], float]
 
 
 def fold_command(case: Case) -> str:
-    rules = "|".join(_approximations(case))
-    return f"rankfold fold {case.file.path} -o OUT" + (f" --approximate {rules}" if rules else "")
+    return f"rankfold fold {case.file.path} -o OUT{_fold_option(case)}"
 
 
-def _approximations(case: Case) -> tuple[str, ...]:
-    """The rules of an adapter of ours that has no exact fold."""
+def _fold_option(case: Case) -> str:
+    """What the command must be told of an adapter of ours that has no exact fold."""
     cls = PEFT_TYPE_TO_CONFIG_MAPPING.get(case.settings.peft_type)  # pyright: ignore[reportArgumentType, reportCallIssue]
     if cls is None or not issubclass(cls, LowRankConfig) or not cls.approximations:
-        return ()
+        return ""
     try:
         config = cls(
             **{k: v for k, v in case.file.config.items() if k in cls.__dataclass_fields__ and k != "peft_type"}
         )
     except (TypeError, ValueError):
-        return ()
-    return () if config.fixed else cls.approximations
+        return ""
+    return config.fold_option
 
 
 # --- rules of several engines -----------------------------------------------------------------------------------------

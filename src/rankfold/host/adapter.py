@@ -239,8 +239,8 @@ class Adapter(nn.Module):
 
 def not_fixed(what: str, config: LowRankConfig) -> str:
     """One sentence that says why an adapter that is not `fixed` does not have a delta, merge, fold or spectrum, and what comes near."""
-    rules = "|".join(config.approximations)
-    near = f", or fold what comes near it: rankfold fold ADAPTER -o OUT --approximate {rules}" if rules else ""
+    option = config.fold_option
+    near = f", or fold what comes near it: rankfold fold ADAPTER -o OUT{option}" if option else ""
     return f"{what}: its update depends on the input, so no matrix and no LoRA equals it; serve it with PEFT, unmerged{near}"
 
 

@@ -165,12 +165,17 @@ class LowRankConfig(PeftConfig, metaclass=LoraFields):
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         super().save_pretrained(save_directory, **kwargs)
-        say_what_loads_it(Path(save_directory), self.method, type(self).__module__)
+        say_what_loads_it(Path(save_directory), self.method, type(self).__module__, self.fold_option)
 
     @property
     def fixed(self) -> bool:
         """Whether the update is a fixed matrix, whatever the input: only then is there a delta to merge, fold and inspect."""
         return True
+
+    @property
+    def fold_option(self) -> str:
+        """What `rankfold fold` must be told to come near an update that is not fixed; empty where it needs nothing, or nothing helps."""
+        return f" --approximate {'|'.join(self.approximations)}" if self.approximations and not self.fixed else ""
 
     # What a plan and a comparison ask --------------------------------------------------------------------------------
 

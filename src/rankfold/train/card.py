@@ -74,8 +74,10 @@ def model_card(prepared: Prepared, result: TrainResult) -> str:
     earlier = "".join(
         f"model = PeftModel.from_pretrained(model, {folder!r}).merge_and_unload()\n" for folder in run.model.adapters
     )
+    option = getattr(prepared.peft_config, "fold_option", "")
+    near = "a plain LoRA that comes near it" if option else "a plain LoRA of it"
     plain = (
-        "`rankfold fold path/to/this/folder -o folded` makes a plain LoRA of it, which needs no rankfold.\n\n"
+        f"`rankfold fold path/to/this/folder -o folded{option}` makes {near}, which needs no rankfold.\n\n"
         if ours
         else ""
     )
