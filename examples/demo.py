@@ -36,7 +36,8 @@ from rankfold.host import registry
 from rankfold.io import assets as bundled
 from rankfold.runfile.load import parse
 from rankfold.runfile.methods import config_class, config_fields
-from rankfold.train.run import TrainResult, train
+from rankfold.train.result import TrainResult
+from rankfold.train.run import train
 
 console = Console(width=None if sys.stdout.isatty() else 110)
 

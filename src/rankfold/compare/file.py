@@ -259,8 +259,9 @@ class _Spot:
 
 
 def _rates(path: KeyPath, given: Rates | None) -> list[Problem]:
-    path, given = ((*path, "extend"), given.extend) if isinstance(given, Extension) else (path, given)
-    return _Spot(path, given).rates() if isinstance(given, list) else []
+    if isinstance(given, Extension):
+        return _rates((*path, "extend"), given.extend if given.extend != "auto" else None)
+    return _Spot(path, given or []).rates()
 
 
 def _check(file: CompareFile) -> list[Problem]:

@@ -260,9 +260,9 @@ class Shared(nn.Module):
         return super()._apply(lambda t: _keep_vectors_wide(fn, t), recurse)
 
 
-def forget(shared: nn.ModuleDict, adapter_name: str) -> None:
+def forget(shared: Any, adapter_name: str) -> None:
     """Removes what one adapter's layers share."""
-    for state in shared[adapter_name].values():  # pyright: ignore[reportCallIssue]
+    for state in shared[adapter_name].values():
         state.detached()
     del shared[adapter_name]
 

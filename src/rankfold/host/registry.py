@@ -18,6 +18,7 @@ from torch import nn
 
 from rankfold.errors import RankfoldError
 from rankfold.host.adapter import Adapter
+from rankfold.host.checkpoint import PREFIX
 from rankfold.host.config import LowRankConfig
 from rankfold.host.peft_api import (
     PEFT_TYPE_TO_CONFIG_MAPPING,
@@ -27,7 +28,7 @@ from rankfold.host.peft_api import (
     peft_name,
 )
 from rankfold.host.plugins import GROUP, announced
-from rankfold.host.tuner import PREFIX, LowRankTuner
+from rankfold.host.tuner import LowRankTuner
 
 
 @dataclass(frozen=True)

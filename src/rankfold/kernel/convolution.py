@@ -12,7 +12,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from rankfold.kernel.linears import Term
+from rankfold.kernel.layout import Term
 
 _POINTWISE: dict[int, Any] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 

@@ -19,7 +19,7 @@ from rankfold.control.sharded import fill_, whole
 from rankfold.host.adapter import Adapter, Site, kaiming_
 from rankfold.host.config import LowRankConfig
 from rankfold.kernel.factors import Factors
-from rankfold.kernel.linears import Term
+from rankfold.kernel.layout import Term
 
 
 class Chain(Adapter):

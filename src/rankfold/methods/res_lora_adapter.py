@@ -39,6 +39,7 @@ class Pair(nn.Module):
 
 
 class ResLora(Adapter):
+    config: Any  # ResLoraConfig, whose file imports this one
     #: ‖x_n‖_F and ("ms") ‖A_n x_n‖_F of the last training forwards, the newest last; 0 where there was none. Not with "bs".
     input_norms: Tensor
     middle_norms: Tensor

@@ -24,7 +24,7 @@ import torch
 
 from rankfold.errors import RankfoldError
 from rankfold.host.registry import Method, register
-from rankfold.kernel.linears import Term
+from rankfold.kernel.layout import Term
 from rankfold.methods.chain import Chain
 from rankfold.methods.knots import ChainConfig, ChainController, generator
 

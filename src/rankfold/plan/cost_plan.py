@@ -13,7 +13,7 @@ from rankfold.plan.base_facts import BaseFacts
 from rankfold.plan.cost import Cost
 from rankfold.plan.folding import Fold
 from rankfold.plan.peft_methods import NEEDED
-from rankfold.runfile.checks import config_class, config_fields
+from rankfold.runfile.methods import config_class, config_fields
 
 
 @dataclass(frozen=True)

@@ -151,7 +151,8 @@ def _with_first_rate(row: Row, base: nn.Module, task: str | None, optimizer: Pla
     if row.config is None:
         return row
     lora_rate = lora_rate_of(task)
-    text = base.config.get_text_config()  # pyright: ignore[reportCallIssue]
+    config: Any = base.config
+    text = config.get_text_config()
     try:
         rate = first_rate(
             row.config,
