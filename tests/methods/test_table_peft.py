@@ -21,6 +21,7 @@ from peft import (
 )
 from table import (
     FIRST,
+    LIVE,
     ROWS,
     Row,
     adapt,
@@ -432,7 +433,7 @@ def test_mixed_batch_refuses(row: Row, device: torch.device) -> None:
     assert torch.isfinite(LLAMA.out(model, batch, adapter_names=names)).all()
 
 
-@on(LLAMA, GPT2, T5)
+@on(LLAMA, GPT2, T5, some_rows=[*ROWS, *LIVE])
 def test_generate(arch: Arch, row: Row, device: torch.device) -> None:
     model = adapt(arch, row, device)
     ids = arch.inputs(device)["input_ids"]
@@ -446,10 +447,11 @@ def test_generate(arch: Arch, row: Row, device: torch.device) -> None:
     )
     torch.testing.assert_close(result.logits[0], first, rtol=1e-4, atol=1e-4)
     torch.manual_seed(0)
-    model.merge_adapter()
-    merged = model.generate(input_ids=ids, **how)
-    assert torch.equal(result.sequences, merged.sequences)
-    model.unmerge_adapter()
+    if row not in LIVE:
+        model.merge_adapter()
+        merged = model.generate(input_ids=ids, **how)
+        assert torch.equal(result.sequences, merged.sequences)
+        model.unmerge_adapter()
 
     second(model, arch, row)
     names = ["other", "default", "__base__"]

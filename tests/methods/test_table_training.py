@@ -12,6 +12,7 @@ from peft import PeftModel, prepare_model_for_kbit_training
 from safetensors.torch import load_file
 from table import (
     FIRST,
+    LIVE,
     ROWS,
     Row,
     adapt,
@@ -291,7 +292,7 @@ def trainer(row: Row, folder: Path, device: torch.device, *callbacks: TrainerCal
     return Trainer(model, TrainingArguments(**settings), train_dataset=data, eval_dataset=data, callbacks=[*callbacks])
 
 
-@rows
+@all_rows
 def test_trainer_resumes_bit_for_bit(row: Row, device: torch.device, tmp_path) -> None:
     """Killed in the middle of an interval, resumed from the checkpoint before it, by a new model and a new Trainer."""
     if device.type != "cpu":
@@ -320,7 +321,7 @@ def test_trainer_keeps_the_best_adapter(row: Row, device: torch.device, tmp_path
     assert torch.equal(LLAMA.out(run.model.eval()), LLAMA.out(again))
 
 
-@rows
+@all_rows
 def test_sft_trainer_takes_the_config(row: Row, device: torch.device, tmp_path) -> None:
     base = LLAMA.build(device)
     args = SFTConfig(
@@ -381,7 +382,7 @@ def test_compiled_model_equals_eager(row: Row, device: torch.device) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("arch", "row"),
-    [*((LLAMA, row) for row in FIRST if row not in KINDS_OF_BLOCKS), (BERT, FIRST[1])],
+    [*((LLAMA, row) for row in [*FIRST, *LIVE] if row not in KINDS_OF_BLOCKS), (BERT, FIRST[1])],
     ids=lambda a: getattr(a, "name", str(a)),
 )
 def test_traced_model_equals_eager(arch: Arch, row: Row, device: torch.device) -> None:
