@@ -181,11 +181,7 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> CompareFile:
     Raises:
         RunFileError: one line for each problem, with its line number. OSError: the file cannot be read.
     """
-    path = Path(path)
-    try:
-        values, lines = read_values(path)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"no compare file '{path}': `rankfold init {path} --compare` writes one") from None
+    values, lines = read_values(Path(path), f"no compare file '{path}': `rankfold init {path} --compare` writes one")
     return parse(values, overrides, where=str(path), lines=lines)
 
 

@@ -121,11 +121,7 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> ContinualFile:
     Raises:
         RunFileError: one line for each problem, with its line number. OSError: the file cannot be read.
     """
-    path = Path(path)
-    try:
-        values, lines = read_values(path)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"no file '{path}'; {cite('continual')} shows one") from None
+    values, lines = read_values(Path(path), f"no file '{path}'; {cite('continual')} shows one")
     return parse(values, overrides, where=str(path), lines=lines)
 
 

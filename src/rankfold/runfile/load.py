@@ -24,19 +24,15 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> RunFile:
         RunFileError: one line for each problem, with its line number.
         OSError: the file cannot be read.
     """
-    path = Path(path)
-    try:
-        values, lines = read_values(path)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"no run file '{path}': `rankfold init {path}` writes one") from None
+    values, lines = read_values(Path(path), f"no run file '{path}': `rankfold init {path}` writes one")
     return parse(values, overrides, where=str(path), lines=lines)
 
 
-def read_values(path: Path) -> tuple[Any, dict[KeyPath, int]]:
+def read_values(path: Path, absent: str) -> tuple[Any, dict[KeyPath, int]]:
     """The plain values of a YAML file, and the line of every key path in it.
 
     Raises:
-        RunFileError: it is not YAML. OSError: it cannot be read.
+        RunFileError: it is not YAML. FileNotFoundError: it is `absent`, in words. OSError: it cannot be read.
     """
     if path.is_dir():
         there = sorted(file.name for file in path.glob("*.yaml"))
@@ -44,6 +40,8 @@ def read_values(path: Path) -> tuple[Any, dict[KeyPath, int]]:
         raise RunFileError([Problem((), f"is a folder; {hint}")], str(path))
     try:
         return read(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(absent) from None
     except UnicodeDecodeError as e:
         raise RunFileError([Problem((), f"not UTF-8 text ({e})")], str(path)) from e
     except YamlError as e:
