@@ -23,8 +23,8 @@ def run_file() -> str:
         "What `rankfold train` and `rankfold validate` read. `rankfold init run.yaml` writes one with a comment above every key; "
         "`key=value` behind the file changes a value for one call: `rankfold train run.yaml training.seed=1`. An unknown key, a value "
         "of another type and a value out of range are errors, all reported at once with their lines.",
-        "From Python: `rankfold.runfile.load.load(path)` or `parse(dictionary)`, then `rankfold.train.run.train(run)`; see "
-        "[train from Python](../howto/training.md#a-run-file-from-python).",
+        "From Python: `rankfold.runfile.load.load(path)` or `parse(dictionary)`, then `rankfold.train.train(run)`; see "
+        "[train from Python](../python.md#rankfold-train-from-python).",
         "## The whole file",
         _keys(RunFile),
         "`model: NAME`, `data: NAME` and `method: NAME` are short for `{name: NAME}`, `{source: NAME}` and `{name: NAME}`.",
