@@ -60,8 +60,7 @@ def main() -> None:
 
 def write(results: Path, docs: Path) -> list[Path]:
     """Writes the pages of `docs` from the lines in `results`; returns those that were written."""
-    found = {name: read(path) for name in TASKS if (path := results / f"evidence-{name}.jsonl").exists()}
-    analyses = {name: analyse(lines) for name, lines in found.items() if lines}
+    analyses = analysed(results)
     written = [docs / "evidence.md"]
     written[0].write_text(page(results, analyses), encoding="utf-8")
     for path in sorted([*docs.glob("methods/*.md"), *docs.glob("optimisers/*.md")]):
@@ -72,6 +71,12 @@ def write(results: Path, docs: Path) -> list[Path]:
             path.write_text(head + BEGIN + "\n\n".join(parts) + "\n" + END + rest.partition(END)[2], encoding="utf-8")
             written.append(path)
     return written
+
+
+def analysed(results: Path) -> dict[str, Analysis]:
+    """Of each comparison that has lines, by its name."""
+    found = {name: read(path) for name in TASKS if (path := results / f"evidence-{name}.jsonl").exists()}
+    return {name: analyse(lines) for name, lines in found.items() if lines}
 
 
 def page(results: Path, analyses: dict[str, Analysis]) -> str:

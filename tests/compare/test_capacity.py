@@ -47,7 +47,7 @@ def test_the_page_before_and_after(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     evidence = module("evidence")
     monkeypatch.setattr(evidence, "RESULTS", tmp_path)
     (tmp_path / "evidence.jsonl").write_text((BENCHMARKS / "results" / "evidence.jsonl").read_text())
-    text = evidence.page()
+    text = evidence.page(tmp_path, evidence.analysed(tmp_path))
     assert text.count("**Not run yet.**") == 3
     assert "10 contenders at a budget of 312,000 trained parameters" in text
     found = [replace(t, added=0) for t in lines(METHODS[:2], rates=(1e-3, 2e-3, 5e-3), rows=60)]
@@ -55,7 +55,7 @@ def test_the_page_before_and_after(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     error = {"id": "a", "label": "LoRA", "rate": 2e-3, "words": 1000, "loss": 0.6, "token_accuracy": 0.7}
     errors = [error | {"seed": s, "phoneme_error": e} for s, e in ((0, 0.2), (1, 0.3))]
     (tmp_path / "evidence-capacity-1-errors.jsonl").write_text("".join(json.dumps(e) + "\n" for e in errors))
-    text = evidence.page()
+    text = evidence.page(tmp_path, evidence.analysed(tmp_path))
     assert text.count("**Not run yet.**") == 2
     assert "learning rates LoRA r=8 (PEFT) 0.001, 0.002, 0.005; RaSA r=8, k=1 0.001, 0.002, 0.005 (chosen on" in text
     assert "| LoRA | 2 | 0.2500 | 0.2000, 0.3000 | 0.6000 | 0.7000 |" in text

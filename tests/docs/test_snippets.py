@@ -32,7 +32,7 @@ WITH_PYTHON = [page for page in PAGES if blocks(page, "python") and named(page) 
 
 
 def code_of(page: Path) -> list[Block]:
-    """The Python of a page; of a page that is a notebook too, the notebook's cells (test_reference.py compares the two)."""
+    """The Python of a page; of a page that is a notebook too, the notebook's cells (test_made_pages.py compares the two)."""
     if not (notebook := page.with_suffix(".ipynb")).exists():
         return blocks(page, "python")
     cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]

@@ -31,12 +31,12 @@ class Pass:
     """One forward of the module around a chain.
 
     Args:
-        task: the backward that it runs in, or -1.
+        backward: that it runs in, or -1.
         at: the place of the layer that was called last.
         values: by place, what later layers still need.
     """
 
-    task: int
+    backward: int
     at: int = -1
     values: dict[int, Tensor] = field(default_factory=dict)
 
@@ -132,7 +132,7 @@ class Chain(Shared):
         place, first, backward = self.places[name], self.first_of(name, count), _backward()
         if backward >= 0 and (receipt := self._receipt(place, own)) is not None:
             return receipt.received, False
-        now = self.passes[-1] if self.passes and self.passes[-1].task == backward else None
+        now = self.passes[-1] if self.passes and self.passes[-1].backward == backward else None
         if now is None:
             if place > first:
                 raise RankfoldError(_cut_off(name) if backward >= 0 else _alone(name))
