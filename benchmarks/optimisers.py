@@ -219,7 +219,8 @@ def summary(args: argparse.Namespace, made: dict[str, tuple[torch.optim.Optimize
     }
     bandwidth = 28 * parameters / fused
     return {
-        "settings": {k: v for k, v in vars(args).items() if k != "only"} | {"threads": torch.get_num_threads()},
+        "settings": {k: v for k, v in vars(args).items() if k not in ("only", "json")}
+        | {"threads": torch.get_num_threads()},
         "versions": {name: version(name) for name in ("rankfold", "peft", "torch")},
         "pairs": len(SHAPES) * args.layers,
         "parameters": parameters,

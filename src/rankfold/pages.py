@@ -38,7 +38,7 @@ def page(name: str) -> str:
     """The Markdown of a page. A method or an optimiser can be named without its folder.
 
     Raises:
-        RankfoldError: there is no such page; the message names the nearest.
+        RankfoldError: a page of another name; the message has the nearest.
     """
     found = pages()
     wanted = name.removeprefix("docs/").removesuffix(".md")

@@ -64,7 +64,7 @@ def with_old_keys(config: Mapping[str, Any], scaling: bool = True) -> dict[str, 
 
 
 def _period(layers: Any) -> int:
-    """Every how many layers attention is full, as older configs say it; 0 where there is no such period."""
+    """One layer in this many has full attention, as older configs count; 0 without such a period."""
     if not isinstance(layers, list) or set(layers) != {"full_attention", "sliding_attention"}:
         return 0
     period = layers.index("full_attention") + 1

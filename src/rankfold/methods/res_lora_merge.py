@@ -4,7 +4,7 @@ x_{n−1} is taken for α*·x_n, so that "is" becomes ΔW_n = (1 + α*)·s·B_nA
 
     "bi", from inputs    is: α* = f_{n−1}/f_n, f the mean ‖x‖_F of the last 100 training forwards
                          ms: α* = Σ_{k=1…m} f_{n−k}/f_n, f the mean ‖A x‖_F, and ΔW_n = (1 + α*)·s·B_nA_n
-    "bw", from weights   is: α* = f*_{n−2}/f*_{n−1}, f* = ‖W + (1 + α*)·s·BA‖_F, and 1 where there is no n−2
+    "bw", from weights   is: α* = f*_{n−2}/f*_{n−1}, f* = ‖W + (1 + α*)·s·BA‖_F, and 1 for the first two modules
                          ms: ΔW_n = s·B_n·(A_n + Σ_{k=1…m} f_{n−k}/f_n·A_{n−k}), f the mean ‖x‖_F: this one reads A, not W
 
 The first module's input is doubled, so its α* is 1 in both rules of "is", and exact. The authors' code adds into the frozen W to find
