@@ -13,7 +13,7 @@ from models import ARCHS, Arch
 from moe_models import MOE
 from peft import get_peft_model_state_dict
 from safetensors.torch import save_file
-from table import FIRST, ROWS, Row, adapt, adapter_buffers, adapter_parameters
+from table import FIRST, LIVE, ROWS, Row, adapt, adapter_buffers, adapter_parameters
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import fully_shard
@@ -32,6 +32,7 @@ CASES: dict[str, tuple[str, Arch, Row]] = (
         for row in ROWS
         if (arch == "llama" and how != "ddp_checkpointed") or row in FIRST
     }
+    | {f"{how}-llama-{row}": (how, ARCHS["llama"], row) for how in ("ddp", "ddp_checkpointed", "fsdp") for row in LIVE}
     | {
         f"ddp_unused-{row}": ("ddp_unused", ARCHS["llama"], replace(row, kwargs={**row.kwargs, "layers_drawn": 1}))
         for row in FIRST
@@ -72,7 +73,10 @@ def train(arch: Arch, model: nn.Module, ranks: tuple[int, ...]) -> dict[str, Ten
         if step == 0:
             found |= {f"grad.{clean(n)}": whole(p.grad) for n, p in adapter_parameters(model) if p.grad is not None}
         optimizer.step()
-    found |= {f"frozen.{clean(n)}": b.clone() for n, b in adapter_buffers(model).items()}
+    buffers = {
+        n: b for n, b in adapter_buffers(model).items() if not n.endswith("_norms")
+    }  # of this process's own rows
+    found |= {f"frozen.{clean(n)}": b.clone() for n, b in buffers.items()}
     return found | {f"last.{clean(n)}": whole(p) for n, p in adapter_parameters(model)}
 
 
