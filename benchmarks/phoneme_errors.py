@@ -1,8 +1,10 @@
-"""Phoneme error, loss and token accuracy of the adapters that a comparison on `phonemes` chose, on 1,000 test words.
+"""What the adapters that a comparison on `phonemes` chose have learnt and forgotten.
 
     python benchmarks/phoneme_errors.py 1 2 8          # of runs/evidence-capacity-N; what is measured already is not repeated
 
-One line per adapter, in results/evidence-capacity-N-errors.jsonl, which the page of evidence reads.
+Learnt: phoneme error, loss and token accuracy on 1,000 test words. Forgotten: the loss on 300 film reviews, which are plain English
+and no part of the training, beside the loss of the model without an adapter. One line per adapter, and one without, in
+results/evidence-capacity-N-errors.jsonl, which the page of evidence reads.
 """
 
 from __future__ import annotations
@@ -25,26 +27,30 @@ from rankfold.io import assets
 from rankfold.io.files import append_line, read_json_lines
 
 HERE = Path(__file__).parent
-MODEL, WORDS, BATCH, LONGEST = "smollm2-135m-instruct", 1000, 50, 48
+MODEL, WORDS, REVIEWS, BATCH, LONGEST = "smollm2-135m-instruct", 1000, 300, 50, 48
+BASE = "no adapter"
 
 
 @dataclass(frozen=True)
 class Errors:
-    """Of one trained adapter, on the same words for all.
+    """Of one trained adapter, on the same words and reviews for all.
 
     Args:
+        label: the contender's; `BASE` for the model without an adapter.
         phoneme_error: edit distance between spoken (greedy) and true phonemes, over the number of true ones.
         loss, token_accuracy: over the tokens of the true phonemes.
+        reviews_loss: mean over the tokens of the film reviews.
     """
 
     id: str
     label: str
-    rate: float
-    seed: int
+    rate: float | None
+    seed: int | None
     words: int
     phoneme_error: float
     loss: float
     token_accuracy: float
+    reviews_loss: float
 
 
 def chosen(lines: list[TrialLine]) -> list[TrialLine]:
@@ -53,7 +59,10 @@ def chosen(lines: list[TrialLine]) -> list[TrialLine]:
     return [t for t in lines if t.status == "done" and t.rung is None and best.get((t.label, t.where)) == t.rate]
 
 
-def measure(line: TrialLine, model: Any, tokenizer: Any, rows: dict[str, list[str]]) -> Errors:
+def measure(
+    line: TrialLine | None, model: Any, tokenizer: Any, rows: dict[str, list[str]], reviews: list[str]
+) -> Errors:
+    """Of the adapter of this trial, which `model` carries; None: it carries none."""
     wrong = phonemes = right = tokens = 0
     loss = 0.0
     for i in range(0, len(rows["prompt"]), BATCH):
@@ -65,7 +74,24 @@ def measure(line: TrialLine, model: Any, tokenizer: Any, rows: dict[str, list[st
         right += int((logits.argmax(-1) == targets).sum())
         loss += float(torch.nn.functional.cross_entropy(logits.float(), targets, reduction="sum"))
         tokens += len(targets)
-    return Errors(line.id, line.label, line.rate, line.seed, len(rows["prompt"]), wrong / phonemes, loss / tokens, right / tokens)  # fmt: skip
+    named = (line.id, line.label, line.rate, line.seed) if line else (BASE, BASE, None, None)
+    forgotten = reviews_loss(model, tokenizer, reviews)
+    return Errors(*named, len(rows["prompt"]), wrong / phonemes, loss / tokens, right / tokens, forgotten)
+
+
+@torch.no_grad()
+def reviews_loss(model: Any, tokenizer: Any, reviews: list[str]) -> float:
+    """Mean over all tokens that have one before them."""
+    total, count = 0.0, 0
+    for i in range(0, len(reviews), BATCH):
+        batch = tokenizer(reviews[i : i + BATCH], padding=True, truncation=True, max_length=64, return_tensors="pt")
+        asked = batch["attention_mask"][:, 1:].bool()
+        logits = model(**batch).logits[:, :-1][asked]
+        total += float(
+            torch.nn.functional.cross_entropy(logits.float(), batch["input_ids"][:, 1:][asked], reduction="sum")
+        )
+        count += int(asked.sum())
+    return total / count
 
 
 @torch.no_grad()
@@ -106,19 +132,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("budgets", nargs="+", type=int, help="ranks of the LoRA whose budget it is")
     base = assets.model_path(MODEL)
-    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer = AutoTokenizer.from_pretrained(base, padding_side="right")
     rows = assets.dataset("phonemes")["test"].select(range(WORDS))[:]
+    reviews = assets.dataset("movie-reviews")["test"].select(range(REVIEWS))["text"]
     for n in parser.parse_args().budgets:
         out, results = Path(f"runs/evidence-capacity-{n}"), HERE / "results" / f"evidence-capacity-{n}-errors.jsonl"
         done = {values["id"] for _, values in read_json_lines(results) if isinstance(values, dict)}
-        for line in chosen(read(out)):
-            if line.id in done or line.adapter is None:
+        for line in [None, *chosen(read(out))]:
+            if (line.id if line else BASE) in done or (line and line.adapter is None):
                 continue
-            plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-            model = PeftModel.from_pretrained(plain, str(out / line.adapter)).eval()
-            found = measure(line, model, tokenizer, rows)
+            model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+            if line:
+                model = PeftModel.from_pretrained(model, str(out / str(line.adapter)))
+            found = measure(line, model.eval(), tokenizer, rows, list(reviews))
             append_line(results, json.dumps(dataclasses.asdict(found)))
-            print(found)
+            print(found, flush=True)
 
 
 if __name__ == "__main__":
