@@ -186,11 +186,16 @@ def against(found: Analysis, c: Contender, other: str | None) -> str:
 
 
 def rates_tried(file: dict[str, Any], found: Analysis) -> str:
-    """The grid of all contenders, or each one's where they have their own or found them."""
+    """The grid of all contenders, and those of the contenders that have their own or found them."""
+    shared = file["rates"] if isinstance(file["rates"], list) else []
     own = {m["label"]: ", ".join(f"{x:g}" for x in m["rates"]) for m in file["methods"] if "rates" in m}
-    if not isinstance(file["rates"], list):
+    if not shared:
         own = {c.name: wording.grid(c.sensitivity) for c in found.contenders}
-    return "; ".join(f"{label} {tried}" for label, tried in own.items()) or ", ".join(f"{x:g}" for x in file["rates"])
+    grids = [f"{label} {tried}" for label, tried in own.items()]
+    if len(own) < len(file["methods"]):
+        rest = ", ".join(f"{x:g}" for x in shared)
+        grids.append(f"the others {rest}" if own else rest)
+    return "; ".join(grids)
 
 
 def errors(name: str) -> str:
@@ -199,16 +204,17 @@ def errors(name: str) -> str:
     if not path.exists():
         return ""
     lines: list[dict[str, Any]] = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    rows = [f"On {lines[0]['words']:,} test words (`benchmarks/phoneme_errors.py`), mean over seeds; the phonemes are decoded greedily:\n", "| contender | seeds | phoneme error | each seed | loss | token accuracy |", "|---|---|---|---|---|---|"]  # fmt: skip
+    rows = [f"On {lines[0]['words']:,} test words, mean over seeds; the phonemes are decoded greedily. *Reviews*: the loss on film reviews, plain English that no run has trained on; what it rises above the model's own is forgotten (`benchmarks/phoneme_errors.py`).\n", "| contender | seeds | phoneme error | each seed | loss | token accuracy | reviews |", "|---|---|---|---|---|---|---|"]  # fmt: skip
     means = {
         label: [line for line in lines if line["label"] == label] for label in dict.fromkeys(t["label"] for t in lines)
     }
     for label, some in sorted(means.items(), key=lambda pair: statistics.mean(t["phoneme_error"] for t in pair[1])):
-        error, loss, right = (
-            statistics.mean(t[key] for t in some) for key in ("phoneme_error", "loss", "token_accuracy")
+        error, loss, right, reviews = (
+            statistics.mean(t[key] for t in some) for key in ("phoneme_error", "loss", "token_accuracy", "reviews_loss")
         )
         each = ", ".join(f"{t['phoneme_error']:.4f}" for t in some)
-        rows.append(f"| {label} | {len(some)} | {error:.4f} | {each} | {loss:.4f} | {right:.4f} |")
+        seeds = "–" if some[0]["seed"] is None else len(some)
+        rows.append(f"| {label} | {seeds} | {error:.4f} | {each} | {loss:.4f} | {right:.4f} | {reviews:.4f} |")
     return "\n".join(rows) + "\n\n"
 
 
