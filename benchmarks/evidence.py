@@ -33,6 +33,7 @@ TASKS = {
     "optimisers": "Optimisers for pairs of factors: all-MiniLM-L6-v2 and the film reviews again",
     "chains": "Chains beside LoRA: all-MiniLM-L6-v2 and the film reviews again",
     "structures": "Few examples: all-MiniLM-L6-v2 and 160 film reviews",
+    "vowels": "Where rank matters: all-MiniLM-L6-v2 and the first vowel of a spelt word",
     "capacity-1": "Where capacity matters: reading words aloud at the budget of LoRA r = 1",
     "capacity-2": "Where capacity matters: reading words aloud at the budget of LoRA r = 2",
     "capacity-8": "Where capacity matters: reading words aloud at the budget of LoRA r = 8",
@@ -103,7 +104,7 @@ def section(name: str, found: Analysis, lines: list[TrialLine]) -> str:
     seeds, search = (", ".join(f"{x:g}" for x in file[key]) for key in ("seeds", "search_seeds"))
     rates = rates_tried(file, found)
     versions = ", ".join(f"{k} {v}" for k, v in next(line.versions for line in lines if line.versions).items())
-    budget = file["budget"]
+    budget = file.get("budget")
     size = (
         f"budget {budget:,} trained parameters"
         if isinstance(budget, int)

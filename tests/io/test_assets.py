@@ -382,6 +382,15 @@ def test_phonemes() -> None:
     assert all(re.fullmatch(r"( [a-z]{1,2})+", completion) for completion in rows.values())
 
 
+def test_first_vowels() -> None:
+    data = _dataset("first-vowels")
+    assert {name: len(split) for name, split in data.items()} == {"train": 102_885, "validation": 5657, "test": 5828}
+    rows = {row["text"]: row["label"] for split in data.values() for row in split}
+    assert len(set(rows.values())) == 15
+    assert rows["k n i f e"] == "ay"
+    assert rows["t h r o u g h"] == "uw"
+
+
 def test_phoneme_preferences() -> None:
     data = _dataset("phoneme-preferences")
     assert {name: len(split) for name, split in data.items()} == {"train": 100_774, "validation": 5557, "test": 5719}
