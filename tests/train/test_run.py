@@ -60,6 +60,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 # --- what a run leaves behind -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("pictures")
 def test_classification(classification: Values, tmp_path: Path):
     run = change(classification, "training.metric=macro_f1")
     said: list[str] = []
