@@ -18,7 +18,7 @@ from table import (
     first_rows,
     fit,
     layers,
-    rows,
+    on,
     second,
     snapshot,
     stock_lora,
@@ -36,7 +36,6 @@ TARGETS = {
     "vit": ["q_proj", "fc2", "k_proj", "v_proj"],
 }
 WITH_SIBLINGS = {"llama": 3 * 5, "bert": 3 * 3, "t5": 4 * 3, "vit": 3 * 3}
-together = pytest.mark.parametrize("arch", [LLAMA, BERT, T5, VIT], ids=lambda arch: arch.name)
 
 
 @pytest.fixture(autouse=True, params=["torch", "onednn"])
@@ -74,8 +73,7 @@ def assert_close(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
         assert (a[name] - b[name]).norm() <= 2e-4 * b[name].norm() + 1e-6, name
 
 
-@rows
-@together
+@on(LLAMA, BERT, T5, VIT)
 def test_together_is_alone_is_merged_is_folded(arch: Arch, row: Row, device: torch.device) -> None:
     model = wide(arch, row, device)
     assert sum(layer.siblings is not None for layer in layers(model).values()) == WITH_SIBLINGS[arch.name]
