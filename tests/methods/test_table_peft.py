@@ -106,16 +106,15 @@ def test_ways_to_name_targets(row: Row, way: str, device: torch.device) -> None:
     model.merge_and_unload()
 
 
-@first_rows
-def test_all_linear_everywhere(row: Row, device: torch.device) -> None:
+@on(GPT2, BERT, T5, VIT, TIED, some_rows=FIRST)
+def test_all_linear_everywhere(arch: Arch, row: Row, device: torch.device) -> None:
     """Every linear but the head, once; a later adapter finds the same modules though they are wrapped by now."""
-    for arch in (GPT2, BERT, T5, VIT, TIED):
-        model = adapt(arch, row, device, target_modules="all-linear")
-        found = set(layers(model))
-        model.add_adapter("other", row.config(arch, target_modules="all-linear"))
-        assert set(layers(model)) == found
-        assert not any(n.endswith(("lm_head",)) for n in found)
-        assert torch.isfinite(arch.out(model)).all()
+    model = adapt(arch, row, device, target_modules="all-linear")
+    found = set(layers(model))
+    model.add_adapter("other", row.config(arch, target_modules="all-linear"))
+    assert set(layers(model)) == found
+    assert not any(n.endswith("lm_head") for n in found)
+    assert torch.isfinite(arch.out(model)).all()
 
 
 @rows
@@ -487,14 +486,13 @@ def test_status_and_printing(row: Row, device: torch.device, capsys) -> None:
     assert f"r={model.peft_config['default'].rank_at('q_proj')}" in repr(model)
 
 
-@rows
-def test_layer_looks_like_its_base(row: Row, device: torch.device) -> None:
+@on(LLAMA, GPT2)
+def test_layer_looks_like_its_base(arch: Arch, row: Row, device: torch.device) -> None:
     """transformers reads `.weight` and `.bias` off its own layers (T5's `wo.weight.dtype`)."""
-    for arch in (LLAMA, GPT2):
-        for layer in layers(adapt(arch, row, device)).values():
-            assert isinstance(layer, AdaptedLinear)
-            assert layer.weight is layer.base_layer.weight
-            assert layer.bias is layer.base_layer.bias
+    for layer in layers(adapt(arch, row, device)).values():
+        assert isinstance(layer, AdaptedLinear)
+        assert layer.weight is layer.base_layer.weight
+        assert layer.bias is layer.base_layer.bias
 
 
 @first_rows
@@ -543,7 +541,6 @@ def test_config_is_not_changed_by_use(row: Row) -> None:
     assert {**config.to_dict(), "base_model_name_or_path": ""} == before
 
 
-@rows
-def test_layer_shapes_helper_agrees(row: Row) -> None:
-    for arch in ARCHS.values():
-        assert set(linear_shapes(arch.build(), arch.targets)) == set(layers(adapt(arch, row)))
+@everywhere
+def test_layer_shapes_helper_agrees(arch: Arch, row: Row) -> None:
+    assert set(linear_shapes(arch.build(), arch.targets)) == set(layers(adapt(arch, row)))
