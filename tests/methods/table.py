@@ -457,11 +457,11 @@ LIVE = [
 ]
 ROWS = [Row(facts, variant, kwargs) for facts in TABLE for variant, kwargs in facts.variants.items()]
 FIRST = [next(row for row in ROWS if row.facts is facts) for facts in TABLE]
+DROPPING = [row for row in FIRST if row.facts.takes_dropout]
 
 rows = pytest.mark.parametrize("row", ROWS, ids=str)
 all_rows = pytest.mark.parametrize("row", [*ROWS, *LIVE], ids=str)
 first_rows = pytest.mark.parametrize("row", FIRST, ids=str)
-dropping_rows = pytest.mark.parametrize("row", [row for row in FIRST if row.facts.takes_dropout], ids=str)
 
 
 #: Every row on every architecture: `make test-grid`.
