@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import os
+from collections.abc import Generator
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -12,14 +14,15 @@ import torch
 from torch import Tensor
 
 
-def pytest_collection() -> None:
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, Any, Any]:
+    """What is imported and collected stays: no round of the collector need go through it, and every run of a trainer asks for one."""
     gc.disable()
-
-
-def pytest_collection_finish() -> None:
-    """What is imported and collected by now stays: no round of the collector need go through it, and every run of a trainer asks for one."""
-    gc.freeze()
-    gc.enable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def _devices() -> list[str]:
