@@ -20,7 +20,7 @@ TEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/p
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv assets assets-tasks demo test test-fast test-llama test-engines test-engine test-peft lint types bench dist test-wheel test-lowest clean distclean docs reference
+.PHONY: help venv assets assets-tasks demo test test-grid test-fast test-llama test-engines test-engine test-peft lint types bench dist test-wheel test-lowest clean distclean docs reference
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -55,6 +55,9 @@ demo: assets  ## a language model learns to read words aloud: trained, killed an
 test: assets  ## the whole test-suite
 	$(TEST)
 
+test-grid: assets  ## every method with every check on every architecture, where `make test` takes each two of them
+	RANKFOLD_WHOLE_GRID=1 $(TEST) tests/methods
+
 test-fast: assets  ## the test-suite without the slow tests
 	$(TEST) -m "not slow"
 
@@ -77,7 +80,7 @@ lint: $(VENV)  ## format and lint, nothing is changed
 types: $(VENV)  ## pyright, on the node that pip installed
 	PYRIGHT_PYTHON_GLOBAL_NODE=0 PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright --pythonpath $(BIN)/python
 
-docs: $(DOCS) reference  ## the documentation site into build/site; a broken link fails
+docs: $(DOCS)  ## the documentation site into build/site; a broken link fails
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 $(DOCS): pyproject.toml constraints.txt $(VENV)

@@ -117,5 +117,4 @@ def here(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         yield submit
 
     monkeypatch.setattr(run_module, "executor", executor)
-    monkeypatch.setattr("rankfold.train.run.plot_metrics", lambda *_: None)  # pictures are the slowest part
     return ran

@@ -50,7 +50,6 @@ def seen(values: Values, method: Values, seed: int, monkeypatch: pytest.MonkeyPa
     with monkeypatch.context() as m:
         m.setattr(CarefulTrainer, "training_step", training_step)
         trial = make(Entry("x", "all", method), parse(values), 0.01, seed, 1.0, 0.0)
-        m.setattr("rankfold.train.run.plot_metrics", lambda *_: None)
         train(parse_run(trial.line.run), callbacks=[start], say=lambda _: None)
     return batches, start
 

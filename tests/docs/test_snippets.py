@@ -22,7 +22,6 @@ from pages import PAGES, ROOT, Block, blocks, named, prose
 from rankfold.cli import COMMANDS
 
 ELSEWHERE = {
-    "README.md": "tests/test_contributing.py, with the real model",
     "CONTRIBUTING.md": "tests/test_contributing.py",
     "docs/serving.md": "tests/fold/test_llama_cpp.py, with llama.cpp itself",
 }

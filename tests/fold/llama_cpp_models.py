@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,14 +39,19 @@ def log_probs(
     base: Path, tokens: list[int], lengths: Sequence[int], lora: Path | None = None, scale: float = 1.0
 ) -> Tensor:
     """llama.cpp's log-probabilities of the token behind the first n tokens, lengths × vocabulary."""
-    server, rows = _server(base, lora, scale), []
-    vocabulary = len(gguf.GGUFReader(base).fields["tokenizer.ggml.tokens"].data)
+    server, rows, vocabulary = _server(base, lora, scale), [], _vocabulary(base)
     for n in lengths:
         row = torch.full((vocabulary,), -torch.inf)
         for entry in _complete(server, tokens[:n], 1, vocabulary)[0]["top_logprobs"]:
             row[entry["id"]] = entry["logprob"]
         rows.append(row)
     return torch.stack(rows)
+
+
+@functools.cache
+def _vocabulary(base: Path) -> int:
+    """Of the bundled base it takes the reader seconds."""
+    return len(gguf.GGUFReader(base).fields["tokenizer.ggml.tokens"].data)
 
 
 def greedy(base: Path, tokens: list[int], steps: int, lora: Path | None = None) -> list[int]:

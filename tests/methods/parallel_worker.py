@@ -9,11 +9,11 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from models import ARCHS, Arch
+from models import GPT2, LLAMA, Arch
 from moe_models import MOE
 from peft import get_peft_model_state_dict
 from safetensors.torch import save_file
-from table import FIRST, LIVE, ROWS, Row, adapt, adapter_buffers, adapter_parameters
+from table import FIRST, LIVE, ROWS, Row, adapt, adapter_buffers, adapter_parameters, in_turn
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import fully_shard
@@ -26,15 +26,13 @@ STEPS = 3
 #: case name → what it runs; the parent reads the same table
 CASES: dict[str, tuple[str, Arch, Row]] = (
     {
-        f"{how}-{arch}-{row}": (how, ARCHS[arch], row)
-        for how in ("ddp", "ddp_checkpointed", "fsdp")
-        for arch in ("llama", "gpt2")
-        for row in ROWS
-        if (arch == "llama" and how != "ddp_checkpointed") or row in FIRST
+        f"{how}-{arch.name}-{row}": (how, arch, row)
+        for how, some_rows in (("ddp", ROWS), ("ddp_checkpointed", FIRST), ("fsdp", ROWS))
+        for arch, row in in_turn(how, (LLAMA, GPT2), some_rows)
     }
-    | {f"{how}-llama-{row}": (how, ARCHS["llama"], row) for how in ("ddp", "ddp_checkpointed", "fsdp") for row in LIVE}
+    | {f"{how}-llama-{row}": (how, LLAMA, row) for how in ("ddp", "ddp_checkpointed", "fsdp") for row in LIVE}
     | {
-        f"ddp_unused-{row}": ("ddp_unused", ARCHS["llama"], replace(row, kwargs={**row.kwargs, "layers_drawn": 1}))
+        f"ddp_unused-{row}": ("ddp_unused", LLAMA, replace(row, kwargs={**row.kwargs, "layers_drawn": 1}))
         for row in FIRST
         if row.facts.method == "xgblora"
     }

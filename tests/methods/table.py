@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 import tempfile
-from collections.abc import Callable, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -28,6 +31,7 @@ from rankfold.kernel.factors import Factors
 from rankfold.methods.cora_subspace import content_hash, write_subspace
 
 State = dict[str, Tensor]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -453,25 +457,47 @@ LIVE = [
 ]
 ROWS = [Row(facts, variant, kwargs) for facts in TABLE for variant, kwargs in facts.variants.items()]
 FIRST = [next(row for row in ROWS if row.facts is facts) for facts in TABLE]
+DROPPING = [row for row in FIRST if row.facts.takes_dropout]
 
 rows = pytest.mark.parametrize("row", ROWS, ids=str)
 all_rows = pytest.mark.parametrize("row", [*ROWS, *LIVE], ids=str)
 first_rows = pytest.mark.parametrize("row", FIRST, ids=str)
-dropping_rows = pytest.mark.parametrize("row", [row for row in FIRST if row.facts.takes_dropout], ids=str)
 
 
-def on(*archs: Arch, some_rows: Sequence[Row] = ROWS) -> pytest.MarkDecorator:
-    """Every method on each architecture; its further variants on the first, and on one more in turn.
+#: Every row on every architecture: `make test-grid`.
+WHOLE_GRID = os.environ.get("RANKFOLD_WHOLE_GRID") == "1"
 
-    A variant differs in its config, an architecture in its layers: what both bring at once is the method's, and seen in its first row.
+
+def in_turn(check: str, values: Sequence[T], some_rows: Sequence[Row] = ROWS) -> list[tuple[T, Row]]:
+    """The architectures (or dtypes, or other values) that a check runs a row on: one, in turn, and two for a method's first row.
+
+    A fault lies where two things meet: a check and a method, a check and an architecture, a method and an architecture. It hardly ever
+    takes all three. So every two meet, and few threes do. Where a check begins comes from its name, so that methods meet other
+    architectures in other checks.
     """
-    pairs = []
-    for i, row in enumerate(some_rows):
-        some = archs if row in FIRST else {archs[0], archs[1 + i % (len(archs) - 1)]}
-        pairs += [(arch, row) for arch in archs if arch in some]
-    return pytest.mark.parametrize(
-        ("arch", "row"), pairs, ids=lambda each: each.name if isinstance(each, Arch) else str(each)
-    )
+    if WHOLE_GRID:
+        return [(value, row) for row in some_rows for value in values]
+    start = zlib.crc32(check.encode())
+    further = len(values) // 2 | 1  # odd: where the last of several parameters has two values, a first row meets both
+    places = [(start + i + k, row) for i, row in enumerate(some_rows) for k in (0, further)[: 1 + (row in FIRST)]]
+    return [(values[place % len(values)], row) for place, row in places]
+
+
+def spread(some_rows: Sequence[Row] = ROWS, **parameters: Iterable[Any]) -> Callable[[Callable[..., None]], Any]:
+    """Gives a check its `row` and these parameters, whose combinations are taken in turn."""
+
+    def parametrized(check: Callable[..., None]) -> Any:
+        cases = [
+            (*values, row) for values, row in in_turn(check.__name__, list(product(*parameters.values())), some_rows)
+        ]
+        ids = ["-".join(getattr(each, "name", str(each)) for each in case) for case in cases]
+        return pytest.mark.parametrize((*parameters, "row"), cases, ids=ids)(check)
+
+    return parametrized
+
+
+def on(*archs: Arch, some_rows: Sequence[Row] = ROWS) -> Callable[[Callable[..., None]], Any]:
+    return spread(some_rows, arch=archs)
 
 
 everywhere = on(*ARCHS.values())

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import importlib
 import re
+from itertools import product
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from models import GPT2, LLAMA, MLP, T5, Arch, kinds, linear_shapes
+from models import ARCHS, GPT2, LLAMA, MLP, T5, Arch, kinds, linear_shapes
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from table import (
+    FIRST,
     LORA,
     RASA,
     ROWS,
+    TABLE,
+    WHOLE_GRID,
     Row,
     adapt,
     adapter_buffers,
@@ -20,9 +27,11 @@ from table import (
     assert_distinct,
     assert_same,
     everywhere,
+    in_turn,
     layers,
     rows,
     snapshot,
+    spread,
     state_at,
     stock_lora,
     weights,
@@ -36,6 +45,39 @@ from rankfold.kernel.linears import separate_order
 
 def test_every_method_is_in_the_table() -> None:
     assert {row.facts.method for row in ROWS} == set(registry.METHODS)
+
+
+def cases(check: Any) -> set[tuple[str, Row]]:
+    """The architectures' names and the rows that a test function meets together."""
+    for mark in getattr(check, "pytestmark", ()):
+        if mark.name == "parametrize" and {"arch", "row"} <= set(names := mark.args[0]):
+            return {(case[names.index("arch")].name, case[names.index("row")]) for case in mark.args[1]}
+    return set()
+
+
+def test_every_two_of_check_method_and_architecture_meet() -> None:
+    files = [importlib.import_module(path.stem) for path in Path(__file__).parent.glob("test_table*.py")]
+    checks = [found for file in files for check in vars(file).values() if (found := cases(check))]
+    met = {(arch, row.facts.method) for found in checks for arch, row in found}
+    assert met == set(product(ARCHS, registry.METHODS))
+    widest = [found for found in checks if {row for _, row in found} >= set(ROWS)]
+    assert len(widest) > 20
+    for found in widest:
+        archs = {arch for arch, _ in found}
+        assert len(archs) > 1
+        for facts in TABLE:
+            assert len({arch for arch, row in found if row.facts is facts}) > 1
+
+
+@pytest.mark.skipif(WHOLE_GRID, reason="rows take no turns: each meets every value")
+@pytest.mark.parametrize("n", range(2, 19))
+def test_rows_take_their_turns(n: int) -> None:
+    """Whatever a check is called, each row has its turn, a method's first row has two, and every value comes up."""
+    for check in ("test_a", "test_b", "test_c"):
+        cases = in_turn(check, range(n))
+        assert len(set(cases)) == len(cases) == len(ROWS) + len(FIRST)
+        assert {row for _, row in cases} == set(ROWS)
+        assert {value for value, _ in cases} == set(range(n))
 
 
 # 1. The start -------------------------------------------------------------------------------------------------------
@@ -166,8 +208,7 @@ def test_forward_is_merged_is_folded(arch: Arch, row: Row, device: torch.device)
     assert torch.equal(arch.out(model), adapted)
 
 
-@rows
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@spread(dtype=[torch.float32, torch.bfloat16, torch.float16])
 def test_unmerge_restores_the_bits(row: Row, dtype: torch.dtype, device: torch.device) -> None:
     model = adapt(LLAMA, row, device, dtype=dtype)
     before = weights(model)

@@ -13,7 +13,22 @@ from models import GPT2, LLAMA, MLP, TIED, Arch
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from table import ROWS, TABLE, Facts, Row, adapt, all_rows, assert_same, first_rows, layers, rows, second, snapshot
+from table import (
+    FIRST,
+    LIVE,
+    ROWS,
+    TABLE,
+    Facts,
+    Row,
+    adapt,
+    assert_same,
+    first_rows,
+    layers,
+    rows,
+    second,
+    snapshot,
+    spread,
+)
 
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"r": 0}, "r=0"),
@@ -52,28 +67,28 @@ def test_bad_config(facts: Facts, kwargs: dict[str, Any], named: str) -> None:
     assert f"{type(row.config(LLAMA)).__name__}: " in str(caught.value)
 
 
-BAD_ON_A_MODEL: list[tuple[Arch, dict[str, Any], type[Exception], str]] = [
-    (LLAMA, {"target_modules": ["nowhere"]}, ValueError, "nowhere.*not found in the base model"),
-    (LLAMA, {"target_modules": r"no\.such"}, ValueError, "not found in the base model"),
-    (LLAMA, {"target_modules": []}, ValueError, "target_modules"),
-    (LLAMA, {"target_modules": ["q_proj"], "exclude_modules": ["q_proj"]}, ValueError, "exclude_modules"),
-    (LLAMA, {"target_modules": ["q_proj"], "layers_to_transform": [9]}, ValueError, "layers_to_transform.*9"),
-    (LLAMA, {"target_modules": ["q_proj", "norm"]}, TypeError, "target_modules: model.norm is a LlamaRMSNorm"),
-    (LLAMA, {"target_modules": ["self_attn"]}, TypeError, "self_attn is a LlamaAttention, and only linear"),
-    (MLP, {"target_modules": ["norm"]}, TypeError, "target_modules: norm is a LayerNorm"),
-    (MLP, {"target_modules": "blocks"}, TypeError, "target_modules: blocks is a ModuleList"),
-]
+BAD_ON_A_MODEL: dict[str, tuple[Arch, dict[str, Any], type[Exception], str]] = {
+    "no such name": (LLAMA, {"target_modules": ["nowhere"]}, ValueError, "nowhere.*not found in the base model"),
+    "no such pattern": (LLAMA, {"target_modules": r"no\.such"}, ValueError, "not found in the base model"),
+    "empty": (LLAMA, {"target_modules": []}, ValueError, "target_modules"),
+    "excluded": (LLAMA, {"target_modules": ["q_proj"], "exclude_modules": ["q_proj"]}, ValueError, "exclude_modules"),
+    "layer": (LLAMA, {"target_modules": ["q_proj"], "layers_to_transform": [9]}, ValueError, "layers_to_transform.*9"),
+    "norm": (LLAMA, {"target_modules": ["q_proj", "norm"]}, TypeError, "target_modules: model.norm is a LlamaRMSNorm"),
+    "attention": (
+        LLAMA,
+        {"target_modules": ["self_attn"]},
+        TypeError,
+        "self_attn is a LlamaAttention, and only linear",
+    ),
+    "norm of an MLP": (MLP, {"target_modules": ["norm"]}, TypeError, "target_modules: norm is a LayerNorm"),
+    "list of blocks": (MLP, {"target_modules": "blocks"}, TypeError, "target_modules: blocks is a ModuleList"),
+}
 
 
-@first_rows
-@pytest.mark.parametrize(
-    ("arch", "changes", "error", "named"), BAD_ON_A_MODEL, ids=lambda v: str(v)[:60] if isinstance(v, dict) else ""
-)
-@pytest.mark.parametrize("fresh", [True, False], ids=["first", "second"])
-def test_bad_config_for_this_model(
-    arch: Arch, row: Row, changes: dict[str, Any], error: type[Exception], named: str, fresh: bool
-) -> None:
+@spread(FIRST, wrong=BAD_ON_A_MODEL, fresh=[True, False])
+def test_bad_config_for_this_model(row: Row, wrong: str, fresh: bool) -> None:
     """As the first adapter, and as one more beside a good one."""
+    arch, changes, error, named = BAD_ON_A_MODEL[wrong]
     if fresh:
         model = arch.build()
         before, types = snapshot(model), {n: type(m) for n, m in model.named_modules()}
@@ -165,8 +180,7 @@ BROKEN: dict[str, tuple[Callable[[dict], None], str]] = {
 }
 
 
-@all_rows
-@pytest.mark.parametrize("kind", BROKEN)
+@spread([*ROWS, *LIVE], kind=BROKEN)
 def test_broken_checkpoint(row: Row, kind: str, tmp_path: Path) -> None:
     """Into an adapter that is there: nothing changes. Into a new one: what was there does not change."""
     breaker, named = BROKEN[kind]
@@ -216,8 +230,7 @@ def test_checkpoint_of_another_rank_or_base(row: Row, tmp_path: Path) -> None:
         PeftModel.from_pretrained(GPT2.build(), tmp_path)
 
 
-@first_rows
-@pytest.mark.parametrize("size", [0, 5, 200, -4], ids=["nothing", "no header", "in the header", "in the data"])
+@spread(FIRST, size=[0, 5, 200, -4])  # nothing, no header, in the header, in the data
 def test_truncated_file(row: Row, size: int, tmp_path: Path) -> None:
     """safetensors' own error, since PEFT reads the file before it asks a method; the model stays as it was."""
     model = adapt(LLAMA, row)
@@ -240,7 +253,7 @@ def test_file_of_another_method(row: Row, tmp_path: Path) -> None:
 
     adapt(LLAMA, row).save_pretrained(tmp_path)
     found = shapes(load_file(tmp_path / "adapter_model.safetensors"))
-    for other in ROWS:
+    for other in FIRST:
         if shapes(get_peft_model_state_dict(adapt(LLAMA, other))) != found:
             config = other.config(LLAMA)
             config.save_pretrained(tmp_path)

@@ -9,7 +9,16 @@ import pytest
 import torch
 from models import BERT, GPT2, LLAMA, Arch
 from peft import PeftModel
-from table import Row, adapt, first_rows, layers, on, second
+from table import (
+    FIRST,
+    Row,
+    adapt,
+    first_rows,
+    layers,
+    on,
+    second,
+    spread,
+)
 
 from rankfold.doctor import diagnose
 from rankfold.fold import fold_model, fold_state_dict
@@ -29,8 +38,7 @@ def loaded(arch: Arch, folder: Path) -> PeftModel:
     return PeftModel.from_pretrained(arch.build(), str(folder)).eval()  # pyright: ignore[reportArgumentType]
 
 
-@pytest.mark.parametrize("profile", ["uniform", "compact"])
-@on(LLAMA, GPT2, BERT)
+@spread(arch=[LLAMA, GPT2, BERT], profile=["uniform", "compact"])
 def test_stock_peft_gives_the_same_logits(arch: Arch, profile: str, row: Row, tmp_path: Path) -> None:
     model = based(arch, row, tmp_path / "base")
     report = fold_model(model, tmp_path / "out", profile=profile)
@@ -63,8 +71,7 @@ def test_merged(row: Row, tmp_path: Path) -> None:
     torch.testing.assert_close(LLAMA.out(merged), LLAMA.out(model), rtol=1e-4, atol=1e-5)
 
 
-@first_rows
-@pytest.mark.parametrize("profile", ["gguf", "mlx"])
+@spread(FIRST, profile=["gguf", "mlx"])
 def test_files_that_are_not_for_python_read_back(profile: str, row: Row, tmp_path: Path) -> None:
     """fold_model compares what it reads back from the disk with what it wrote, and would raise."""
     pytest.importorskip("gguf")

@@ -23,6 +23,7 @@ from table import (
     rows,
     second,
     snapshot,
+    spread,
     weights,
 )
 from transformers import AutoModelForCausalLM
@@ -65,9 +66,7 @@ def test_merge_and_unload_of_a_choice(row: Row, device: torch.device) -> None:
     torch.testing.assert_close(LLAMA.out(merged), wanted, rtol=1e-4, atol=1e-5)
 
 
-@rows
-@pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)
-@pytest.mark.parametrize("how", ["merge_adapter", "merge_and_unload"])
+@spread(value=[float("nan"), float("inf")], how=["merge_adapter", "merge_and_unload"])
 def test_safe_merge_of_a_broken_adapter_changes_nothing(row: Row, value: float, how: str, device: torch.device) -> None:
     model = adapt(LLAMA, row, device)
     with torch.no_grad():  # in the last layer alone, so that the others have been looked at before

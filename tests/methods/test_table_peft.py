@@ -7,6 +7,7 @@ import json
 import pickle
 import re
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import peft
 import pytest
@@ -38,6 +39,7 @@ from table import (
     rows,
     second,
     snapshot,
+    spread,
     weights,
 )
 from torch import nn
@@ -47,8 +49,7 @@ from rankfold.host.linear_layer import AdaptedLinear
 # Targeting ----------------------------------------------------------------------------------------------------------
 
 
-@rows
-@pytest.mark.parametrize("arch", [a for a in ARCHS.values() if a.default], ids=lambda a: a.name)
+@on(*(arch for arch in ARCHS.values() if arch.default))
 def test_default_targets_are_those_of_peft(arch: Arch, row: Row) -> None:
     lora = get_peft_model(arch.build(), peft.LoraConfig(task_type=arch.task, fan_in_fan_out=arch is GPT2))
     if row.config(arch).default_targets() is not None:
@@ -58,8 +59,7 @@ def test_default_targets_are_those_of_peft(arch: Arch, row: Row) -> None:
     assert set(layers(ours)) == set(lora.base_model.targeted_module_names)
 
 
-@pytest.mark.parametrize("arch", [VIT, MLP], ids=lambda a: a.name)
-@first_rows
+@on(VIT, MLP, some_rows=FIRST)
 def test_no_default_targets_is_an_error(arch: Arch, row: Row) -> None:
     if row.config(arch).default_targets() is not None:
         pytest.skip("this method names default targets of its own")
@@ -67,29 +67,34 @@ def test_no_default_targets_is_an_error(arch: Arch, row: Row) -> None:
         adapt(arch, row, target_modules=None)
 
 
-@first_rows
-@pytest.mark.parametrize(
-    ("changes", "wanted"),
-    [
-        ({"target_modules": ["q_proj"]}, r"model\.layers\.\d\.self_attn\.q_proj"),
-        ({"target_modules": ("q_proj", "up_proj")}, r"model\.layers\.\d\.(self_attn\.q|mlp\.up)_proj"),
-        ({"target_modules": "q_proj"}, None),  # a string is a whole regular expression
-        ({"target_modules": r".*\.1\..*(k|v)_proj"}, r"model\.layers\.1\.self_attn\.[kv]_proj"),
-        ({"target_modules": ["model.layers.2.mlp.gate_proj"]}, r"model\.layers\.2\.mlp\.gate_proj"),
-        ({"target_modules": "all-linear"}, r"model\.layers\.\d\..*_proj"),  # and not the head
-        ({"target_modules": "ALL-LINEAR"}, r"model\.layers\.\d\..*_proj"),
-        ({"target_modules": "all-linear", "exclude_modules": ["down_proj"]}, r"model\..*(q|k|v|o|gate|up)_proj"),
-        ({"target_modules": ["q_proj"], "exclude_modules": r".*\.0\..*"}, r"model\.layers\.[12]\..*q_proj"),
-        ({"target_modules": ["q_proj"], "layers_to_transform": 1}, r"model\.layers\.1\..*q_proj"),
-        ({"target_modules": ["q_proj", "o_proj"], "layers_to_transform": [0, 2]}, r"model\.layers\.[02]\..*[qo]_proj"),
-        (
-            {"target_modules": ["q_proj"], "layers_to_transform": [2], "layers_pattern": "layers"},
-            r"model\.layers\.2\..*q_proj",
-        ),
-    ],
-    ids=lambda v: None if isinstance(v, str | None) else "-".join(map(str, v.values())),
-)
-def test_ways_to_name_targets(row: Row, changes: dict, wanted: str | None, device: torch.device) -> None:
+WAYS: dict[str, tuple[dict[str, Any], str | None]] = {
+    "list": ({"target_modules": ["q_proj"]}, r"model\.layers\.\d\.self_attn\.q_proj"),
+    "tuple": ({"target_modules": ("q_proj", "up_proj")}, r"model\.layers\.\d\.(self_attn\.q|mlp\.up)_proj"),
+    "part of a pattern": ({"target_modules": "q_proj"}, None),  # a string is a whole regular expression
+    "pattern": ({"target_modules": r".*\.1\..*(k|v)_proj"}, r"model\.layers\.1\.self_attn\.[kv]_proj"),
+    "whole name": ({"target_modules": ["model.layers.2.mlp.gate_proj"]}, r"model\.layers\.2\.mlp\.gate_proj"),
+    "all-linear": ({"target_modules": "all-linear"}, r"model\.layers\.\d\..*_proj"),  # and not the head
+    "ALL-LINEAR": ({"target_modules": "ALL-LINEAR"}, r"model\.layers\.\d\..*_proj"),
+    "all-linear but": (
+        {"target_modules": "all-linear", "exclude_modules": ["down_proj"]},
+        r"model\..*(q|k|v|o|gate|up)_proj",
+    ),
+    "list but": ({"target_modules": ["q_proj"], "exclude_modules": r".*\.0\..*"}, r"model\.layers\.[12]\..*q_proj"),
+    "one layer": ({"target_modules": ["q_proj"], "layers_to_transform": 1}, r"model\.layers\.1\..*q_proj"),
+    "two layers": (
+        {"target_modules": ["q_proj", "o_proj"], "layers_to_transform": [0, 2]},
+        r"model\.layers\.[02]\..*[qo]_proj",
+    ),
+    "layers' name": (
+        {"target_modules": ["q_proj"], "layers_to_transform": [2], "layers_pattern": "layers"},
+        r"model\.layers\.2\..*q_proj",
+    ),
+}
+
+
+@spread(FIRST, way=WAYS)
+def test_ways_to_name_targets(row: Row, way: str, device: torch.device) -> None:
+    changes, wanted = WAYS[way]
     if wanted is None:
         with pytest.raises(ValueError, match="not found in the base model"):
             adapt(LLAMA, row, device, **changes)
@@ -101,16 +106,15 @@ def test_ways_to_name_targets(row: Row, changes: dict, wanted: str | None, devic
     model.merge_and_unload()
 
 
-@first_rows
-def test_all_linear_everywhere(row: Row, device: torch.device) -> None:
+@on(GPT2, BERT, T5, VIT, TIED, some_rows=FIRST)
+def test_all_linear_everywhere(arch: Arch, row: Row, device: torch.device) -> None:
     """Every linear but the head, once; a later adapter finds the same modules though they are wrapped by now."""
-    for arch in (GPT2, BERT, T5, VIT, TIED):
-        model = adapt(arch, row, device, target_modules="all-linear")
-        found = set(layers(model))
-        model.add_adapter("other", row.config(arch, target_modules="all-linear"))
-        assert set(layers(model)) == found
-        assert not any(n.endswith(("lm_head",)) for n in found)
-        assert torch.isfinite(arch.out(model)).all()
+    model = adapt(arch, row, device, target_modules="all-linear")
+    found = set(layers(model))
+    model.add_adapter("other", row.config(arch, target_modules="all-linear"))
+    assert set(layers(model)) == found
+    assert not any(n.endswith("lm_head") for n in found)
+    assert torch.isfinite(arch.out(model)).all()
 
 
 @rows
@@ -182,8 +186,7 @@ def test_two_adapters_at_once_add_up(arch: Arch, row: Row, device: torch.device)
     assert torch.equal(arch.out(model), alone["default"])
 
 
-@rows
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@spread(dtype=[torch.float32, torch.bfloat16])
 def test_merging_one_after_the_other(row: Row, dtype: torch.dtype, device: torch.device) -> None:
     model = adapt(LLAMA, row, device, dtype=dtype)
     second(model, LLAMA, row)
@@ -234,8 +237,7 @@ def test_disabling(arch: Arch, row: Row, device: torch.device) -> None:
     assert torch.equal(arch.out(model), on)
 
 
-@all_everywhere
-@pytest.mark.parametrize("active", [True, False], ids=["active", "inactive"])
+@spread([*ROWS, *LIVE], arch=ARCHS.values(), active=[True, False])
 def test_deleting(arch: Arch, row: Row, active: bool, device: torch.device) -> None:
     model = adapt(arch, row, device)
     second(model, arch, row)
@@ -285,9 +287,7 @@ def test_deleting_while_merged_is_refused(row: Row, device: torch.device) -> Non
 NAMES = ["mlp", "q_proj", "self_attn", "model", "layers", "weight", "down", "0", "lowrank"]
 
 
-@pytest.mark.parametrize(
-    ("row", "name"), [(r, n) for r in ROWS for n in NAMES if n == "mlp" or r in FIRST], ids=lambda v: str(v)
-)
+@spread(name=NAMES)
 def test_adapter_named_like_a_module(row: Row, name: str, device: torch.device, tmp_path) -> None:
     """huggingface/peft#3584: tensors must not vanish from the file because another adapter's name is in their key."""
     plain = adapt(LLAMA, row, device)
@@ -486,14 +486,13 @@ def test_status_and_printing(row: Row, device: torch.device, capsys) -> None:
     assert f"r={model.peft_config['default'].rank_at('q_proj')}" in repr(model)
 
 
-@rows
-def test_layer_looks_like_its_base(row: Row, device: torch.device) -> None:
+@on(LLAMA, GPT2)
+def test_layer_looks_like_its_base(arch: Arch, row: Row, device: torch.device) -> None:
     """transformers reads `.weight` and `.bias` off its own layers (T5's `wo.weight.dtype`)."""
-    for arch in (LLAMA, GPT2):
-        for layer in layers(adapt(arch, row, device)).values():
-            assert isinstance(layer, AdaptedLinear)
-            assert layer.weight is layer.base_layer.weight
-            assert layer.bias is layer.base_layer.bias
+    for layer in layers(adapt(arch, row, device)).values():
+        assert isinstance(layer, AdaptedLinear)
+        assert layer.weight is layer.base_layer.weight
+        assert layer.bias is layer.base_layer.bias
 
 
 @first_rows
@@ -542,7 +541,6 @@ def test_config_is_not_changed_by_use(row: Row) -> None:
     assert {**config.to_dict(), "base_model_name_or_path": ""} == before
 
 
-@rows
-def test_layer_shapes_helper_agrees(row: Row) -> None:
-    for arch in ARCHS.values():
-        assert set(linear_shapes(arch.build(), arch.targets)) == set(layers(adapt(arch, row)))
+@everywhere
+def test_layer_shapes_helper_agrees(arch: Arch, row: Row) -> None:
+    assert set(linear_shapes(arch.build(), arch.targets)) == set(layers(adapt(arch, row)))

@@ -10,17 +10,17 @@ import torch
 from models import BERT, LLAMA, T5, VIT, Arch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from table import (
+    DROPPING,
+    FIRST,
     Row,
     adapt,
     adapter_parameters,
     assert_same,
-    dropping_rows,
-    first_rows,
     fit,
     layers,
-    rows,
     second,
     snapshot,
+    spread,
     stock_lora,
 )
 from torch import Tensor
@@ -36,12 +36,15 @@ TARGETS = {
     "vit": ["q_proj", "fc2", "k_proj", "v_proj"],
 }
 WITH_SIBLINGS = {"llama": 3 * 5, "bert": 3 * 3, "t5": 4 * 3, "vit": 3 * 3}
-together = pytest.mark.parametrize("arch", [LLAMA, BERT, T5, VIT], ids=lambda arch: arch.name)
 
 
-@pytest.fixture(autouse=True, params=["torch", "onednn"])
-def multiplied_by(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    onednn = request.param == "onednn"
+PRODUCTS = ["torch", "onednn"]
+
+
+@pytest.fixture(autouse=True)
+def _multiplied_by(product: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`product` is a parameter of every test here."""
+    onednn = product == "onednn"
     if onednn and not products._has_onednn():
         pytest.skip("this torch has no oneDNN")
     monkeypatch.setattr(products, "_mkl_holds_back", lambda: onednn)
@@ -74,8 +77,7 @@ def assert_close(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
         assert (a[name] - b[name]).norm() <= 2e-4 * b[name].norm() + 1e-6, name
 
 
-@rows
-@together
+@spread(arch=[LLAMA, BERT, T5, VIT], product=PRODUCTS)
 def test_together_is_alone_is_merged_is_folded(arch: Arch, row: Row, device: torch.device) -> None:
     model = wide(arch, row, device)
     assert sum(layer.siblings is not None for layer in layers(model).values()) == WITH_SIBLINGS[arch.name]
@@ -90,7 +92,7 @@ def test_together_is_alone_is_merged_is_folded(arch: Arch, row: Row, device: tor
     assert torch.equal(arch.out(model), out)
 
 
-@first_rows
+@spread(FIRST, product=PRODUCTS)
 def test_two_adapters_switched_disabled_and_deleted(row: Row, device: torch.device) -> None:
     model = wide(LLAMA, row, device)
     first = LLAMA.out(model)
@@ -104,15 +106,14 @@ def test_two_adapters_switched_disabled_and_deleted(row: Row, device: torch.devi
     assert torch.equal(LLAMA.out(model), first)
 
 
-@first_rows
+@spread(FIRST, product=PRODUCTS)
 def test_saved_and_loaded(row: Row, device: torch.device) -> None:
     model, other = wide(LLAMA, row, device), wide(LLAMA, row, device, seed=9)
     set_peft_model_state_dict(other, get_peft_model_state_dict(model))
     assert torch.equal(LLAMA.out(other), LLAMA.out(model))
 
 
-@dropping_rows
-@pytest.mark.parametrize("reentrant", [False, True])
+@spread(DROPPING, reentrant=[False, True], product=PRODUCTS)
 def test_checkpointing_draws_the_shared_masks_again(row: Row, reentrant: bool, device: torch.device) -> None:
     model = wide(LLAMA, row, device, lora_dropout=0.3).train()
     plain = gradients(LLAMA, model)
@@ -122,7 +123,7 @@ def test_checkpointing_draws_the_shared_masks_again(row: Row, reentrant: bool, d
     assert_close(gradients(LLAMA, model), plain)
 
 
-@dropping_rows
+@spread(DROPPING, product=PRODUCTS)
 def test_training_repeats_to_the_bit(row: Row, device: torch.device) -> None:
     """Shared masks come from torch's generator, so a run that resumes it draws the same ones."""
     ends = []
@@ -134,8 +135,7 @@ def test_training_repeats_to_the_bit(row: Row, device: torch.device) -> None:
     assert_same(*ends)
 
 
-@first_rows
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+@spread(FIRST, dtype=[torch.bfloat16, torch.float64], product=PRODUCTS)
 def test_precision(row: Row, dtype: torch.dtype, device: torch.device) -> None:
     if device.type == "mps" and dtype == torch.float64:
         pytest.skip("no float64 on mps")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import BERT, GPT2, LLAMA, MLP, T5, VIT, Arch
+from models import ARCHS, BERT, GPT2, LLAMA, MLP, T5, VIT, Arch
 from peft import (
     PeftModel,
     get_peft_model_state_dict,
@@ -21,21 +21,21 @@ from peft import (
 )
 from safetensors.torch import load_file
 from table import (
-    FIRST,
     LIVE,
     ROWS,
     Row,
     adapt,
     adapter_parameters,
     all_everywhere,
-    all_rows,
     assert_distinct,
     assert_same,
+    in_turn,
     layers,
     on,
     rows,
     second,
     snapshot,
+    spread,
     stir,
 )
 from torch import nn
@@ -53,16 +53,24 @@ def _torch_saved(model: nn.Module) -> nn.Module:
     return torch.load(io.BytesIO(buffer.getvalue()), weights_only=False)
 
 
-@all_rows
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, _pickled, _torch_saved], ids=["deepcopy", "pickle", "torch.save"])
-def test_copies_are_whole_and_apart(row: Row, duplicate, device: torch.device) -> None:
+DUPLICATES = {"deepcopy": copy.deepcopy, "pickle": _pickled, "torch.save": _torch_saved}
+CASTS = {
+    "half": nn.Module.half,
+    "bfloat16": nn.Module.bfloat16,
+    "double": nn.Module.double,
+    "to": lambda model: model.to(torch.bfloat16),
+}
+
+
+@spread([*ROWS, *LIVE], how=DUPLICATES)
+def test_copies_are_whole_and_apart(row: Row, how: str, device: torch.device) -> None:
     model = adapt(LLAMA, row, device)
     second(model, LLAMA, row)
     if row not in LIVE:
         model.merge_adapter()
         model.unmerge_adapter()
     wanted, state = LLAMA.out(model), snapshot(model)
-    twin = duplicate(model)
+    twin = DUPLICATES[how](model)
     assert_same(snapshot(twin), state)
     assert torch.equal(LLAMA.out(twin), wanted)
     assert_distinct([p for n, p in twin.named_parameters(remove_duplicate=False) if "lowrank" in n])
@@ -77,19 +85,14 @@ def test_copies_are_whole_and_apart(row: Row, duplicate, device: torch.device) -
     assert_same(snapshot(model), state)
 
 
-@all_rows
-@pytest.mark.parametrize(
-    "cast",
-    [nn.Module.half, nn.Module.bfloat16, nn.Module.double, lambda m: m.to(torch.bfloat16)],
-    ids=["half", "bfloat16", "double", "to"],
-)
-def test_casting(row: Row, cast, device: torch.device) -> None:
+@spread([*ROWS, *LIVE], cast=CASTS)
+def test_casting(row: Row, cast: str, device: torch.device) -> None:
     """Everything follows, shared state too; vectors (gates) never go below float32."""
-    if device.type == "mps" and cast is nn.Module.double:
+    if device.type == "mps" and cast == "double":
         pytest.skip("no float64 on mps")
     model = adapt(LLAMA, row, device)
     wanted = LLAMA.out(model)
-    cast(model)
+    CASTS[cast](model)
     dtype = model.get_input_embeddings().weight.dtype
     for _, p in adapter_parameters(model):
         assert p.dtype == (dtype if p.ndim > 1 else torch.promote_types(dtype, torch.float32))
@@ -105,8 +108,7 @@ def test_casting(row: Row, cast, device: torch.device) -> None:
     assert {p.dtype for p in model.parameters()} == {torch.float32}
 
 
-@all_everywhere
-@pytest.mark.parametrize("autocast", [True, False])
+@spread([*ROWS, *LIVE], arch=ARCHS.values(), autocast=[True, False])
 def test_half_precision_base(arch: Arch, row: Row, autocast: bool, device: torch.device, tmp_path) -> None:
     def check(model: PeftModel, name: str) -> None:
         for _, p in adapter_parameters(model, name):
@@ -296,19 +298,18 @@ def test_config_can_be_given(row: Row, device: torch.device, tmp_path) -> None:
 def test_a_fresh_process_answers_the_same(tmp_path, subtests: pytest.Subtests) -> None:
     """Every row in one process, because a start takes longer than all of them: bit for bit, two adapters side by side."""
     wanted = {}
-    for row in ROWS:
-        for arch in (LLAMA, GPT2, T5) if row in FIRST else (LLAMA,):
-            folder = tmp_path / str(row) / arch.name
-            model = adapt(arch, row)
-            second(model, arch, row)
-            model.save_pretrained(folder)
-            torch.save(model, folder / "model.pt")
-            answers = {"default": arch.out(model), "pickled": arch.out(model)}
-            model.set_adapter("other")
-            answers["other"] = arch.out(model)
-            model.base_model.set_adapter(["default", "other"])
-            answers["both"] = arch.out(model)
-            wanted[folder] = answers
+    for arch, row in in_turn("a fresh process", (LLAMA, GPT2, T5)):
+        folder = tmp_path / str(row) / arch.name
+        model = adapt(arch, row)
+        second(model, arch, row)
+        model.save_pretrained(folder)
+        torch.save(model, folder / "model.pt")
+        answers = {"default": arch.out(model), "pickled": arch.out(model)}
+        model.set_adapter("other")
+        answers["other"] = arch.out(model)
+        model.base_model.set_adapter(["default", "other"])
+        answers["both"] = arch.out(model)
+        wanted[folder] = answers
     script = Path(__file__).with_name("fresh_process.py")
     # as many threads as here, or sums round otherwise
     env = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}

@@ -29,6 +29,7 @@ from table import (
     rows,
     second,
     snapshot,
+    spread,
 )
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
@@ -107,8 +108,7 @@ def test_training_can_go_on_from_a_file(row: Row, device: torch.device, tmp_path
 DROPOUT = [row for row in ROWS if row.variant == "dropout"]
 
 
-@pytest.mark.parametrize("row", DROPOUT, ids=str)
-@pytest.mark.parametrize("arch", ARCHS.values(), ids=lambda arch: arch.name)
+@on(*ARCHS.values(), some_rows=DROPOUT)
 def test_dropout(arch: Arch, row: Row, device: torch.device) -> None:
     def run() -> Tensor:
         torch.manual_seed(3)
@@ -185,8 +185,7 @@ def test_gates_learn_in_a_pure_bfloat16_model(row: Row, device: torch.device) ->
 # Memory savers ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "non-reentrant"])
-@on(LLAMA, GPT2, BERT, T5, VIT)
+@spread(arch=[LLAMA, GPT2, BERT, T5, VIT], reentrant=[True, False])
 def test_gradient_checkpointing(arch: Arch, row: Row, reentrant: bool, device: torch.device) -> None:
     """The same gradients, dropout included."""
     plain = adapt(arch, row, device).train()

@@ -60,6 +60,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 # --- what a run leaves behind -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("pictures")
 def test_classification(classification: Values, tmp_path: Path):
     run = change(classification, "training.metric=macro_f1")
     said: list[str] = []
@@ -518,28 +519,35 @@ SGD = ["training.optimizer=sgd", "training.learning_rate=0.3", "training.max_gra
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("task", ["classification", "language_model"])
-def test_two_processes_train_as_one(task: str, request: pytest.FixtureRequest, tmp_path: Path):
+def test_two_processes_train_as_one(classification: Values, language_model: Values, tmp_path: Path):
+    """One launch for both tasks, since to start it takes longer than they do."""
     options = ["method.lora_dropout=0.0", *SGD]
     options += ["data.max_train=12", "training.epochs=null", "training.max_steps=3"]  # 12: every batch is full
-    one = change(request.getfixturevalue(task), *options, f"output={tmp_path / 'one'}", "training.batch_size=4")
-    two = change(request.getfixturevalue(task), *options, "training.batch_size=2")
-    (tmp_path / "run.yaml").write_text(two.to_yaml())
+    tasks = {"classification": classification, "language_model": language_model}
+    for task, values in tasks.items():
+        two = change(values, *options, f"output={tmp_path / task}", "training.batch_size=2")
+        (tmp_path / f"{task}.yaml").write_text(two.to_yaml())
+    (tmp_path / "both.py").write_text(
+        "import sys\nfrom rankfold.cli import main\nsys.exit(any([main(['train', file]) for file in sys.argv[1:]]))\n"
+    )
     command = [
         sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
-        "--mixed_precision", "no", "--dynamo_backend", "no", "-m", "rankfold", "train", str(tmp_path / "run.yaml"),
+        "--mixed_precision", "no", "--dynamo_backend", "no", str(tmp_path / "both.py"), *(str(tmp_path / f"{task}.yaml") for task in tasks),
     ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("rows before training") == 1  # one process speaks
-    result = json.loads((tmp_path / "run" / "result.json").read_text())
-    alone = train(one, say=silent)
-    assert result["steps"] == alone.steps
-    if task == "classification":  # TRL takes the mean over batches, which are of another size here
-        assert result["after"] == pytest.approx(alone.after, rel=1e-4)
-    a, b = weights(alone.adapter_path), weights(tmp_path / "run" / "adapter")
-    assert all(torch.allclose(a[key], b[key], atol=1e-5) for key in a)
+    assert done.stdout.count("rows before training") == len(tasks)  # one process speaks
+    for task, values in tasks.items():
+        result = json.loads((tmp_path / task / "result.json").read_text())
+        alone = train(
+            change(values, *options, f"output={tmp_path / 'one' / task}", "training.batch_size=4"), say=silent
+        )
+        assert result["steps"] == alone.steps
+        if task == "classification":  # TRL takes the mean over batches, which are of another size here
+            assert result["after"] == pytest.approx(alone.after, rel=1e-4)
+        a, b = weights(alone.adapter_path), weights(tmp_path / task / "adapter")
+        assert all(torch.allclose(a[key], b[key], atol=1e-5) for key in a)
 
 
 def test_rows_that_are_too_few(classification: Values, tmp_path: Path):
