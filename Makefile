@@ -64,7 +64,7 @@ test-fast: assets  ## the test-suite without the slow tests
 test-llama: assets  ## folds in llama.cpp itself; part of `make test`
 	$(TEST) tests/fold/test_llama_cpp.py
 
-test-engines: assets  ## folds in vLLM, llama.cpp, mistral.rs, OpenVINO GenAI and mlx-lm, each in an environment of its own (7 GB, made once)
+test-engines: assets  ## folds in vLLM, llama.cpp, mistral.rs, OpenVINO GenAI and mlx-lm, each in an environment of its own (5 GB, made once)
 	$(BIN)/python tests/engines/run.py
 
 test-engine: assets  ## the same in one of them (ENGINE=vllm)
@@ -110,11 +110,13 @@ test-wheel: $(VENV)  ## the wheel in an environment of its own, without the bund
 test-lowest: $(LOWEST)/.stamp  ## a quick part of the tests with the lowest versions that pyproject.toml allows (EXCEPT=torch: all but these)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONPATH=src $(LOWEST)/bin/python -m pytest -q -W default $(LOWEST_TESTS)
 
-$(LOWEST)/.stamp: pyproject.toml tests/lowest.py
+$(LOWEST)/.stamp: pyproject.toml constraints.txt tests/lowest.py
 	rm -rf $(LOWEST)
 	$(PYTHON) -m venv $(LOWEST)
-	$(PYTHON) tests/lowest.py $(EXCEPT) > $(LOWEST)/lowest.txt
+	$(LOWEST)/bin/python tests/lowest.py $(EXCEPT) > $(LOWEST)/lowest.txt
 	$(LOWEST)/bin/python -m pip install -q -r $(LOWEST)/lowest.txt
+	$(LOWEST)/bin/python -m pip install -q --no-deps -e .
+	$(LOWEST)/bin/python -m pip check
 	@touch $@
 
 clean:  ## remove what was built, but not .venv

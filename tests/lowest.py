@@ -1,6 +1,6 @@
 """Prints the lowest versions that pyproject.toml allows, as pip's requirements: `make test-lowest` tests with them.
 
-A bound ">=5.3" becomes "==5.3.*": the newest repair of that release. The extras in EXTRAS are tested, and what runs tests comes along.
+A bound ">=5.3" becomes "==5.3": that very release. What these bring along, such as NumPy, is the newest that they admit. The extras in EXTRAS are tested, and what runs tests comes along.
 Arguments are packages to take from constraints.txt instead: `python tests/lowest.py torch` where only one build of torch can be had.
 """
 
@@ -20,10 +20,10 @@ def lowest(requirement: str) -> str:
     """The requirement at its lower bound.
 
     >>> lowest("transformers>=5.3,<6")
-    'transformers==5.3.*'
+    'transformers==5.3'
     """
     name, bound = re.fullmatch(r"([\w.-]+)\s*>=\s*([\d.]+).*", requirement.strip()).groups()  # pyright: ignore[reportOptionalMemberAccess]
-    return f"{name}=={bound if '.' in bound else bound + '.0'}.*"
+    return f"{name}=={bound}"
 
 
 def main() -> None:

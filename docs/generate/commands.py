@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import MISSING, fields
+from dataclasses import fields
 from importlib import import_module
-from typing import Any
 
 from generate.markdown import code, fence, page, table
 from rankfold.cli import COMMANDS
@@ -65,8 +64,7 @@ def _arguments(options: type, without: set[str]) -> str:
 def _rows(options: type, without: set[str]) -> list[tuple[str, str]]:
     made = argparse.ArgumentParser(add_help=False)
     add_options(made, options)
-    defaults = {f.name: f.default for f in fields(options)}
-    return [(_flags(a), _meaning(a, defaults.get(a.dest, MISSING))) for a in made._actions if a.dest not in without]
+    return [(_flags(a), _meaning(a)) for a in made._actions if a.dest not in without]
 
 
 def _flags(action: argparse.Action) -> str:
@@ -80,9 +78,9 @@ def _flags(action: argparse.Action) -> str:
     return ", ".join(code(flag + value) for flag in action.option_strings)
 
 
-def _meaning(action: argparse.Action, default: Any) -> str:
-    shown = "" if default in (MISSING, None, False) or default == [] else f" (default: {default})"
-    return f"{_capital(action.help or '')}{shown}".strip()
+def _meaning(action: argparse.Action) -> str:
+    said = action.help or ""
+    return said if said.partition(":")[0] in (action.choices or ()) else _capital(said)
 
 
 def _capital(text: str) -> str:

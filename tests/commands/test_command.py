@@ -14,18 +14,18 @@ from rankfold.commands.command import CommonOptions, add_options, group, names, 
 @dataclass(kw_only=True)
 class Part:
     needed: str = option("needed where the command itself runs")
-    count: int = option(default=3)
+    count: int = option("how many", default=3)
 
 
 @dataclass(kw_only=True)
 class Options(CommonOptions):
     where: str = positional("a folder")
-    more: list[str] = positional(default=[], nargs="*", metavar="key=value")
+    more: list[str] = positional("more of them", default=[], nargs="*", metavar="key=value")
     share: float | None = option("of all", default=None, metavar="S")
-    kind: Literal["this", "that"] = option(default="this", short="-k")
-    on_top: bool = option(default=False)
-    targets: list[str] | None = option(default=None, type=names, either="what")
-    all: bool = option(default=False, either="what")
+    kind: Literal["this", "that"] = option("which", default="this", short="-k")
+    on_top: bool = option("upon it", default=False)
+    targets: list[str] | None = option("these", default=None, type=names, either="what")
+    all: bool = option("all of them", default=False, either="what")
     part: dict[str, Any] = group("part", "of another command", Part)
 
 

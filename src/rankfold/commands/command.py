@@ -1,7 +1,7 @@
 """Turns a dataclass of options into an argument parser, as the configs of methods describe their own fields.
 
 The type of a field says how it is parsed: `bool` is a switch, `Literal` a choice, `int` and `float` are converted, `X | None` is X.
-What is not given keeps the default of the dataclass.
+What is not given keeps the default of the dataclass, which the help states.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 from rankfold.io.paths import with_home
 
 
-def option(help: str | None = None, *, default: Any = MISSING, short: str | None = None, **argparse_: Any) -> Any:
+def option(help: str, *, default: Any = MISSING, short: str | None = None, **argparse_: Any) -> Any:
     """A field that is a flag, `--like-its-name`; required unless it has a default.
 
     Args:
@@ -27,7 +27,7 @@ def option(help: str | None = None, *, default: Any = MISSING, short: str | None
     return field(**default, metadata={"help": help, "short": short, **argparse_})
 
 
-def positional(help: str | None = None, *, default: Any = MISSING, **argparse_: Any) -> Any:
+def positional(help: str, *, default: Any = MISSING, **argparse_: Any) -> Any:
     """A field given by position."""
     return option(help, default=default, positional=True, **argparse_)
 
@@ -60,7 +60,7 @@ class CommonOptions:
 class RunFileOptions(CommonOptions):
     """Of the commands that read a run file."""
 
-    run_file: str = positional(metavar="run.yaml")
+    run_file: str = positional("the run file", metavar="run.yaml")
     overrides: list[str] = positional("for instance training.seed=1", default=[], nargs="*", metavar="key=value")
 
 
@@ -95,7 +95,7 @@ def parse(parser: argparse.ArgumentParser, options: type[Options], arguments: Se
 
 def _add(to: argparse._ActionsContainer, f: Field[Any], hint: Any, required: bool | None = None) -> None:
     about = {k: v for k, v in f.metadata.items() if k not in ("either", "positional", "short")}
-    about = {"default": argparse.SUPPRESS, **_of_type(hint), **about}
+    about = {"default": argparse.SUPPRESS, **_of_type(hint), **about, "help": _help(f)}
     if f.metadata.get("positional"):
         to.add_argument(f.name, **about)
         return
@@ -104,6 +104,11 @@ def _add(to: argparse._ActionsContainer, f: Field[Any], hint: Any, required: boo
     flag = "--" + about.pop("flag", f.name).replace("_", "-")
     short = f.metadata.get("short")
     to.add_argument(*([short] if short else []), flag, dest=f.name, required=required, **about)
+
+
+def _help(f: Field[Any]) -> str:
+    unsaid = any(f.default is nothing for nothing in (MISSING, None, False))
+    return f.metadata["help"] + ("" if unsaid else f" (default: {f.default})")
 
 
 def _of_type(hint: Any) -> dict[str, Any]:

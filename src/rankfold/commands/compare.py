@@ -21,10 +21,10 @@ INTERRUPTED = "interrupted; the same command goes on where this one stopped"
 class Options(CommonOptions):
     """find out which method is best on your model and data, at one budget"""
 
-    compare_file: str = positional(metavar="compare.yaml")
+    compare_file: str = positional("the compare file", metavar="compare.yaml")
     overrides: list[str] = positional("for instance seeds=[0,1]", default=[], nargs="*", metavar="key=value")
     dry_run: bool = option("print contenders, parameters and trials; train nothing", default=False)
-    workers: int = option("trials at a time, which share the cores (default: 1)", default=1)
+    workers: int = option("trials at a time, which share the cores", default=1)
     executor: Literal["local", "ray"] = option("where trials run", default="local")
     retry_failed: bool = option("try failed trials again", default=False)
     report_only: bool = option("write the report of the trials that are there", default=False)

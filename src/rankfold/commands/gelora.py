@@ -19,12 +19,14 @@ class Measure:
     """What is measured and where it goes. A language model's prompt + completion or messages are found by themselves."""
 
     data: str = option("as data.source in a run file")
-    points: int = option("texts to measure (default: 2000)", default=2000)
-    seed: int = option(default=0)
-    rounding: Literal["round", "ceil_diff", "floor_diff"] = option(default="round")
-    max_rank: int | None = option(default=None)
+    points: int = option("texts to measure", default=2000)
+    seed: int = option("of the draw of the texts", default=0)
+    rounding: Literal["round", "ceil_diff", "floor_diff"] = option(
+        "round: each dimension first; ceil_diff, floor_diff: the difference", default="round"
+    )
+    max_rank: int | None = option("no rank above this", default=None)
     max_length: int | None = option("longest text in tokens", default=None)
-    text: str = option("column of the texts (default: text)", default="text")
+    text: str = option("column of the texts", default="text")
     pair: str | None = option("column of second texts", default=None)
     out: str | None = option("write the plan here (JSON)", default=None, short="-o")
     picture: str | None = option("SVG, PNG or PDF of dimension and rank by layer", default=None)

@@ -14,9 +14,9 @@ from rankfold.tasks.table import TASKS
 class Options(CommonOptions):
     """write a commented run file that works"""
 
-    run_file: str = positional(default="run.yaml", nargs="?", metavar="run.yaml")
-    task: str = option(default="classification", choices=TASKS)
-    method: str = option("see `rankfold methods`, or peft:NAME (default: rasa)", default="rasa")
+    run_file: str = positional("the file to write", default="run.yaml", nargs="?", metavar="run.yaml")
+    task: str = option("what is learnt", default="classification", choices=TASKS)
+    method: str = option("see `rankfold methods`, or peft:NAME", default="rasa")
     compare: bool = option("a compare file instead; its methods are a start", default=False)
     force: bool = option("replace the file if it exists", default=False)
 

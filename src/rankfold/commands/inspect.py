@@ -22,7 +22,7 @@ class Options(CommonOptions):
 
     path: str = positional("an adapter folder, a run's folder, or a ranks.jsonl")
     picture: str | None = option("SVG, PNG or PDF heat map", default=None)
-    json: bool = option(default=False)
+    json: bool = option("print JSON instead of the table", default=False)
     base: str | None = option("base model, if not the one that the adapter names", default=None)
     adapter_name: str = option("which adapter's ranks of a run", default="default")
     force: bool = option("replace pictures that exist", default=False)

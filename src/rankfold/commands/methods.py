@@ -17,7 +17,7 @@ class Options(CommonOptions):
     """list the methods"""
 
     pattern: str = positional("a name with wildcards, such as 'ra*'", default="*", nargs="?")
-    json: bool = option(default=False)
+    json: bool = option("print JSON instead of the table", default=False)
 
 
 def run(options: Options) -> int:

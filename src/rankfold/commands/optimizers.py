@@ -16,7 +16,7 @@ class Options(CommonOptions):
     """list the optimisers that know what a pair of factors is, or the options of one"""
 
     name: str | None = positional("whose options to list", default=None, nargs="?")
-    json: bool = option(default=False)
+    json: bool = option("print JSON instead of the table", default=False)
 
 
 def run(options: Options) -> int:

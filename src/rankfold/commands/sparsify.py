@@ -15,10 +15,10 @@ INTERRUPTED = "interrupted; `rankfold sparsify ... --resume` goes on where it st
 class Options(RunFileOptions):
     """train SoRA with ever higher thresholds and draw what each of them leaves"""
 
-    first: float = option("the first stage's threshold (default: 0, dense)", default=0.0)
+    first: float = option("the first stage's threshold; 0 is dense", default=0.0)
     last: float = option("the last stage's threshold")
-    stages: int = option("how many, the first and last included (default: 6)", default=6)
-    schedule: Literal["linear", "log_linear", "exp_linear"] = option(default="linear")
+    stages: int = option("how many, the first and last included", default=6)
+    schedule: Literal["linear", "log_linear", "exp_linear"] = option("how the thresholds rise", default="linear")
     stage_epochs: float | None = option("of every stage after the first (default: as the first)", default=None)
     resume: bool = option("go on where a killed schedule stopped", default=False)
     overwrite: bool = option("delete earlier stages in the output folder first", default=False)

@@ -21,10 +21,14 @@ class Options(CommonOptions):
     scope: Literal["layer", "module", "global"] | None = option(
         "what shares a basis (default: layer, or module where output sizes differ)", default=None
     )
-    source: Literal["weights", "delta"] = option(default="weights")
-    rank: int = option("columns to keep; adapters may use fewer (default: 32)", default=32)
+    source: Literal["weights", "delta"] = option(
+        "of the models' weights, or of their deltas from the base", default="weights"
+    )
+    rank: int = option("columns to keep; adapters may use fewer", default=32)
     force: bool = option("replace the file if it exists", default=False)
-    scale: Literal["none", "sqrt_sigma"] = option(default="none")
+    scale: Literal["none", "sqrt_sigma"] = option(
+        "none: orthonormal columns; sqrt_sigma: times (σ/σ₁)^½", default="none"
+    )
 
 
 def run(options: Options) -> int:
