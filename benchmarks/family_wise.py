@@ -36,7 +36,7 @@ class Cell:
     """One kind of world.
 
     Args:
-        rows: of the test set; 0 for a metric that is not a mean over rows, as macro F1.
+        rows: of the test set; 0 for a metric of seeds alone (f1_intervals.py has F1 with its rows).
         scores: "right or wrong" (accuracy) or "losses"; "" without rows.
         spread: standard deviation that a seed moves the skill by; the rows' own is 1.2, a single score's noise 0.6.
         spreads: how the contenders differ in it.

@@ -83,7 +83,6 @@ def test_lines_and_names(values: Values, tmp_path: Path):
         ({"training": {"learning_rate": 1e-3}}, "training.learning_rate: comes from rates; remove it here"),
         ({"training": {"seed": 1}}, "training.seed: comes from seeds"),
         ({"training": {"metric": "bleu"}}, "training.metric: 'bleu' is not a metric of classification"),
-        ({"training": {"metric": "macro_f1"}}, "training.metric: 'macro_f1' is not a mean over rows"),
         ({"training": {"early_stopping": 2, "keep_best": True}, "search": "halving"}, "contradicts search: halving"),
         ({"budget": "much"}, "budget: 'much' is not a number of parameters"),
         ({"budget": 0}, "budget: '0' is not a number of parameters"),

@@ -51,6 +51,13 @@ def test_weights_are_those_of_the_metric() -> None:
     assert rows.variance([0]) == pytest.approx(rows.variance([1]))
 
 
+def test_a_trial_in_which_no_row_counts_is_0_whatever_the_rows() -> None:
+    """The precision of a model that finds nothing."""
+    rows = Rows(np.array([[1.0, 0.0, 1.0], [0.0, 0.0, 0.0]]), np.array([[1.0, 1.0, 2.0], [0.0, 0.0, 0.0]]))
+    assert rows.variance([1]) == 0
+    assert rows.variance([0], [1]) == pytest.approx(rows.variance([0]))
+
+
 def test_only_what_rows_do_to_every_seed_counts() -> None:
     """The noise of single scores is in the spread of the seeds already; counted twice, intervals are too long."""
     rng = np.random.default_rng(0)

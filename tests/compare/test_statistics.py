@@ -311,7 +311,7 @@ def test_one_seed_has_intervals_of_models_and_no_verdict() -> None:
 
 
 def test_rows_that_are_not_the_metric_are_left_out() -> None:
-    """Right and wrong do not make up a macro F1."""
+    """Right and wrong do not make up a macro F1 (a task's own scores of rows do)."""
     found = [replace(t, metric="macro_f1", test=(t.test or 0) - 0.004) for t in lines(TWO, rates=(2e-3,))]
     analysis = analyse(found)
     assert analysis.rows is None

@@ -300,7 +300,6 @@ def test_a_classifier_keeps_its_head(bases: dict[str, Path], tmp_path: Path) -> 
 LORA_REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "bias": ({"bias": "lora_only"}, "bias='lora_only'"),
     "lora_bias": ({"lora_bias": True}, "lora_bias=True"),
-    "embedding": ({"target_modules": ["q_proj", "embed_tokens"]}, "embed_tokens is a Embedding"),
     "replication": ({"layer_replication": [[0, 2], [1, 2]]}, "layer_replication="),
     "alora": ({"alora_invocation_tokens": [3]}, "alora_invocation_tokens="),
     "tokens": ({"trainable_token_indices": [3]}, "trainable_token_indices="),
@@ -308,7 +307,6 @@ LORA_REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "corda": ({"init_lora_weights": "corda"}, "path_initial_model_for_weight_conversion"),
     "lora_ga": ({"init_lora_weights": "lora_ga"}, "depends on gradients"),
     "loftq": ({"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4}}, "quantised"),
-    "parameters": ({"target_parameters": ["q_proj.weight"]}, "target_parameters="),
 }
 
 

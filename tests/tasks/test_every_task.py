@@ -166,7 +166,7 @@ def test_row_scores_are_the_metric(task: str, values: Values):
 
 @every
 def test_a_trial_of_a_comparison(task: str, values: Values, tmp_path: Path):
-    metric = "recall" if task == "token-classification" else "accuracy"
+    metric = {"token-classification": "f1", "classification": "macro_f1"}.get(task, "accuracy")
     values["training"] |= {"keep_best": False, "metric": metric, "max_steps": 4}
     folder = tmp_path / "out" / "trials" / "x"
     values["output"] = str(folder / "run")
@@ -206,13 +206,18 @@ def test_fields_that_mean_nothing_are_refused(task: str, values: Values):
 def test_a_comparison_needs_a_metric_of_rows(tmp_path: Path, bert: Path):
     values = {
         "model": str(bert),
-        "task": "token-classification",
+        "task": "preference",
         "data": "x.jsonl",
         "methods": ["lora"],
         "rates": [0.01],
         "seeds": [0],
         "output": str(tmp_path / "out"),
     }
-    with pytest.raises(RunFileError, match=r"'f1' is not a mean over rows, .* use recall or accuracy or loss"):
-        parse_compare(values)
-    assert parse_compare(values | {"training": {"metric": "recall"}}).training.metric == "recall"
+    with pytest.raises(RunFileError, match=r"'loss' is not made of scores of rows, .* use accuracy or margin"):
+        parse_compare(values | {"training": {"metric": "loss"}})
+    for task, metric in (
+        ("token-classification", "f1"),
+        ("token-classification", "precision"),
+        ("classification", "macro_f1"),
+    ):
+        assert parse_compare(values | {"task": task, "training": {"metric": metric}}).training.metric == metric

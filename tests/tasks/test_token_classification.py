@@ -166,7 +166,12 @@ def test_metrics_and_row_scores():
     logits = torch.nn.functional.one_hot(torch.tensor(said).clamp(min=0), 3).double() * 9
     trainer: Any = SimpleNamespace(model=SimpleNamespace(config=SimpleNamespace(id2label=dict(enumerate(labels)))))
     inputs = {"labels": torch.tensor(true)}
-    for name, rows, weights in (("recall", [1, 0.5], [1, 2]), ("accuracy", [1, 0.5], [3, 2])):
+    for name, rows, weights in (
+        ("recall", [1, 0.5], [1, 2]),
+        ("precision", [1, 1], [1, 1]),
+        ("f1", [1, 2 / 3], [2, 3]),
+        ("accuracy", [1, 0.5], [3, 2]),
+    ):
         found, counted = TASK.scores([SimpleNamespace(logits=logits)], inputs, name, trainer)
         assert found.tolist() == rows
         assert counted.tolist() == weights

@@ -19,7 +19,9 @@ from torch import Tensor
 from rankfold.algebra.merging import Rule, rule
 from rankfold.errors import RankfoldError
 from rankfold.fold import FoldOptions, FoldReport, fold_source, source_of
-from rankfold.fold.source import Source, Update, of_adapted_types
+from rankfold.fold.lora_tensors import parameter_of
+from rankfold.fold.sites import of_adapted_types
+from rankfold.fold.source import Source, Update
 from rankfold.io.formats import read_adapter
 from rankfold.kernel.factors import Factors
 
@@ -104,7 +106,10 @@ def combined(terms: Sequence[Term], chosen: Rule | None = None) -> Source:
         update=update,
         adapted=adapted,
         sites=of_adapted_types(sorted(sites.values(), key=lambda s: place[s.name]), adapted),
-        modules=list(place),
+        modules=list(dict.fromkeys(m for t in (first, *(t.source for t in terms)) for m in t.modules)),
+        parameters=list(dict.fromkeys(p for t in terms for p in t.source.parameters)),
+        experts={name: once for t in terms for name, once in t.source.experts.items()},
+        unlike_peft=sorted({name for t in terms for name in t.source.unlike_peft}),
         heads=heads,
         transposed=any(t.source.transposed for t in terms),
         output_head=next((t.source.output_head for t in terms if t.source.output_head), None),
@@ -192,8 +197,14 @@ def _without_prefix(module: str, names: Mapping[str, object]) -> str | None:
 
 
 def module_places(sources: Sequence[Source]) -> dict[str, int]:
-    """Every module name of the bases → its place, in the order of the first."""
-    return {name: i for i, name in enumerate(dict.fromkeys(m for s in sources for m in s.modules))}
+    """Every module of the bases, and every site of a parameter → its place, in the order of the first."""
+    parameters = {name: i for i, name in enumerate(dict.fromkeys(p for s in sources for p in s.parameters))}
+    sites = [site for s in sources for site in s.sites]
+    sites.sort(
+        key=lambda site: parameters.get(parameter_of(site), -1)
+    )  # the order in which PEFT wraps a module for them
+    names = [*(m for s in sources for m in s.modules), *(site.name for site in sites)]
+    return {name: i for i, name in enumerate(dict.fromkeys(names))}
 
 
 def _head(terms: Sequence[Term]) -> tuple[dict[str, Tensor], list[str]]:

@@ -16,7 +16,8 @@ from transformers.pytorch_utils import Conv1D
 from rankfold.algebra.models import ModelPair
 from rankfold.errors import RankfoldError
 from rankfold.fold import FoldOptions, FoldReport, fold_source
-from rankfold.fold.source import Source, of_adapted_types, output_head
+from rankfold.fold.sites import of_adapted_types
+from rankfold.fold.source import Source, output_head
 from rankfold.host.adapter import module_type
 from rankfold.host.planning import site_of
 from rankfold.io.weights import FLOATS

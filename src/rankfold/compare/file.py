@@ -277,7 +277,9 @@ def _check(file: CompareFile) -> list[Problem]:
     name = file.training.metric or next(iter(metrics))
     if name in metrics and not metrics[name].of_rows:
         others = " or ".join(other for other, metric in metrics.items() if metric.of_rows)
-        message = f"'{name}' is not a mean over rows, so test rows cannot be resampled for it; use {others}"
+        message = (
+            f"'{name}' is not made of scores of rows, so what other test rows would change is not known; use {others}"
+        )
         problems.append(Problem(("training", "metric"), message))
     problems += [Problem(("where", name, "layers"), "is empty") for name, p in file.where.items() if p.layers == []]
     try:

@@ -33,15 +33,18 @@ class Rows:
 
     Args:
         scores: of the test rows, trials × rows.
-        weights: of the rows, trials × rows; None for equal ones. A metric is the weighted mean of its trial's scores.
+        weights: of the rows, trials × rows; None for equal ones. A metric is the weighted mean of its trial's scores, and 0 in a trial
+            where no row counts.
     """
 
     def __init__(self, scores: Array, weights: Array | None = None) -> None:
         weights = np.ones_like(scores) if weights is None else weights
-        mean = np.average(scores, axis=1, weights=weights)[:, None]
+        total = weights.sum(1, keepdims=True)
+        total = np.where(total > 0, total, 1.0)
+        mean = (weights * scores).sum(1, keepdims=True) / total
         # What each row adds to the metric, to first order: exact for equal weights, the delta method for others
-        influence = weights * (scores - mean) / weights.mean(1, keepdims=True)
         count = scores.shape[1]
+        influence = weights * (scores - mean) / total * count
         self.freedom = max(1, count - 1)
         self._covariance = influence @ influence.T / (count * self.freedom)
 

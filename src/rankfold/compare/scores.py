@@ -19,7 +19,7 @@ class RowScores:
     """Scores in the order of the rows; the metric is their mean by weight.
 
     Args:
-        items: right or wrong, or the loss; where a row has many targets, the mean over them.
+        items: right or wrong, or the loss; where a row has many targets, the mean over them; of macro F1 what the row adds to it.
         weights: tokens of each row, or None where all rows count alike.
     """
 
@@ -28,19 +28,22 @@ class RowScores:
 
     @property
     def mean(self) -> float:
+        """0 where no row counts, as the precision of a model that finds nothing."""
         weights = self.weights or [1.0] * len(self.items)
-        return sum(w * x for w, x in zip(weights, self.items, strict=True)) / sum(weights)
+        return sum(w * x for w, x in zip(weights, self.items, strict=True)) / (sum(weights) or 1.0)
 
 
 @contextmanager
 def row_scores(trainer: CarefulTrainer, task: Task, metric: str) -> Iterator[RowScores]:
-    """Collects what `trainer.evaluate` sees while the context is open.
+    """Collects what `trainer.evaluate` sees while the context is open; the scores are there when it has closed.
 
     Args:
         metric: one of the task's that is `of_rows`.
     """
-    scores = RowScores(weights=[] if task.weighted else None)
+    scores = RowScores()
     outputs: list[Any] = []
+    first: list[float] = []
+    second: list[float] = []
 
     def collect(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         outputs.append(output)
@@ -50,14 +53,16 @@ def row_scores(trainer: CarefulTrainer, task: Task, metric: str) -> Iterator[Row
         outputs.clear()
         both = trainer.accelerator.gather_for_metrics(torch.stack([items.double(), weights.double()], 1))
         assert isinstance(both, Tensor)
-        scores.items += both[:, 0].tolist()
-        if scores.weights is not None:
-            scores.weights += both[:, 1].tolist()
+        first.extend(both[:, 0].tolist())
+        second.extend(both[:, 1].tolist())
 
     model = trainer.model
     assert isinstance(model, nn.Module)
     hook = model.register_forward_hook(collect, with_kwargs=True)
     try:
         yield scores
+        by_row = task.metrics[metric].by_row
+        scores.items = by_row(first, second) if by_row else first
+        scores.weights = second if task.weighted and not by_row else None
     finally:
         hook.remove()

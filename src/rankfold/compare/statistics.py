@@ -143,10 +143,10 @@ def _rows(trials: Sequence[TrialLine]) -> int | None:
         return None
     for t in trials:
         items, weights = t.items or [], t.weights or [1.0] * len(t.items or [])
-        if any(x is None for x in items) or len(weights) != len(items) or sum(weights) <= 0:
+        if any(x is None for x in items) or len(weights) != len(items) or sum(weights) < 0:
             return None
-        mean = sum(w * x for w, x in zip(weights, items, strict=True)) / sum(weights)
-        # Tight, as macro F1 is near the mean of right and wrong where classes are even, but is not that mean
+        mean = sum(w * x for w, x in zip(weights, items, strict=True)) / (sum(weights) or 1.0)
+        # Tight: macro F1 is near the mean of right and wrong where classes are even, but is not that mean
         if not math.isclose(mean, _number(t.test), rel_tol=2e-5, abs_tol=1e-7):
             return None
     return counts.pop()

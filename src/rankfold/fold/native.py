@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from copy import copy
 from dataclasses import replace
-from typing import Any
 
 import torch
 from peft import (
@@ -19,28 +18,18 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from rankfold.errors import RankfoldError
-from rankfold.fold.source import (
-    Source,
-    base_skeleton,
-    fitting,
-    folding_device,
-    of_adapted_types,
-    output_head,
-    siblings,
-    vocabulary_of,
-)
+from rankfold.fold.sites import modules_of_experts, of_adapted_types, siblings, unlike_peft
+from rankfold.fold.source import Source, base_skeleton, fitting, folding_device, output_head, vocabulary_of
 from rankfold.host import registry
 from rankfold.host.adapter import not_fixed
 from rankfold.host.checkpoint import LAYERS, SHARED
 from rankfold.host.config import LowRankConfig
 from rankfold.host.layer import AdaptedLayer
 from rankfold.host.parameter_layer import AdaptedParameters
-from rankfold.host.peft_api import names_of_experts
 from rankfold.host.planning import site_of
 from rankfold.io.adapter_names import without_copies
 from rankfold.io.adapters import labels_of, read_labels
 from rankfold.io.formats import SavedAdapter
-from rankfold.io.weight_names import to_model
 from rankfold.kernel.factors import Factors
 
 
@@ -94,34 +83,13 @@ def from_model(model: nn.Module, adapter_name: str = "default", heads: dict[str,
         parameters=[name.replace(".base_layer.", ".") for name, _ in base.named_parameters()]
         if config.target_parameters
         else [],
-        experts=_experts(base, [name for name, layer in layers.items() if isinstance(layer, AdaptedParameters)]),
-        unlike_peft=[name for name, layer in layers.items() if _unlike_peft(layer.get_base_layer())],
+        experts=modules_of_experts(
+            base, [name for name, layer in layers.items() if isinstance(layer, AdaptedParameters)]
+        ),
+        unlike_peft=[name for name, layer in layers.items() if unlike_peft(layer.get_base_layer())],
         notes=[f"the schedule had not finished: step {schedule['step']} of {schedule['total_steps']}"]
         if unfinished
         else [],
-    )
-
-
-def _experts(base: nn.Module, modules: list[str]) -> dict[str, list[str]]:
-    """See `Source.experts`. The block around the experts may have had another name as well (Mixtral's)."""
-    once: dict[str, list[str]] = {}
-    for name, parameter in names_of_experts(base).items():
-        once.setdefault(parameter, []).append(name)
-    to_new, found = to_model(base, prefix=False), {}
-    for module in modules:
-        block, _, own = module.rpartition(".")
-        for place in (module, f"{block.rpartition('.')[0]}.block_sparse_moe.{own}"):
-            for parameter, names in once.items():
-                if to_new(f"{place}.0.{names[0]}.weight") == (f"{module}.{parameter}", True):
-                    found[f"{module}.{parameter}"] = [f"{place}.{{}}.{name}" for name in names]
-    return found
-
-
-def _unlike_peft(base: Any) -> bool:
-    """Whether it is a convolution whose LoRA in PEFT (layer.py, _ConvNd) differs: it leaves dilation and padding_mode out, and reads
-    all channels for each group."""
-    return isinstance(base, nn.Conv1d | nn.Conv2d | nn.Conv3d) and (
-        base.groups > 1 or any(d != 1 for d in base.dilation) or base.padding_mode != "zeros"
     )
 
 

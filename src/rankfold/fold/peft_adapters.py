@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from copy import copy
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +23,20 @@ from transformers.pytorch_utils import Conv1D
 from rankfold.errors import RankfoldError
 from rankfold.fold.peft_updates import REFUSED, STARTS, UPDATES, kind, update_of
 from rankfold.fold.plain_lora import from_tensors, is_plain, modules_of
+from rankfold.fold.sites import GROUPED, modules_of_experts, of_adapted_types, siblings, unlike_peft
 from rankfold.fold.source import (
     Source,
     Update,
     base_skeleton,
     fitting,
     folding_device,
-    of_adapted_types,
     output_head,
-    siblings,
     vocabulary_of,
 )
 from rankfold.host.adapter import Site
-from rankfold.host.peft_api import BaseTunerLayer, in_out_features
+from rankfold.host.kinds import kind_named, kind_of
+from rankfold.host.peft_api import BaseTunerLayer, ParamWrapper, in_out_features
+from rankfold.host.targets import sites_of_parameter
 from rankfold.io.adapter_names import PREFIX, is_saved, mended, without_copies, wrapped
 from rankfold.io.adapters import labels_of, read_labels
 from rankfold.io.formats import SavedAdapter
@@ -47,7 +48,6 @@ _CONVERT = "fold what save_pretrained(path_initial_model_for_weight_conversion=â
 #: Fields of any config that make it more than an update of linear weights, and what to do.
 FIELDS = {
     "lora_bias": f"it trains a bias, which engines do not load; {_MERGE} or train with lora_bias=False",
-    "target_parameters": f"it adapts parameters that are not linear modules; {_MERGE}",
     "layer_replication": f"it makes new layers, which engines do not load; {_MERGE}",
     "trainable_token_indices": f"it trains embeddings; {_MERGE} or train without",
     "alora_invocation_tokens": "activated LoRA depends on where in the text it is; serve it with an engine that has aLoRA",
@@ -116,10 +116,11 @@ def from_model(model: nn.Module, adapter_name: str = "default") -> Source:
             "itself; save it and fold its folder"
         )
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    layers = _layers(base, adapter_name)
+    places = _places(base, adapter_name, config)
+    modules = {place.module: place.layer for place in places.values()}
 
     def live(name: str) -> Tensor:
-        weight: Tensor = layers[name].get_base_layer().weight  # pyright: ignore[reportAssignmentType]
+        weight: Tensor = modules[name].get_base_layer().weight
         if not weight.is_floating_point():
             raise RankfoldError(
                 f"{name}: this adapter's update depends on the base's weights, which are quantised here; "
@@ -134,7 +135,7 @@ def from_model(model: nn.Module, adapter_name: str = "default") -> Source:
     if _kept(config):
         saved = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
         heads = {key: tensor for key, tensor in saved.items() if is_saved(key, _kept(config))}
-    return _source(base, config, adapter_name, layers, read, heads)
+    return _source(base, config, adapter_name, places, read, heads)
 
 
 def from_files(adapter: SavedAdapter, base: str | None = None) -> Source:
@@ -151,7 +152,9 @@ def from_files(adapter: SavedAdapter, base: str | None = None) -> Source:
     try:
         skeleton = base_skeleton(config, base, lambda model: _has_all(model, modules))
     except RankfoldError as error:
-        if not plain or base:
+        if (
+            not plain or base or getattr(config, "target_parameters", None)
+        ):  # a file does not say which parameter is whose
             raise
         why = f"the base was not looked at ({error}), so absent layers are not written as zeros, as TGI wants them"
         return _noted(from_tensors(folder, config, tensors, None, why), notes)  # pyright: ignore[reportArgumentType]
@@ -159,11 +162,15 @@ def from_files(adapter: SavedAdapter, base: str | None = None) -> Source:
     dtype = getattr(skeleton.config, "dtype", None) or torch.float32  # pyright: ignore[reportAttributeAccessIssue]
     bare = copy(config)
     bare.task_type, bare.inference_mode, bare.base_model_name_or_path = None, True, None
-    for field, default in (("modules_to_save", None), ("init_lora_weights", True), ("ensure_weight_tying", False)):
+    defaults = {"modules_to_save": None, "init_lora_weights": True}
+    if not any("lora_embedding_" in key for key in tensors):  # what is left to tie is in modules_to_save
+        defaults["ensure_weight_tying"] = False
+    for field, default in defaults.items():
         if hasattr(bare, field):
             setattr(bare, field, default)
     name_of = to_model(skeleton, prefix=False)
-    renamed = {module: name_of(f"{module}.weight") for module in modules}
+    own = {name for name, _ in skeleton.named_modules()}
+    renamed = {module: name_of(f"{module}.weight") for module in modules if module not in own}
     if plain and any(fused for _, fused in renamed.values()):
         why = "it adapts experts one by one; the fold keeps the names of its tensors, as engines read them"
         return _noted(from_tensors(folder, config, tensors, dtype, why), notes)  # pyright: ignore[reportArgumentType]
@@ -178,11 +185,11 @@ def from_files(adapter: SavedAdapter, base: str | None = None) -> Source:
     with fitting(folder, config, named), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT's advice about training
         model = get_peft_model(skeleton, bare).eval()  # pyright: ignore[reportArgumentType]
-        layers = _layers(skeleton, "default")
+        places = _places(skeleton, "default", config)
         heads = _load(model, config, tensors, folder)
     stored = weight_reader(named, config.revision, skeleton)
     whole = vocabulary_of(skeleton, heads, _kept(config))
-    source = _source(skeleton, config, "default", layers, stored, {k: v for k, v in heads.items() if k not in whole})
+    source = _source(skeleton, config, "default", places, stored, {k: v for k, v in heads.items() if k not in whole})
     return _noted(replace(source, dtype=dtype, folder=folder, vocabulary=whole, labels=read_labels(folder)), notes)
 
 
@@ -209,8 +216,8 @@ def _tensors(adapter: SavedAdapter) -> tuple[dict[str, Tensor], list[str]]:
 
 def _has_all(model: nn.Module, modules: list[str]) -> bool:
     """Whether a base has every module that an adapter names, by its own names or by those of its files."""
-    state, name_of = model.state_dict(), to_model(model, prefix=False)
-    return all(name_of(f"{module}.weight")[0] in state for module in modules)
+    state, name_of = {*model.state_dict(), *(name for name, _ in model.named_modules())}, to_model(model, prefix=False)
+    return all(module in state or name_of(f"{module}.weight")[0] in state for module in modules)
 
 
 def _as_trained_on(config: PeftConfig, base: nn.Module) -> PeftConfig:
@@ -284,83 +291,121 @@ def _load(model: nn.Module, config: PeftConfig, tensors: dict[str, Tensor], fold
     return heads
 
 
-def _layers(base: nn.Module, adapter_name: str) -> dict[str, BaseTunerLayer]:
-    """The layers that have the adapter, by module name; raises ValueError for those that a LoRA on a linear cannot be."""
-    found = {}
+@dataclass(frozen=True)
+class _Place:
+    """Where one update sits.
+
+    Args:
+        module: by the base's name of it.
+        layer: PEFT's, which holds the update; one of several where parameters of the module are adapted.
+        expert: which of the matrices in the layer's parameter; None where a whole module is adapted.
+    """
+
+    site: Site
+    module: str
+    layer: Any
+    expert: int | None = None
+
+
+def _places(base: nn.Module, adapter_name: str, config: PeftConfig) -> dict[str, _Place]:
+    """The updates of an adapter by the names of their sites; raises RankfoldError for those that no plain LoRA can be."""
+    wrapped: dict[str, list[Any]] = {}
     for name, module in base.named_modules():
-        if not isinstance(module, BaseTunerLayer) or adapter_name not in module._get_available_adapters():
-            continue
-        linear = module.get_base_layer()
-        if type(linear).__name__.endswith(("Embedding", "Conv1d", "Conv2d", "Conv3d", "MultiheadAttention")):
-            raise RankfoldError(
-                f"target_modules: {name} is a {type(linear).__name__}; only adapted linear layers fold. {_MERGE}"
-            )
-        if module.merged:
-            raise RankfoldError(f"{name}: adapter {adapter_name!r} is merged; call unmerge_adapter() first")
-        found[name] = module
-    if not found:
+        if isinstance(module, BaseTunerLayer) and adapter_name in module._get_available_adapters():
+            wrapped.setdefault(name.replace(".base_layer", ""), []).append(module)
+    if not wrapped:
         raise RankfoldError(f"adapter_name={adapter_name!r}: no layer of the model has it")
-    return found
+    places = {}
+    for name, layers in wrapped.items():
+        for layer in reversed(layers):  # innermost first, in the order of the parameters
+            if layer.merged:
+                raise RankfoldError(f"{name}: adapter {adapter_name!r} is merged; call unmerge_adapter() first")
+            if isinstance(layer, ParamWrapper):
+                sites = sites_of_parameter(name, layer.get_base_layer(), layer.parameter_name)
+                places |= {site.name: _Place(site, name, layer, i) for i, site in enumerate(sites)}
+            else:
+                _check_kind(name, layer.get_base_layer(), config)
+                places[name] = _Place(_site(name, layer.get_base_layer()), name, layer)
+    return places
+
+
+def _check_kind(name: str, module: nn.Module, config: PeftConfig) -> None:
+    found, title = kind_of(module), type(module).__name__
+    if title.endswith("MultiheadAttention"):
+        raise RankfoldError(f"target_modules: {name} is a {title}, whose weight is three in one; {_MERGE}")
+    if found is not None and not found.linear and kind(config) != "LORA":
+        raise RankfoldError(
+            f"target_modules: {name} is a {title}, and of {kind(config)} only adapted linear layers fold. {_MERGE}"
+        )
+    if unlike_peft(module):
+        raise RankfoldError(f"target_modules: {name} is {GROUPED}")
 
 
 def _source(
     base: nn.Module,
     config: PeftConfig,
     adapter_name: str,
-    layers: dict[str, BaseTunerLayer],
+    places: dict[str, _Place],
     stored: Callable[[str], Tensor],
     heads: dict[str, Tensor],
 ) -> Source:
-    sites, modules, inside = [], [], None
+    sites, modules, inside, sites_of = [], [], None, {}
+    for place in places.values():
+        sites_of.setdefault(place.module, []).append(place.site)
     for name, module in base.named_modules():
         if inside and name.startswith(inside):  # a layer's own parts follow it
             continue
-        inside = f"{name}." if name in layers else None
+        inside = f"{name}." if name in sites_of else None
         modules.append(name)
         linear = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-        if name in layers or isinstance(linear, nn.Linear | Conv1D):
-            sites.append(_site(name, linear))
-    shapes = {s.name: (s.out_features, s.in_features) for s in sites}
+        if name in sites_of or isinstance(linear, nn.Linear | Conv1D):
+            sites += sites_of.get(name) or [_site(name, linear)]
 
     def update(name: str) -> Update:
-        linear = layers[name].get_base_layer()
+        place = places[name]
 
         def weight() -> Tensor:
-            found = stored(name).double()
-            found = found.T if isinstance(linear, Conv1D) else found
-            if tuple(found.shape) != shapes[name]:
+            found = kind_named(place.site.kind).as_matrix(stored(place.module).double())
+            shape = place.site.out_features, place.site.in_features
+            if tuple(found.shape) != shape:
                 raise RankfoldError(
-                    f"{name}: the base's weight is {tuple(found.shape)}, not {shapes[name]} as its config says"
+                    f"{name}: the base's weight is {tuple(found.shape)}, not {shape} as its config says"
                 )
             return found
 
-        return update_of(layers[name], adapter_name, config, weight)
+        return update_of(place.layer, adapter_name, config, weight, place.expert)
 
-    first = next(iter(layers.values())).get_base_layer()
-    dtype: torch.dtype = getattr(base, "dtype", None) or first.weight.dtype  # pyright: ignore[reportAssignmentType]
+    layers = {place.module: place.layer for place in places.values()}
+    first = next(next(iter(layers.values())).get_base_layer().parameters())
+    dtype: torch.dtype = getattr(base, "dtype", None) or first.dtype  # pyright: ignore[reportAssignmentType]
     half = _start(config) in STARTS and dtype in (torch.bfloat16, torch.float16)
+    wrapped = [name for name, layer in layers.items() if isinstance(layer, ParamWrapper)]
     return Source(
         method=f"peft:{_start(config) if _start(config) in STARTS else _title(config)}",
         config=config,
         update=update,
-        adapted=list(layers),
-        sites=of_adapted_types(sites, list(layers)),
-        siblings=siblings(sites, list(layers)),
+        adapted=list(places),
+        sites=of_adapted_types(sites, list(places)),
+        siblings=siblings(sites, list(places)),
         modules=modules,
         heads=heads,
         dtype=dtype,
         transposed=any(isinstance(layer.get_base_layer(), Conv1D) for layer in layers.values()),
-        output_head=output_head(base, layers),  # pyright: ignore[reportArgumentType]
+        output_head=output_head(base, layers),
         labels=labels_of(base),
+        parameters=[name.replace(".base_layer", "") for name, _ in base.named_parameters()] if wrapped else [],
+        experts=modules_of_experts(base, wrapped) if wrapped else {},
         notes=[f"training also rounded the rest of the base to {dtype}; the fold is relative to the base itself"]
         if half
         else [],
     )
 
 
-def _site(name: str, linear: nn.Module) -> Site:
-    into, out = in_out_features(linear)
-    return Site(name, int(into), int(out))  # pyright: ignore[reportArgumentType]
+def _site(name: str, module: nn.Module) -> Site:
+    found = kind_of(module)
+    into, out = found.features(module) if found else in_out_features(module)
+    kernel = tuple(getattr(module, "kernel_size", ()))
+    return Site(name, int(into), int(out), found.name if found else "linear", kernel)  # pyright: ignore[reportArgumentType]
 
 
 def _kept(config: PeftConfig) -> list[str]:

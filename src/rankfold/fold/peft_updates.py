@@ -24,14 +24,20 @@ from rankfold.kernel.factors import Factors
 Weight = Callable[[], Tensor]
 
 
-def update_of(layer: Any, name: str, config: PeftConfig, weight: Weight) -> Update:
+def update_of(layer: Any, name: str, config: PeftConfig, weight: Weight, expert: int | None = None) -> Update:
     """The update of one of PEFT's tuner layers by its adapter `name`, in float64 on the CPU.
+
+    Args:
+        expert: which of those in the parameter that the layer adapts; 0 of a single matrix. None for a module.
 
     Raises:
         ValueError: the layer's bias is changed too.
     """
     with torch.no_grad():
-        found = UPDATES[kind(config)](layer, name, config, weight)
+        if expert is None:
+            found: Update = UPDATES[kind(config)](layer, name, config, weight)
+        else:
+            found = of_parameter(layer, name, expert)
     return found.detach().to(folding_device(found if isinstance(found, Tensor) else found.down), torch.float64)
 
 
@@ -40,18 +46,39 @@ def kind(config: PeftConfig) -> str:
 
 
 def lora(layer: Any, name: str, config: Any, weight: Weight) -> Update:
-    """s·BA; for DoRA diag(m/‖W + s·BA‖)·(W + s·BA) − W; for PiSSA and OLoRA s·BA minus what their start took out of W."""
+    """s·BA, of a convolution's weight as a matrix; for DoRA diag(m/‖W + s·BA‖)·(W + s·BA) − W; for PiSSA and OLoRA, which start
+    linear layers alone, s·BA minus what their start took out of W."""
+    linear = name in layer.lora_A
+    if linear:
+        down, up = layer.lora_A[name].weight, layer.lora_B[name].weight
+    else:
+        down, up = layer.lora_embedding_A[name], layer.lora_embedding_B[name]
+    trained = Factors(_f64(down).flatten(1), _f64(up).flatten(1), scale=layer.scaling[name])
     if name in layer.lora_magnitude_vector:
-        return merged(layer, name, config, weight)
-    trained = Factors(_f64(layer.lora_A[name].weight), _f64(layer.lora_B[name].weight), scale=layer.scaling[name])
+        return _dora(trained, _f64(layer.lora_magnitude_vector[name].weight), weight())
     start = STARTS.get(str(config.init_lora_weights).lower())
-    if start is None:
+    if start is None or not linear or down.ndim > 2:
         return trained
     if start is olora_start and isinstance(layer.get_base_layer(), Conv1D):
         raise RankfoldError("init_lora_weights='olora': its start on a Conv1D cannot be folded; save it converted")
     both = trained.minus(start(weight().float(), layer.r[name], layer.scaling[name]))
     # The two nearly cancel: without this, rounding would be relative to them and not to their difference
     return both.compress(rank=both.rank)
+
+
+def _dora(trained: Factors, magnitude: Tensor, before: Tensor) -> Tensor:
+    """Rows of W + s·BA brought to the lengths in `magnitude`, minus W; arXiv:2402.09353, equation 5."""
+    if before.is_meta:
+        return before  # dense, and no numbers to say more
+    both = before + trained.delta()
+    return (magnitude.flatten() / both.norm(dim=1))[:, None] * both - before
+
+
+def of_parameter(layer: Any, name: str, expert: int) -> Factors:
+    """s·BA of one expert: `lora_A` has the rows of one expert after the other, `lora_B` the columns rank by rank."""
+    down, up = _f64(layer.lora_A[name].weight), _f64(layer.lora_B[name].weight)
+    experts = layer.num_experts
+    return Factors(down.chunk(experts)[expert], up.unflatten(1, (-1, experts))[..., expert], scale=layer.scaling[name])
 
 
 def pissa_start(weight: Tensor, r: int, scale: float) -> Factors:

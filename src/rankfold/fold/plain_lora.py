@@ -13,14 +13,18 @@ from torch import Tensor
 
 from rankfold.errors import RankfoldError
 from rankfold.fold.peft_updates import STARTS
+from rankfold.fold.sites import GROUPED
 from rankfold.fold.source import Source
 from rankfold.host.adapter import Site
+from rankfold.host.kinds import KINDS
 from rankfold.host.peft_api import get_pattern_key
 from rankfold.io.adapter_names import PREFIX, is_saved
 from rankfold.io.adapters import read_labels
 from rankfold.kernel.factors import Factors
 
-_A, _B = ".lora_A.weight", ".lora_B.weight"
+#: What ends the keys of `down` and `up`: of linear layers and convolutions, and of embeddings.
+_ENDS = {f".{kind.keys[0]}": f".{kind.keys[1]}" for kind in KINDS}
+_FACTOR = tuple(end for both in _ENDS.items() for end in both)
 _LAYER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
@@ -32,31 +36,53 @@ def is_plain(config: PeftConfig) -> bool:
 
 
 def modules_of(tensors: Mapping[str, Tensor]) -> list[str]:
-    """The modules that a LoRA's tensors name, as the model it was trained on named them."""
-    return [key.removesuffix(_A).removeprefix(PREFIX) for key in tensors if key.endswith(_A)]
+    """The modules that a LoRA's tensors name, as the model it was trained on named them; those that PEFT wrapped for their
+    parameters once, however many these are."""
+    named = (
+        key.removesuffix(end).removeprefix(PREFIX).replace(".base_layer", "")
+        for key in tensors
+        for end in _ENDS
+        if key.endswith(end)
+    )
+    return list(dict.fromkeys(named))
 
 
 def factors_of(tensors: Mapping[str, Tensor], config: Any, module: str) -> Factors:
     """A module's factors with PEFT's scale: α/r or α/√r, patterns matched against the end of the name.
 
     Raises:
-        RankfoldError: a side is missing, or not a matrix, or not of the rank that the config says.
+        RankfoldError: a side is missing, or not of its kind's shape, or not of the rank that the config says.
     """
-    down, up = tensors[f"{PREFIX}{module}{_A}"], tensors.get(f"{PREFIX}{module}{_B}")
+    end = _end(tensors, module)
+    down, up = tensors[f"{PREFIX}{module}{end}"], tensors.get(f"{PREFIX}{module}{_ENDS[end]}")
     if up is None:
         raise RankfoldError(
-            f"adapter_model.safetensors has {PREFIX}{module}{_A} without its lora_B; the file is incomplete"
+            f"adapter_model.safetensors has {PREFIX}{module}{end} without its {_ENDS[end][1:].partition('.')[0]}; the file is "
+            "incomplete"
         )
-    if down.ndim != 2 or up.ndim != 2:
-        raise RankfoldError(f"{module}: a LoRA of a convolution; only those of linear layers are read")
+    if not 2 <= down.ndim == up.ndim <= 5 or any(size != 1 for size in up.shape[2:]):
+        raise RankfoldError(f"{module}: its factors are {tuple(down.shape)} and {tuple(up.shape)}, which no layer has")
     ranks, alphas = config.rank_pattern or {}, config.alpha_pattern or {}
     r = ranks.get(get_pattern_key(list(ranks), module), config.r)
     alpha = alphas.get(get_pattern_key(list(alphas), module), config.lora_alpha)
+    if up.ndim > 2 and up.shape[1] < r == down.shape[0]:
+        raise RankfoldError(f"{module}: {GROUPED}")
     if down.shape[0] != r or up.shape[1] != r:
         raise RankfoldError(
             f"{module}: its tensors have rank {down.shape[0]} and {up.shape[1]}, the config says {r}; correct r or rank_pattern"
         )
-    return Factors(down, up, scale=alpha / (r**0.5 if config.use_rslora else r))
+    return Factors(down.flatten(1), up.flatten(1), scale=alpha / (r**0.5 if config.use_rslora else r))
+
+
+def _end(tensors: Mapping[str, Tensor], module: str) -> str:
+    return next(end for end in _ENDS if f"{PREFIX}{module}{end}" in tensors)
+
+
+def _site(tensors: Mapping[str, Tensor], config: Any, module: str) -> Site:
+    end, (out, into) = _end(tensors, module), factors_of(tensors, config, module).shape
+    kernel = tuple(tensors[f"{PREFIX}{module}{end}"].shape[2:])
+    kind = "convolution" if kernel else next(kind.name for kind in KINDS if f".{kind.keys[0]}" == end)
+    return Site(module, into, out, kind, kernel)
 
 
 def from_tensors(
@@ -74,19 +100,16 @@ def from_tensors(
     """
     modules = modules_of(tensors)
     kept = config.modules_to_save or []
-    heads = {k: v for k, v in tensors.items() if not k.endswith((_A, _B))}
+    heads = {k: v for k, v in tensors.items() if not k.endswith(_FACTOR)}
     foreign = [key for key in heads if not is_saved(key, kept)]
     if foreign or not modules:
         what = (
-            f"holds {len(foreign)} tensors that are not factors of linear layers, such as {foreign[0]}"
+            f"holds {len(foreign)} tensors that are not factors, such as {foreign[0]}"
             if foreign
             else "holds no LoRA factor"
         )
-        raise RankfoldError(f"{folder} {what}; no LoRA can hold them (embeddings, biases), or it is not a LoRA")
-    sites = []
-    for module in modules:
-        factors = factors_of(tensors, config, module)
-        sites.append(Site(module, factors.down.shape[1], factors.up.shape[0]))
+        raise RankfoldError(f"{folder} {what}; no LoRA can hold them (whole embeddings, biases), or it is not a LoRA")
+    sites = [_site(tensors, config, module) for module in modules]
 
     def update(name: str) -> Factors:
         return factors_of(tensors, config, name).to("cpu", torch.float64)

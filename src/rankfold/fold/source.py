@@ -15,9 +15,9 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 import rankfold.methods  # noqa: F401  (registers the methods with PEFT)
 from rankfold.errors import RankfoldError
-from rankfold.host.adapter import Site, module_type
+from rankfold.host.adapter import Site
 from rankfold.io.adapter_names import PREFIX, is_saved
-from rankfold.io.models import ModelError, load_base, model_config, named_class, quiet, skeleton
+from rankfold.io.models import ModelError, input_embeddings, load_base, model_config, named_class, quiet, skeleton
 from rankfold.kernel.factors import Factors
 from rankfold.tasks import table
 
@@ -94,36 +94,9 @@ def output_head(base: nn.Module, adapted: Mapping[str, nn.Module]) -> str | None
 
 def vocabulary_of(base: nn.Module, heads: Mapping[str, Tensor], kept: list[str]) -> dict[str, Tensor]:
     """Of the tensors beside an adapter, the embeddings and output heads that its modules_to_save does not name."""
-    ends = [getattr(base, f"get_{end}_embeddings", lambda: None)() for end in ("input", "output")]
+    ends = input_embeddings(base), getattr(base, "get_output_embeddings", lambda: None)()
     names = {f"{PREFIX}{name}.weight" for name, module in base.named_modules() if any(module is end for end in ends)}
     return {key: tensor for key, tensor in heads.items() if key in names and not is_saved(key, kept)}
-
-
-def of_adapted_types(sites: list[Site], adapted: list[str]) -> list[Site]:
-    """Those of `sites` whose module type and shape has the adapter somewhere: TGI wants every layer of a type."""
-    names = set(adapted)
-    types = {_type(s) for s in sites if s.name in names}
-    return [s for s in sites if _type(s) in types]
-
-
-#: What SGLang asks for beside a module, because it stacks them (sglang #25913): a missing one is a KeyError.
-SIBLINGS = {"q_proj": ["v_proj"], "k_proj": ["q_proj", "v_proj"], "v_proj": ["q_proj"], "up_proj": ["gate_proj"]}
-
-
-def siblings(sites: list[Site], adapted: list[str]) -> list[Site]:
-    """Sites without an adapter that SGLang wants beside those of `of_adapted_types`."""
-    known, found = {s.name: s for s in sites}, {s.name for s in of_adapted_types(sites, adapted)}
-    wanted: dict[str, Site] = {}
-    for name in sorted(found):
-        block, _, kind = name.rpartition(".")
-        for other in (f"{block}.{n}" for n in SIBLINGS.get(kind, [])):
-            if other in known and other not in found:
-                wanted[other] = known[other]
-    return list(wanted.values())
-
-
-def _type(site: Site) -> tuple[str, int, int]:
-    return module_type(site.name), site.out_features, site.in_features
 
 
 @contextmanager
@@ -236,7 +209,7 @@ def base_model(
     task = table.of_adapter(config.task_type, made.__name__)
     labels = _labels(tensors, config) if task and task.new_head else None
     model = load_base(made, name, dtype, labels)
-    embeddings: Any = getattr(model, "get_input_embeddings", lambda: None)()
+    embeddings: Any = input_embeddings(model)
     key = next((f"{PREFIX}{n}.weight" for n, m in model.named_modules() if m is embeddings), "")
     if key in tensors and len(tensors[key]) != len(embeddings.weight):
         with quiet():

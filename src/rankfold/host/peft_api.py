@@ -136,6 +136,7 @@ def add_peft_type(name: str) -> PeftType:
 # for fold and inspect: what reading PEFT's own adapters needs. The members are called on PEFT's classes and layers
 try:
     from peft.tuners.lora import LoraLayer
+    from peft.tuners.lora.layer import ParamWrapper
     from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 
     _MEMBERS = (BaseTunerLayer._get_available_adapters, BaseTuner._remap_adapter_state_dict_for_load)
@@ -145,4 +146,4 @@ except (ImportError, AttributeError) as error:
         f"install peft>={TESTED[0]},<{TESTED[1]}, the range it is tested with"
     ) from error
 
-__all__ += ["BaseTuner", "BaseTunerLayer", "LoraLayer"]
+__all__ += ["BaseTuner", "BaseTunerLayer", "LoraLayer", "ParamWrapper"]

@@ -52,10 +52,20 @@ def parameter_sites(config: Any, name: str, module: nn.Module) -> dict[str, list
             raise RankfoldError(f"{what} is of a {type(module).__name__}; name {name} in target_modules instead")
         if p.ndim not in (2, 3):
             raise RankfoldError(f"{what} has {p.ndim} dimensions; matrices and stacks of matrices can be adapted")
-        out, into = p.shape[-2:]
-        if p.ndim == 2:
-            sites[own] = [Site(full, into, out, PARAMETER.name)]
-        else:
-            out, into = (into, out) if in_by_out(module) else (out, into)
-            sites[own] = [Site(f"{name}.{i}.{own}", into, out, EXPERTS.name) for i in range(len(p))]
+        sites[own] = sites_of_parameter(name, module, own)
     return sites
+
+
+def sites_of_parameter(name: str, module: nn.Module, own: str) -> list[Site]:
+    """Where the adapters of a module's parameter sit: one per expert of a stack of matrices.
+
+    Args:
+        name: the module's.
+        own: the parameter's, in it.
+    """
+    shape = module.get_parameter(own).shape
+    out, into = shape[-2:]
+    if len(shape) == 2:
+        return [Site(f"{name}.{own}", into, out, PARAMETER.name)]
+    out, into = (into, out) if in_by_out(module) else (out, into)
+    return [Site(f"{name}.{i}.{own}", into, out, EXPERTS.name) for i in range(shape[0])]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel
-from torch import Tensor, nn
+from torch import nn
 
 from rankfold.errors import RankfoldError
 from rankfold.fold import native, peft_adapters
@@ -68,14 +68,9 @@ def _of_model(model: nn.Module, adapter_name: str) -> dict[str, Found]:
         if isinstance(module, AdaptedLayer) and adapter_name in module.lowrank_adapters:
             several = isinstance(module, AdaptedParameters)
             updates |= {a.site.name if several else name: _live(*_ours(a)) for a in module.adapters([adapter_name])}
-        elif isinstance(module, LoraLayer) and adapter_name in module.lora_A:
-            _check_plain(config := model.peft_config[adapter_name])  # pyright: ignore
-            if not is_plain(config):  # pyright: ignore[reportArgumentType]
-                return _of_source(peft_adapters.from_model(model, adapter_name))
-            down, up = (part[adapter_name].weight for part in (module.lora_A, module.lora_B))
-            assert isinstance(down, Tensor)
-            assert isinstance(up, Tensor)
-            updates[name] = _live(_pair(name, down, up, module.scaling[adapter_name]), len(down))
+        elif isinstance(module, LoraLayer) and adapter_name in module._get_available_adapters():
+            _check_plain(model.peft_config[adapter_name])  # pyright: ignore
+            return _of_source(peft_adapters.from_model(model, adapter_name))
     return updates
 
 
@@ -87,7 +82,7 @@ def _ours(adapter: host.Adapter) -> tuple[Factors, int]:
 def _of_peft_adapter(adapter: SavedAdapter, config: LoraConfig, base: str | None) -> dict[str, Found]:
     _check_plain(config)
     peft_adapters.check_start(config)
-    if not is_plain(config):
+    if not is_plain(config) or config.target_parameters:
         return _of_source(peft_adapters.from_files(adapter, base))
     names = mended(adapter.tensors)
     tensors = {names[key]: tensor for key, tensor in adapter.tensors.items()}
@@ -96,15 +91,9 @@ def _of_peft_adapter(adapter: SavedAdapter, config: LoraConfig, base: str | None
 
 
 def _of_source(source: Source) -> dict[str, Found]:
-    """Updates that are not the factors themselves: PiSSA's and OLoRA's are relative to a start that they took from the base."""
+    """Updates that are not one pair of factors in the file: PiSSA's and OLoRA's are relative to a start that they took from the base."""
     found = {name: source.update(name) for name in source.adapted}
     return {name: _live(update, update.rank) for name, update in found.items() if isinstance(update, Factors)}
-
-
-def _pair(name: str, down: Tensor, up: Tensor, scale: float) -> Factors:
-    if down.ndim != 2:
-        raise RankfoldError(f"{name}: a LoRA of a convolution; only those of linear layers are looked at")
-    return Factors(down, up, scale=scale)
 
 
 def _live(factors: Factors, start: int) -> Found:
@@ -124,7 +113,7 @@ def _check_plain(config: LoraConfig) -> None:
 
 def _inspection(name: str, config: PeftConfig, updates: dict[str, Found], notes: tuple[str, ...]) -> Inspection:
     if not updates:
-        raise RankfoldError(f"{name}: it has no linear layer with this adapter")
+        raise RankfoldError(f"{name}: it has no layer with this adapter")
     found = tuple(_update(module, *one) for module, one in updates.items())
     if not isinstance(config, LowRankConfig):
         return Inspection(name, "LoRA (PEFT)", found, notes)

@@ -1,4 +1,4 @@
-"""What an adapter trains beside the updates of linear weights that are shown."""
+"""What an adapter trains beside the updates of weights that are shown."""
 
 from __future__ import annotations
 
@@ -28,8 +28,6 @@ def left_out(keys: Iterable[str], config: PeftConfig) -> tuple[str, ...]:
 def _kind(key: str, kept: Iterable[str], ours: bool) -> str:
     if ".base_layer." in key or (ours and ".lowrank_" in f".{key}"):
         return ""
-    if "lora_embedding_" in key:
-        return "LoRA of embeddings"
     if "trainable_tokens" in key:
         return "trained tokens"
     if is_saved(key, kept):
@@ -44,7 +42,6 @@ def left_out_of(config: PeftConfig) -> tuple[str, ...]:
     fields = {
         "modules_to_save": "modules_to_save",
         "trained tokens": "trainable_token_indices",
-        "parameters": "target_parameters",
     }
     found = [f"{kind}: {value}" for kind, field in fields.items() if (value := getattr(config, field, None))]
     bias = getattr(config, "bias", "none")

@@ -11,9 +11,11 @@ PREFIX = "base_model.model."
 #: Parts that wrappers put into names: torch.compile, FSDP, activation checkpointing. PEFT applies no tensor named so.
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
-_NAMED = re.compile(r"\.(lora_(?:embedding_)?[AB]|lora_magnitude_vector)\.([^.]+)\.weight$")
+_NAMED = re.compile(
+    r"\.(?P<part>lora_[AB](?=\.[^.]+\.weight$)|lora_embedding_[AB]|lora_magnitude_vector)\.(?P<name>(?!weight$)[^.]+)(\.weight$|$)"
+)
 _WRAPPED = re.compile(r"\.(base_layer|original_module|modules_to_save(\.[^.]+(?=\.(weight|bias)$))?)\.")
-_FACTOR = re.compile(r"\.lora_[AB]\.weight$")
+_FACTOR = re.compile(r"\.lora_([AB]\.weight|embedding_[AB]|magnitude_vector)$")
 
 
 def mended(keys: Iterable[str]) -> dict[str, str]:
@@ -22,7 +24,7 @@ def mended(keys: Iterable[str]) -> dict[str, str]:
     An adapter's name (`lora_A.default.weight`) is taken out where the file holds one adapter.
     """
     keys = list(keys)
-    names = {found[2] for key in keys if (found := _NAMED.search(key))}
+    names = {found["name"] for key in keys if (found := _NAMED.search(key))}
     return {key: _mended(key, len(names) == 1) for key in keys}
 
 
@@ -30,13 +32,18 @@ def _mended(key: str, one_adapter: bool) -> str:
     parts = key.split(".")
     name = ".".join(part for part in parts if part not in WRAPPERS)
     if one_adapter:
-        name = _NAMED.sub(r".\1.weight", name)
+        name = _NAMED.sub(_unnamed, name)
     name = name.removeprefix("module.") if name.startswith(f"module.{PREFIX}") else name
     while name.startswith(PREFIX * 2):
         name = name.removeprefix(PREFIX)
     if _FACTOR.search(name) and not name.startswith("base_model."):
         name = PREFIX + name
     return name
+
+
+def _unnamed(found: re.Match[str]) -> str:
+    part = found["part"]  # of linear layers a module's weight, else a parameter
+    return f".{part}.weight" if part in ("lora_A", "lora_B") else f".{part}"
 
 
 def wrapped(keys: Iterable[str]) -> list[str]:

@@ -153,6 +153,14 @@ def skeleton(
     raise ModelError(f"its config ({config.model_type}) cannot be used: {_reason(last)}") from last
 
 
+def input_embeddings(model: nn.Module) -> nn.Module | None:
+    """The table of a model's tokens; None where it has none, as a speech model."""
+    try:
+        return getattr(model, "get_input_embeddings", lambda: None)()
+    except NotImplementedError:
+        return None
+
+
 def meta_copy(model: nn.Module) -> nn.Module:
     """A copy whose tensors have shapes only; what was tied stays tied."""
     hollow: dict[int, Any] = {

@@ -21,7 +21,7 @@ def to_model(model: nn.Module, prefix: bool = True) -> ToModel:
         model: with or without adapters in it.
         prefix: whether names may have or lack the model's `base_model_prefix`, as in files; an adapter's may not.
     """
-    state: dict[str, Any] = {k.replace(".base_layer.", "."): True for k in model.state_dict()}
+    state: dict[str, Any] = {k.replace(".base_layer", ""): True for k in model.state_dict()}
     if not isinstance(model, PreTrainedModel):
         return lambda name: (name, False)
     conversions = get_model_conversion_mapping(model)

@@ -14,7 +14,6 @@ from rankfold.fold.lora_tensors import check_kinds
 from rankfold.fold.profiles.uniform import SERVE_RANKS, serve_rank
 from rankfold.fold.source import Source
 from rankfold.host.config import LowRankConfig
-from rankfold.host.parameter_layer import AdaptedParameters
 from rankfold.plan.layers import adapted_layers, alike
 
 
@@ -52,9 +51,8 @@ def forecast(model: PeftModel) -> Fold | str:
             layers = adapted_layers(model.get_base_model())
             rank = 0
             for names in alike(layers):
-                layer = layers[names[0]]
-                several = isinstance(layer, AdaptedParameters)
-                for name in [a.site.name for a in layer.adapters(["default"])] if several else names[:1]:
+                module = names[0].replace(".base_layer", "")
+                for name in [n for n in source.adapted if n == module or n.startswith(f"{module}.")]:
                     update = source.update(name)
                     if isinstance(update, Tensor):
                         return "its update is dense: `rankfold fold --rank N` or `--error E` comes near it"

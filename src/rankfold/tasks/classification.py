@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from rankfold.errors import short
 from rankfold.tasks.classes import index_of
+from rankfold.tasks.macro_f1 import macro_f1_by_row
 from rankfold.tasks.rows import DataError, Encoded, Rows
 from rankfold.tasks.task import LOSS, SHARE, Metric, Task
 from rankfold.tasks.texts import tokens_of
@@ -30,7 +31,7 @@ class Classification(Task):
     new_head = True
     metrics = {  # noqa: RUF012
         "accuracy": Metric(greater_is_better=True, bounds=SHARE),
-        "macro_f1": Metric(greater_is_better=True, of_rows=False, bounds=SHARE),
+        "macro_f1": Metric(greater_is_better=True, by_row=macro_f1_by_row, bounds=SHARE),
         "loss": Metric(greater_is_better=False, bounds=LOSS),
     }
     loss_of_batch = True  # BERT's kind takes any keyword but looks at none
@@ -79,6 +80,8 @@ output: runs/compare-movie-reviews
 
         (output,) = outputs
         logits, labels = output.logits.detach(), inputs["labels"]
+        if metric == "macro_f1":
+            return labels, logits.argmax(-1)
         right_or_loss = (
             (logits.argmax(-1) == labels).double()
             if metric == "accuracy"

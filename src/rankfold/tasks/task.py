@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -29,13 +29,16 @@ class Metric:
     Args:
         greater_is_better: which of two values is better.
         logged_as: the trainer's name for it, where it is another.
-        of_rows: it is a mean over rows, so a comparison can resample it.
+        of_rows: it is a mean of scores of rows, so a comparison knows what other rows would change.
+        by_row: makes those scores of all rows together, of the two values that `Task.scores` gives for each; by default these are score
+            and weight already.
         bounds: the smallest and the largest value it can have; intervals end there.
     """
 
     greater_is_better: bool
     logged_as: str | None = None
     of_rows: bool = True
+    by_row: Callable[[Sequence[float], Sequence[float]], list[float]] | None = None
     bounds: tuple[float, float] = (-math.inf, math.inf)
 
 
@@ -239,7 +242,7 @@ class Task(ABC):
     def scores(
         self, outputs: Sequence[Any], inputs: dict[str, Any], metric: str, trainer: Any
     ) -> tuple[Tensor, Tensor]:
-        """The metric of each row of a batch, and what each counts.
+        """The score of each row of a batch and what it counts, or the two values of which the metric's `by_row` makes scores.
 
         Args:
             outputs: of the model's `passes` in evaluation. inputs: what it was called with.

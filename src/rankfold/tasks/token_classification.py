@@ -30,8 +30,8 @@ class TokenClassification(Task):
     peft_type = "TOKEN_CLS"
     new_head = True
     metrics = {  # noqa: RUF012
-        "f1": Metric(greater_is_better=True, of_rows=False, bounds=SHARE),
-        "precision": Metric(greater_is_better=True, of_rows=False, bounds=SHARE),
+        "f1": Metric(greater_is_better=True, bounds=SHARE),
+        "precision": Metric(greater_is_better=True, bounds=SHARE),
         "recall": Metric(greater_is_better=True, bounds=SHARE),
         "accuracy": Metric(greater_is_better=True, bounds=SHARE),
         "loss": Metric(greater_is_better=False, bounds=LOSS),
@@ -50,7 +50,7 @@ class TokenClassification(Task):
 model: all-minilm-l6-v2
 task: token-classification
 data: {source: tweet-entities, max_length: 64}
-training: {max_steps: 100, batch_size: 16, warmup: 0.1, evaluate_every: 50, metric: recall}
+training: {max_steps: 100, batch_size: 16, warmup: 0.1, evaluate_every: 50}
 output: runs/compare-tweet-entities
 """,
         "331,776",
@@ -152,8 +152,8 @@ output: runs/compare-tweet-entities
         (output,) = outputs
         logits, labels = output.logits.detach(), inputs["labels"]
         known, predicted = labels != -100, logits.argmax(-1)
-        if metric == "recall":
-            return _found(labels, predicted, known, trainer.model.config.id2label)
+        if metric in _SHARES:
+            return _entities(labels, predicted, known, trainer.model.config.id2label, metric)
         words = known.double().sum(1)
         if metric == "accuracy":
             total = ((predicted == labels) & known).double().sum(1)
@@ -166,15 +166,24 @@ def _likeliest(logits: Any, labels: Tensor) -> Tensor:
     return (logits[0] if isinstance(logits, tuple) else logits).argmax(-1)
 
 
-def _found(labels: Tensor, predicted: Tensor, known: Tensor, names: dict[int, str]) -> tuple[Tensor, Tensor]:
-    """The share of each row's entities that were found, and how many there are."""
+#: How often a row's entities count, of those that are there and of those that were said: each metric is a ratio of sums over rows, and
+#: so a mean of ratios, each weighted with its denominator. F1 = 2·right/(there + said).
+_SHARES = {"recall": (1, 0), "precision": (0, 1), "f1": (1, 1)}
+
+
+def _entities(
+    labels: Tensor, predicted: Tensor, known: Tensor, names: dict[int, str], metric: str
+) -> tuple[Tensor, Tensor]:
+    """The metric of each row's entities, and how many it is a share of."""
     import torch
 
     marked, shares, counts = are_marked(names.values()), [], []
+    of_there, of_said = _SHARES[metric]
     for true, said, words in zip(labels, predicted, known, strict=True):
         there, found = (entities([names[i] for i in row[words].tolist()], marked) for row in (true, said))
-        shares.append(len(there & found) / max(len(there), 1))
-        counts.append(len(there))
+        count = of_there * len(there) + of_said * len(found)
+        shares.append((of_there + of_said) * len(there & found) / max(count, 1))
+        counts.append(count)
     made = torch.tensor([shares, counts], dtype=torch.float64, device=labels.device)
     return made[0], made[1]
 

@@ -20,7 +20,7 @@ from rankfold.fold.profiles.profile import Folded, Profile, Written
 from rankfold.fold.source import base_model
 from rankfold.host.kinds import kind_of
 from rankfold.host.layer import Kind
-from rankfold.io.models import quiet
+from rankfold.io.models import input_embeddings, quiet
 from rankfold.io.weight_names import to_model
 from rankfold.io.weights import base_files, weight_reader
 from rankfold.kernel.factors import Factors
@@ -109,7 +109,7 @@ def _adaptable(model: nn.Module, name: str) -> tuple[Any, Kind]:
     kind = None if module is None else kind_of(module)
     if module is None or kind is None:
         raise RankfoldError(f"profile merged: {type(model).__name__} has no layer {name!r}; was the adapter's another?")
-    embeddings = model.get_input_embeddings()  # pyright: ignore[reportCallIssue]
+    embeddings = input_embeddings(model)
     if module is not embeddings and module.weight is getattr(embeddings, "weight", None):
         raise RankfoldError(f"profile merged: {name} shares its weight with the embeddings, which would change too")
     head = getattr(model, "get_output_embeddings", lambda: None)()
