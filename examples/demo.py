@@ -104,13 +104,14 @@ def main() -> None:
     quiet()
     started = time.perf_counter()
     base, out = assets.model_path(MODEL), options.out
-    rows = {row["prompt"]: row["completion"].strip() for row in assets.dataset("phonemes")["test"]}
+    test = assets.dataset("phonemes")["test"]
+    rows = dict(zip(test["prompt"], test["completion"], strict=True))
     prompts = [PROMPT.format(" ".join(word)) for word in WORDS]
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
 
     said = Table("word", "dictionary", title="read aloud: words that no run was trained on")
-    columns = {"dictionary": [rows[prompt] for prompt in prompts]}
+    columns = {"dictionary": [rows[prompt].strip() for prompt in prompts]}
 
     def spoken(column: str, texts: Sequence[str]) -> None:
         columns[column] = [(text.strip().splitlines() or [""])[0] for text in texts]

@@ -216,7 +216,7 @@ def _phonemes(bundled: BundledDataset) -> Iterator[tuple[str, dict[str, str]]]:
             yield _split(word, {"test": 1, "validation": 1, "train": 18}), {"prompt": prompt, "completion": completion}
 
 
-VOWELS = frozenset("aa ae ah ao aw ay eh er ey ih iy ow oy uh uw".split())
+VOWELS = frozenset(["aa", "ae", "ah", "ao", "aw", "ay", "eh", "er", "ey", "ih", "iy", "ow", "oy", "uh", "uw"])
 
 
 def _first_vowels(bundled: BundledDataset) -> Iterator[tuple[str, dict[str, str]]]:
