@@ -13,7 +13,8 @@ SDIST := $(RANKFOLD_CACHE)/downloads/vaderSentiment-3.3.2.tar.gz
 
 RELEASE := $(RANKFOLD_CACHE)/environments/release
 LOWEST := $(RANKFOLD_CACHE)/environments/lowest
-LOWEST_TESTS := tests/test_imports.py tests/kernel/test_factors.py tests/fold/test_in_memory.py tests/control tests/runfile tests/train/test_run.py
+LOWEST_TESTS := tests/test_imports.py tests/kernel/test_factors.py tests/fold/test_in_memory.py tests/control tests/runfile tests/compare/test_report.py \
+	$(addprefix tests/train/test_run.py::test_,classification language_model chat a_scheduled_method_of_ours)
 
 # One thread for each test process: the cores are shared out already. Nothing may ask a hub.
 TEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist worksteal
@@ -108,7 +109,7 @@ test-wheel: $(VENV)  ## the wheel in an environment of its own, without the bund
 	$(TEST) tests/test_wheel.py
 
 test-lowest: $(LOWEST)/.stamp  ## a quick part of the tests with the lowest versions that pyproject.toml allows (EXCEPT=torch: all but these)
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONPATH=src $(LOWEST)/bin/python -m pytest -q -W default $(LOWEST_TESTS)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONPATH=src $(LOWEST)/bin/python -m pytest -q -W default -m "not slow" $(LOWEST_TESTS)
 
 $(LOWEST)/.stamp: pyproject.toml constraints.txt tests/lowest.py
 	rm -rf $(LOWEST)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from importlib import import_module
 from pathlib import Path
 
@@ -45,6 +47,17 @@ def test_the_api_page_names_what_exists_and_every_public_name() -> None:
     configs = {m.config.__name__ for m in registry.find()}
     for name in set(rankfold.__all__) - configs:
         assert getattr(rankfold, name) in found, name
+
+
+def test_support_names_the_lowest_versions() -> None:
+    page = (ROOT / "docs" / "reference" / "support.md").read_text(encoding="utf-8").lower().replace("pytorch", "torch")
+    rows = {cells[1]: cells for line in page.splitlines() if len(cells := [c.strip() for c in line.split("|")]) == 6}
+    printed = subprocess.run([sys.executable, ROOT / "tests" / "lowest.py"], capture_output=True, text=True, check=True)
+    lowest = dict(line.split("==") for line in printed.stdout.split() if "==" in line)
+    for name in rows.keys() & lowest.keys():
+        assert rows[name][2].startswith(lowest[name]), name
+        assert rows[name][4].startswith(lowest[name]) or f"**{lowest[name]} was not run**" in rows[name][4], name
+    assert len(rows.keys() & lowest.keys()) > 6
 
 
 def test_every_method_has_its_page_and_its_row() -> None:
