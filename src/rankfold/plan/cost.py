@@ -13,6 +13,7 @@ from torch import nn
 
 from rankfold.errors import RankfoldError
 from rankfold.host.config import LowRankConfig
+from rankfold.host.names import absent_in_words
 from rankfold.host.targets import absent_names
 from rankfold.host.unreached import in_words, unreached
 from rankfold.io.models import meta_copy
@@ -115,7 +116,7 @@ def adapted(base: nn.Module, config: PeftConfig) -> PeftModel:
     config = copy.deepcopy(config)
     for name, absent in absent_names(config, base):
         if name in ("target_modules", "target_parameters"):
-            raise RankfoldError(f"{type(config).__name__}: {name}: nothing in the model is called {absent!r}")
+            raise RankfoldError(f"{type(config).__name__}: {name}: {absent_in_words(name, absent, base)}")
     if isinstance(config, LowRankConfig):
         config.allow_unscheduled = True
     try:

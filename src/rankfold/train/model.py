@@ -14,6 +14,7 @@ from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from rankfold.errors import RankfoldError, nearest, short
+from rankfold.host.names import absent_in_words, linear_layers_in_words
 from rankfold.host.targets import absent_names
 from rankfold.io import assets as bundled
 from rankfold.io.adapters import read_config, read_labels, read_tensors
@@ -151,16 +152,14 @@ def adapt(model: PreTrainedModel, config: PeftConfig, train_in_full: list[str], 
         if getattr(model.config, "pad_token_id", 0) is None:
             model.config.pad_token_id = getattr(processor, "pad_token_id", None)
         keep(config, train_in_full)
-    modules = [name for name, _ in model.named_modules() if name]
     for field, absent in absent_names(config, model):
-        known = {name.rpartition(".")[2] for name in modules}
-        raise ModelError(f"method.{field}: the model has no module {absent!r}{nearest(absent, known, 'it has')}")
+        raise ModelError(f"method.{field}: {absent_in_words(field, absent, model)}")
     try:
         with torch.device("meta") if model.device.type == "meta" else nullcontext():  # a dry run has no memory for it
             adapted: PeftModel = get_peft_model(model, config)  # pyright: ignore[reportAssignmentType]
     except (ValueError, TypeError, KeyError) as e:
-        linear = {name.rpartition(".")[2] for name, module in model.named_modules() if hasattr(module, "weight")}
-        raise ModelError(f"method: {e}. Modules with a weight: {', '.join(sorted(linear))}") from e
+        layers = linear_layers_in_words(model)
+        raise ModelError(f"method: {e}" + ("" if layers in str(e) else f". Here are the {layers}")) from e
     if not count(adapted).adapter:
         raise ModelError("method: it trains no parameter of this model; say in its fields what it is to train")
     return adapted
