@@ -339,7 +339,7 @@ def test_who_cannot_run_is_recorded(values: Values, here: list[str]):
     assert len(here) == 1
     with pytest.raises(
         ValueError,
-        match=r"no contender can be trained: rasa: method\.target_modules: the model has no module 'nothing'",
+        match=r"no contender can be trained: rasa: method\.target_modules: no module of the model is called 'nothing'",
     ):
         run(values | {"methods": [{"name": "rasa", "target_modules": ["nothing"]}], "output": values["output"] + "2"})
 

@@ -203,7 +203,10 @@ def test_experts_of_one_layer_pool() -> None:
 
 
 def test_names_that_match_nothing_are_named() -> None:
-    with pytest.warns(UserWarning, match="target_parameters: no parameter of the model is called 'experts.w9'"):
+    with pytest.warns(
+        UserWarning,
+        match="target_parameters: 'experts.w9' has no effect: no parameter of the model is called 'experts.w9'",
+    ):
         adapt("mixtral", lora(target_parameters=["experts.down_proj", "experts.w9"]))
 
 

@@ -439,7 +439,7 @@ def test_output_folders(classification: Values, tmp_path: Path):
         (
             "method={name: rasa, target_modules: [qurey]}",
             ModelError,
-            "the model has no module 'qurey'; did you mean 'query'",
+            "no module of the model is called 'qurey'; did you mean 'query'",
         ),
         ("data.columns.label=stars", DataError, "train has no column 'stars' for the label"),
         ("data.max_length=100", DataError, "data.max_length: 100 tokens do not fit the model, which takes 64"),

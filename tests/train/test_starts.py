@@ -79,7 +79,7 @@ def test_the_classes_of_a_head_are_checked(classification: Values, tmp_path: Pat
 )
 def test_so_it_is_in_the_other_fields(classification: Values, field: str):
     with pytest.raises(
-        ModelError, match=rf"method\.{field.partition('=')[0]}: the model has no module 'valu'; did you mean"
+        ModelError, match=rf"method\.{field.partition('=')[0]}: no module of the model is called 'valu'; did you mean"
     ):
         make_plan(prepare(parse(classification, [f"method.{field}"])))
 
@@ -88,7 +88,9 @@ def test_so_it_is_in_the_other_fields(classification: Values, field: str):
 def test_a_name_that_no_module_has_is_an_error(classification: Values, method: str):
     run = parse(classification | {"method": {"name": method, "r": 2, "target_modules": ["query", "valu"]}})
     for attempt in (lambda: train(run, say=silent), lambda: make_plan(prepare(run))):
-        with pytest.raises(ModelError, match=r"target_modules: the model has no module 'valu'; did you mean 'value'"):
+        with pytest.raises(
+            ModelError, match=r"target_modules: no module of the model is called 'valu'; did you mean 'value'"
+        ):
             attempt()
 
 

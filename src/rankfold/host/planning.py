@@ -12,12 +12,13 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
 
-from rankfold.errors import RankfoldError
+from rankfold.errors import RankfoldError, short
 from rankfold.host.adapter import Adapter, Group, Site
 from rankfold.host.checkpoint import LAYERS, PREFIX, SHARED, plain_name, short_keys
 from rankfold.host.config import LowRankConfig
 from rankfold.host.kinds import kind_named, kind_of
 from rankfold.host.layer import AdaptedLayer
+from rankfold.host.names import absent_in_words, linear_layers_in_words
 from rankfold.host.peft_api import (
     check_as_lora,
     include_all_linear_layers,
@@ -117,8 +118,8 @@ class PlanningTuner(BaseTuner):
         if groups:
             _check_name_of_shared(config, model)
         by_site = {site.name: group for group in groups.values() for site in group.sites}
-        if sites and state_dict is None:  # with none at all PEFT raises
-            _warn_absent(config, model)
+        if state_dict is None:
+            (_warn_absent if sites else _check_found)(config, model)
         return Plan(sites, by_site, short_keys(list(groups)), parameters, tied)
 
     def _check_served(self, config: LowRankConfig, site: Site) -> None:
@@ -172,10 +173,23 @@ def site_of(name: str, module: Any) -> Site:
 def _warn_absent(config: LowRankConfig, model: nn.Module) -> None:
     """Names that match nothing while others do. Patterns are PEFT's to warn of, and heads are named by it on suspicion."""
     for field, absent in absent_names(config, model):
-        if field in ("target_modules", "exclude_modules"):
-            warnings.warn(f"{field}: no module of the model is called {absent!r}; it has no effect", stacklevel=2)
-        elif field == "target_parameters":
-            warnings.warn(f"{field}: no parameter of the model is called {absent!r}; it has no effect", stacklevel=2)
+        if field in ("target_modules", "exclude_modules", "target_parameters"):
+            warnings.warn(f"{field}: {absent!r} has no effect: {absent_in_words(field, absent, model)}", stacklevel=2)
+
+
+def _check_found(config: LowRankConfig, model: nn.Module) -> None:
+    """Raises RankfoldError for target_modules of which nothing is in the model; what it has in their place, PEFT does not say."""
+    asked = config.target_modules
+    absent = [name for field, name in absent_names(config, model) if field == "target_modules"]
+    if isinstance(asked, str) or (absent and len(absent) == len(asked or ())):
+        said = (
+            linear_layers_in_words(model)
+            if isinstance(asked, str)
+            else absent_in_words("target_modules", absent[0], model)
+        )
+        raise RankfoldError(
+            f"{type(config).__name__}: target_modules={short(asked)} not found in the base model: {said}"
+        )
 
 
 def _check_name_of_shared(config: LowRankConfig, model: Any) -> None:

@@ -38,6 +38,7 @@ from rankfold.host.fused_mlp import fuse_mlps, unfuse_mlps
 from rankfold.host.kinds import EXPERTS, kind_named
 from rankfold.host.layer import AdaptedLayer
 from rankfold.host.linear_layer import AdaptedLinear
+from rankfold.host.memory import check_fits
 from rankfold.host.mixed_batches import passed_to_layers
 from rankfold.host.parameter_layer import AdaptedParameters, ParameterAdapters
 from rankfold.host.peft_api import (
@@ -66,6 +67,8 @@ class LowRankTuner(PlanningTuner):
         config: Any = self.peft_config[adapter_name]
         asked = config.target_modules
         self._plan = self.plan(config, model, state_dict)
+        if not any(p.is_meta for p in model.parameters()):
+            check_fits(config, model, lambda: self._size(config))
         if state_dict is not None:
             self._check_given(config, adapter_name, model, state_dict)
         self.injected = getattr(self, "injected", set())  # adapters that were not loaded into or made active yet
@@ -169,6 +172,16 @@ class LowRankTuner(PlanningTuner):
             self._replace_module(parent, target_name, layer, target)
         layer.shared_state = (getattr(unwrapped(self.model), SHARED, None),)
         layer.add_adapter(adapter_name, adapter, inference_mode=peft_config.inference_mode)
+
+    def _size(self, config: LowRankConfig) -> int:
+        """How many numbers an adapter has, parameters and buffers."""
+        groups = {g.key: self.adapter_cls.make_shared(config, g) for g in self._plan.groups.values()}
+        made = list(groups.values())
+        for site in self._plan.sites.values():
+            group = self._plan.groups.get(site.name)
+            made.append(self.adapter_cls(config, site, None if group is None else groups[group.key]))
+        tensors = (t for one in made if one is not None for t in one.state_dict().values())
+        return sum(t.numel() for t in tensors)
 
     def _shared_state(self, config: LowRankConfig, adapter_name: str, site: Site) -> nn.Module | None:
         """The state of the site's group, made at the first site that asks for it."""

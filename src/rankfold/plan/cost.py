@@ -13,6 +13,8 @@ from torch import nn
 
 from rankfold.errors import RankfoldError
 from rankfold.host.config import LowRankConfig
+from rankfold.host.memory import check_fits
+from rankfold.host.names import absent_in_words
 from rankfold.host.targets import absent_names
 from rankfold.host.unreached import in_words, unreached
 from rankfold.io.models import meta_copy
@@ -21,6 +23,7 @@ from rankfold.plan.folding import Fold, forecast
 from rankfold.plan.optimizer import PlannedOptimizer
 from rankfold.plan.ranks import at_the_end
 from rankfold.train import budget
+from rankfold.train.model import adapter_size
 
 
 @dataclass(frozen=True)
@@ -115,9 +118,10 @@ def adapted(base: nn.Module, config: PeftConfig) -> PeftModel:
     config = copy.deepcopy(config)
     for name, absent in absent_names(config, base):
         if name in ("target_modules", "target_parameters"):
-            raise RankfoldError(f"{type(config).__name__}: {name}: nothing in the model is called {absent!r}")
+            raise RankfoldError(f"{type(config).__name__}: {name}: {absent_in_words(name, absent, base)}")
     if isinstance(config, LowRankConfig):
         config.allow_unscheduled = True
+    check_fits(config, base, lambda: adapter_size(base, config))
     try:
         # forked: what a first value draws must not move the caller's generator
         with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), torch.device("meta"):

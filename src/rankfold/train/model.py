@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -11,13 +12,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 import transformers
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from rankfold.errors import RankfoldError, nearest, short
+from rankfold.host.memory import check_fits
+from rankfold.host.names import absent_in_words, linear_layers_in_words
 from rankfold.host.targets import absent_names
 from rankfold.io import assets as bundled
 from rankfold.io.adapters import read_config, read_labels, read_tensors
-from rankfold.io.models import ModelError, reading, skeleton
+from rankfold.io.models import ModelError, meta_copy, reading, skeleton
 from rankfold.tasks import table
 from rankfold.train.budget import count
 
@@ -151,19 +155,25 @@ def adapt(model: PreTrainedModel, config: PeftConfig, train_in_full: list[str], 
         if getattr(model.config, "pad_token_id", 0) is None:
             model.config.pad_token_id = getattr(processor, "pad_token_id", None)
         keep(config, train_in_full)
-    modules = [name for name, _ in model.named_modules() if name]
     for field, absent in absent_names(config, model):
-        known = {name.rpartition(".")[2] for name in modules}
-        raise ModelError(f"method.{field}: the model has no module {absent!r}{nearest(absent, known, 'it has')}")
+        raise ModelError(f"method.{field}: {absent_in_words(field, absent, model)}")
     try:
+        check_fits(config, model, lambda: adapter_size(model, config))
         with torch.device("meta") if model.device.type == "meta" else nullcontext():  # a dry run has no memory for it
             adapted: PeftModel = get_peft_model(model, config)  # pyright: ignore[reportAssignmentType]
     except (ValueError, TypeError, KeyError) as e:
-        linear = {name.rpartition(".")[2] for name, module in model.named_modules() if hasattr(module, "weight")}
-        raise ModelError(f"method: {e}. Modules with a weight: {', '.join(sorted(linear))}") from e
+        layers = linear_layers_in_words(model)
+        raise ModelError(f"method: {e}" + ("" if layers in str(e) else f". Here are the {layers}")) from e
     if not count(adapted).adapter:
         raise ModelError("method: it trains no parameter of this model; say in its fields what it is to train")
     return adapted
+
+
+def adapter_size(model: nn.Module, config: PeftConfig) -> int:
+    """How many parameters an adapter would train, counted without memory."""
+    with torch.device("meta"):
+        adapted: Any = get_peft_model(meta_copy(model), copy.deepcopy(config), autocast_adapter_dtype=False)  # pyright: ignore
+    return count(adapted).adapter
 
 
 def start_from(model: PeftModel, folder: Path, labels: list[str]) -> list[str]:
