@@ -84,6 +84,22 @@ def test_errors_are_one_line_and_status_1(run_file: Path, capsys: pytest.Capture
         cli.main(["validate", str(run_file), "method.r=0", "--debug"])
 
 
+@pytest.mark.parametrize(
+    ("file", "command", "said"),
+    [
+        ("benchmarks/evidence-vowels.yaml", "compare", "5 contenders on all-minilm-l6-v2"),
+        ("examples/continual.yaml", "continual", "for 5 tasks of image-classification"),
+    ],
+)
+def test_files_of_other_commands(file: str, command: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    path = str(Path(__file__).parents[2] / file)
+    assert cli.main(["validate", path]) == 0
+    assert said in capsys.readouterr().out
+    for other in {"train", "compare", "continual"} - {command}:
+        assert cli.main([other, path]) == 1
+        assert f"is a file for `rankfold {command}`, and `rankfold {other}` cannot" in capsys.readouterr().err
+
+
 def test_bugs_show_their_traceback(monkeypatch: pytest.MonkeyPatch, run_file: Path):
     monkeypatch.setattr("rankfold.runfile.load.load", lambda *a: 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -120,7 +136,7 @@ def test_what_is_expected_is_one_sentence(error: Exception, sentence: str, monke
     def fail(*a):
         raise error
 
-    monkeypatch.setattr("rankfold.runfile.load.load", fail)
+    monkeypatch.setattr("rankfold.runfile.load.read_values", fail)
     assert cli.main(["validate", "run.yaml"]) == 1
     assert capsys.readouterr().err == f"error: {sentence}\n"
 

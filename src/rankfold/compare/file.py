@@ -20,7 +20,7 @@ from rankfold.plan.match import parse_budget
 from rankfold.runfile.checks import check
 from rankfold.runfile.imports import DESCRIPTION as IMPORTS
 from rankfold.runfile.imports import load_all, with_places
-from rankfold.runfile.load import overridden, read_values
+from rankfold.runfile.load import check_command, overridden, read_values
 from rankfold.runfile.methods import config_class, config_fields
 from rankfold.runfile.problems import Problem, RunFileError, explain
 from rankfold.runfile.schema import Data, Method, Model, RunFile, Section, TaskName, Training
@@ -182,6 +182,7 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> CompareFile:
         RunFileError: one line for each problem, with its line number. OSError: the file cannot be read.
     """
     values, lines = read_values(Path(path), f"no compare file '{path}': `rankfold init {path} --compare` writes one")
+    check_command(values, "compare", path)
     return parse(values, overrides, where=str(path), lines=lines)
 
 

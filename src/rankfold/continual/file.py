@@ -18,7 +18,7 @@ from rankfold.pages import cite
 from rankfold.runfile.checks import check
 from rankfold.runfile.imports import DESCRIPTION as IMPORTS
 from rankfold.runfile.imports import load_all, with_places
-from rankfold.runfile.load import overridden, read_values
+from rankfold.runfile.load import check_command, command_of, overridden, read_values
 from rankfold.runfile.problems import Problem, RunFileError, explain
 from rankfold.runfile.schema import Data, Method, Model, RunFile, Section, TaskName, Training
 from rankfold.runfile.yaml import KeyPath
@@ -122,6 +122,8 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> ContinualFile:
         RunFileError: one line for each problem, with its line number. OSError: the file cannot be read.
     """
     values, lines = read_values(Path(path), f"no file '{path}'; {cite('continual')} shows one")
+    if command_of(values) != "train":  # of a run file, what it lacks is said below
+        check_command(values, "continual", path)
     return parse(values, overrides, where=str(path), lines=lines)
 
 

@@ -25,7 +25,24 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> RunFile:
         OSError: the file cannot be read.
     """
     values, lines = read_values(Path(path), f"no run file '{path}': `rankfold init {path}` writes one")
+    check_command(values, "train", path)
     return parse(values, overrides, where=str(path), lines=lines)
+
+
+def command_of(values: Any) -> str | None:
+    """The command that reads a file with these keys; None where they do not tell."""
+    keys = values if isinstance(values, dict) else {}
+    known = {"methods": "compare", "tasks": "continual", "split": "continual", "method": "train"}
+    return next((command for key, command in known.items() if key in keys), None)
+
+
+def check_command(values: Any, command: str, path: str | Path) -> None:
+    """Raises RunFileError for a file that another command reads: half of its keys would be unknown."""
+    other = command_of(values)
+    if other not in (None, command):
+        raise RunFileError(
+            [Problem((), f"is a file for `rankfold {other}`, and `rankfold {command}` cannot read it")], str(path)
+        )
 
 
 def read_values(path: Path, absent: str) -> tuple[Any, dict[KeyPath, int]]:
