@@ -195,6 +195,16 @@ def test_a_folder_without_its_base(name: str, change: Callable[[str], str], tmp_
     assert {u.module: round(u.norm, 4) for u in live.updates} == {u.module: round(u.norm, 4) for u in seen.updates}
 
 
+def test_what_does_not_fold_is_still_looked_at() -> None:
+    """A trained bias, and a merged adapter, are beside the point there."""
+    model = lora(mixed(), target_modules=["line", "head"], bias="lora_only")
+    seen = inspect_adapter(model)
+    assert {u.module for u in seen.updates} == {"line", "head"}
+    assert seen.left_out == ("biases: lora_only",)
+    model.merge_adapter()
+    assert inspect_adapter(model).updates == seen.updates
+
+
 def test_a_tied_head_shares_the_embeddings_lora(tmp_path: Path) -> None:
     fields = {"target_modules": ["q_proj", "embed_tokens"], "ensure_weight_tying": True}
     base, model = saved("tied", tmp_path, **fields)

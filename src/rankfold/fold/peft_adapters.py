@@ -116,8 +116,10 @@ def from_model(model: nn.Module, adapter_name: str = "default") -> Source:
             "itself; save it and fold its folder"
         )
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    places = _places(base, adapter_name, config)
+    places = places_of(base, adapter_name, config)
     modules = {place.module: place.layer for place in places.values()}
+    if merged := next((name for name, layer in modules.items() if layer.merged), None):
+        raise RankfoldError(f"{merged}: adapter {adapter_name!r} is merged; call unmerge_adapter() first")
 
     def live(name: str) -> Tensor:
         weight: Tensor = modules[name].get_base_layer().weight
@@ -185,7 +187,7 @@ def from_files(adapter: SavedAdapter, base: str | None = None) -> Source:
     with fitting(folder, config, named), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT's advice about training
         model = get_peft_model(skeleton, bare).eval()  # pyright: ignore[reportArgumentType]
-        places = _places(skeleton, "default", config)
+        places = places_of(skeleton, "default", config)
         heads = _load(model, config, tensors, folder)
     stored = weight_reader(named, config.revision, skeleton)
     whole = vocabulary_of(skeleton, heads, _kept(config))
@@ -292,7 +294,7 @@ def _load(model: nn.Module, config: PeftConfig, tensors: dict[str, Tensor], fold
 
 
 @dataclass(frozen=True)
-class _Place:
+class Place:
     """Where one update sits.
 
     Args:
@@ -307,7 +309,7 @@ class _Place:
     expert: int | None = None
 
 
-def _places(base: nn.Module, adapter_name: str, config: PeftConfig) -> dict[str, _Place]:
+def places_of(base: nn.Module, adapter_name: str, config: PeftConfig) -> dict[str, Place]:
     """The updates of an adapter by the names of their sites; raises RankfoldError for those that no plain LoRA can be."""
     wrapped: dict[str, list[Any]] = {}
     for name, module in base.named_modules():
@@ -318,14 +320,12 @@ def _places(base: nn.Module, adapter_name: str, config: PeftConfig) -> dict[str,
     places = {}
     for name, layers in wrapped.items():
         for layer in reversed(layers):  # innermost first, in the order of the parameters
-            if layer.merged:
-                raise RankfoldError(f"{name}: adapter {adapter_name!r} is merged; call unmerge_adapter() first")
             if isinstance(layer, ParamWrapper):
                 sites = sites_of_parameter(name, layer.get_base_layer(), layer.parameter_name)
-                places |= {site.name: _Place(site, name, layer, i) for i, site in enumerate(sites)}
+                places |= {site.name: Place(site, name, layer, i) for i, site in enumerate(sites)}
             else:
                 _check_kind(name, layer.get_base_layer(), config)
-                places[name] = _Place(_site(name, layer.get_base_layer()), name, layer)
+                places[name] = Place(_site(name, layer.get_base_layer()), name, layer)
     return places
 
 
@@ -345,7 +345,7 @@ def _source(
     base: nn.Module,
     config: PeftConfig,
     adapter_name: str,
-    places: dict[str, _Place],
+    places: dict[str, Place],
     stored: Callable[[str], Tensor],
     heads: dict[str, Tensor],
 ) -> Source:

@@ -13,6 +13,7 @@ from torch import nn
 
 from rankfold.errors import RankfoldError
 from rankfold.fold import native, peft_adapters
+from rankfold.fold.peft_updates import update_of
 from rankfold.fold.plain_lora import factors_of, is_plain, modules_of
 from rankfold.fold.source import Source
 from rankfold.host import adapter as host
@@ -69,8 +70,20 @@ def _of_model(model: nn.Module, adapter_name: str) -> dict[str, Found]:
             several = isinstance(module, AdaptedParameters)
             updates |= {a.site.name if several else name: _live(*_ours(a)) for a in module.adapters([adapter_name])}
         elif isinstance(module, LoraLayer) and adapter_name in module._get_available_adapters():
-            _check_plain(model.peft_config[adapter_name])  # pyright: ignore
-            return _of_source(peft_adapters.from_model(model, adapter_name))
+            return _of_peft_model(model, base, adapter_name)
+    return updates
+
+
+def _of_peft_model(model: nn.Module, base: nn.Module, adapter_name: str) -> dict[str, Found]:
+    config: LoraConfig = model.peft_config[adapter_name]  # pyright: ignore
+    _check_plain(config)
+    if not is_plain(config):
+        return _of_source(peft_adapters.from_model(model, adapter_name))
+    updates = {}
+    for name, place in peft_adapters.places_of(base, adapter_name, config).items():
+        update = update_of(place.layer, adapter_name, config, lambda: torch.empty(0), place.expert)
+        assert isinstance(update, Factors)  # a plain one reads no weight
+        updates[name] = _live(update, update.rank)
     return updates
 
 

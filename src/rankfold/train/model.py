@@ -161,9 +161,10 @@ def adapt(model: PreTrainedModel, config: PeftConfig, train_in_full: list[str], 
         check_fits(config, model, lambda: adapter_size(model, config))
         with torch.device("meta") if model.device.type == "meta" else nullcontext():  # a dry run has no memory for it
             adapted: PeftModel = get_peft_model(model, config)  # pyright: ignore[reportAssignmentType]
+    except RankfoldError as e:  # ours say what there is instead
+        raise ModelError(f"method: {e}") from e
     except (ValueError, TypeError, KeyError) as e:
-        layers = linear_layers_in_words(model)
-        raise ModelError(f"method: {e}" + ("" if layers in str(e) else f". Here are the {layers}")) from e
+        raise ModelError(f"method: {e}. Here are the {linear_layers_in_words(model)}") from e
     if not count(adapted).adapter:
         raise ModelError("method: it trains no parameter of this model; say in its fields what it is to train")
     return adapted
