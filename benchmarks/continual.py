@@ -43,7 +43,9 @@ CONTENDERS = {
     "LoRA, continue": [f"method={{name: lora, r: 8, lora_alpha: 16, {TARGETS}}}", "next_task=continue"],
     "LoRA, fresh": [f"method={{name: lora, r: 8, lora_alpha: 16, {TARGETS}}}", "next_task=fresh"],
 }
-RATES, SEEDS = (1e-4, 3e-4, 1e-3, 3e-3), (0, 1, 2)
+#: Of these, the four in the middle are tried; where the best is the last one tried, the next as well.
+LADDER = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+SEEDS = (0, 1, 2)
 PIXELS, MODEL = 56, Path("runs", "dinov2-small-56")
 
 
@@ -67,10 +69,25 @@ def run(name: str, rate: float, seed: int, rows: str) -> ContinualResult:
     return continual(load(HERE / "evidence-continual.yaml", changes), command="python benchmarks/continual.py")
 
 
+def best_rate(name: str) -> tuple[float, dict[float, float]]:
+    """The rate with the best average after the last task, and the averages of all that were tried, in their order."""
+    tried: dict[float, float] = {}
+    low, high = 2, 6
+    while True:
+        for rate in LADDER[low:high]:
+            tried.setdefault(rate, run(name, rate, SEEDS[0], "validation").measures.averages[-1])
+        best = max(tried, key=lambda rate: (tried[rate], -rate))  # the smaller of equals
+        if best == LADDER[low] and low > 0:
+            low -= 1
+        elif best == LADDER[high - 1] and high < len(LADDER):
+            high += 1
+        else:
+            return best, dict(sorted(tried.items()))
+
+
 def measured() -> Iterator[dict[str, Any]]:
     for name in CONTENDERS:
-        tried = {rate: run(name, rate, SEEDS[0], "validation").measures.averages[-1] for rate in RATES}
-        rate = max(RATES, key=lambda r: (tried[r], -r))  # the smaller of equals
+        rate, tried = best_rate(name)
         for seed in SEEDS:
             found = run(name, rate, seed, "test")
             yield {
@@ -99,7 +116,7 @@ def written(lines: list[dict[str, Any]]) -> str:
             [line["forgettings"][-1] for line in mine],
             [line["backward_transfer"] for line in mine],
         ]
-        cells = [f"{statistics.mean(c):.3f} ({', '.join(f'{x:.3f}' for x in c)})" for c in columns]
+        cells = [f"{statistics.mean(c):.3f} ({', '.join(f'{x:.3f}' for x in c)})".replace("-", "−") for c in columns]
         tries = ", ".join(f"{r:g}: {score:.3f}" for r, score in tried.items())
         rows.append(f"| {name} | {tries} | {rate:g} | {' | '.join(cells)} |")
         if rate in (min(tried), max(tried)):
@@ -125,7 +142,7 @@ def main() -> None:
     parser.add_argument("--one", action="store_true", help="a single run")
     options = parser.parse_args()
     if options.one:
-        print(run("SD-LoRA, norm: code", RATES[1], SEEDS[0], "validation").matrix)
+        print(run("SD-LoRA, norm: code", LADDER[3], SEEDS[0], "validation").matrix)
         return
     if not options.page:
         RESULT.write_text(json.dumps(list(measured()), indent=1) + "\n", encoding="utf-8")
