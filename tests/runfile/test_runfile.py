@@ -95,7 +95,7 @@ def test_every_problem_at_once_with_line_path_value_and_nearest(tmp_path):
         ("epochs: 1", "evaluate_every: often", "training.evaluate_every: 'often' is not a whole number or 'epoch'"),
         ("epochs: 1", "evaluate_every: 0", "training.evaluate_every: 0 is not allowed, should be greater than 0"),
         ("epochs: 1", "report_to: [tensorbord]", "unknown tracker 'tensorbord'; did you mean 'tensorboard'?"),
-        ("epochs: 1", "report_to: kubeflow", "training.report_to: the tracker 'kubeflow' is not installed"),
+        ("epochs: 1", "report_to: clearml", "training.report_to: the tracker 'clearml' is not installed"),
         ("epochs: 1", "extra: {neftune_noise: 5}", "TrainingArguments has no argument 'neftune_noise'; did you mean"),
         ("epochs: 1", "extra: {bf16: true}", "training.extra: 'bf16' follows from the run file's own fields; use those"),
         ("batch_size: 16", "batch_size: true", "run.yaml:8: training.batch_size: True is not a whole number"),
