@@ -11,6 +11,8 @@ from __future__ import annotations
 import copy
 import math
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -99,7 +101,7 @@ def distance(config: PeftConfig, rate: float, layers: int, optimizer: str, optio
         RankfoldError: the method or the optimiser cannot take the steps.
     """
     width = max(WIDTH, getattr(config, "r", WIDTH))
-    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), _one_thread():
         warnings.simplefilter("ignore")  # advice about training
         torch.manual_seed(0)
         gradients = torch.randn(layers, width, width)
@@ -119,6 +121,17 @@ def distance(config: PeftConfig, rate: float, layers: int, optimizer: str, optio
                 f"{type(config).__name__}: no first rate, as its steps cannot be measured ({reason}); give rates"
             ) from error
     return float(moved.norm() / math.sqrt(layers))
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Matrices this small wait for threads longer than they are multiplied, ten times as long on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _placed(config: PeftConfig) -> PeftConfig:
