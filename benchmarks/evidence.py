@@ -33,7 +33,7 @@ TASKS = {
     "optimisers": "Optimisers for pairs of factors: all-MiniLM-L6-v2 and the film reviews again",
     "chains": "Chains beside LoRA: all-MiniLM-L6-v2 and the film reviews again",
     "structures": "Few examples: all-MiniLM-L6-v2 and 160 film reviews",
-    "vowels": "Where rank matters: all-MiniLM-L6-v2 and the first vowel of a spelt word",
+    "vowels": "Rank 1: all-MiniLM-L6-v2 and the first vowel of a spelt word",
     "capacity-1": "Where capacity matters: reading words aloud at the budget of LoRA r = 1",
     "capacity-2": "Where capacity matters: reading words aloud at the budget of LoRA r = 2",
     "capacity-8": "Where capacity matters: reading words aloud at the budget of LoRA r = 8",
