@@ -51,7 +51,7 @@ if options.engine == "vllm":
     rollouts = FoldedRollouts(VllmEngine(llm, max_rank=64))
 arguments = GRPOConfig(
     output_dir=str(options.output), max_steps=steps, per_device_train_batch_size=8, num_generations=4,
-    max_completion_length=32, learning_rate=1e-4, beta=0.0, logging_steps=max(steps // 20, 1), save_steps=steps,
+    max_completion_length=32, learning_rate=1e-3, beta=0.0, logging_steps=max(steps // 20, 1), save_steps=steps,
     report_to="none", bf16=False,
 )  # fmt: skip
 trainer = GRPOTrainer(
