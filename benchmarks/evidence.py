@@ -188,15 +188,13 @@ def against(found: Analysis, c: Contender, other: str | None) -> str:
 
 def rates_tried(file: dict[str, Any], found: Analysis) -> str:
     """The grid of all contenders, and those of the contenders that have their own or found them."""
-    shared = file["rates"] if isinstance(file["rates"], list) else []
-    own = {m["label"]: ", ".join(f"{x:g}" for x in m["rates"]) for m in file["methods"] if "rates" in m}
-    if not shared:
-        own = {c.name: wording.grid(c.sensitivity) for c in found.contenders}
-    grids = [f"{label} {tried}" for label, tried in own.items()]
-    if len(own) < len(file["methods"]):
-        rest = ", ".join(f"{x:g}" for x in shared)
-        grids.append(f"the others {rest}" if own else rest)
-    return "; ".join(grids)
+    if not isinstance(file["rates"], list):
+        return "; ".join(f"{c.name} {wording.grid(c.sensitivity)}" for c in found.contenders)
+    own = [f"{m['label']} {', '.join(f'{x:g}' for x in m['rates'])}" for m in file["methods"] if "rates" in m]
+    shared = ", ".join(f"{x:g}" for x in file["rates"])
+    if not own:
+        return shared
+    return "; ".join(own if len(own) == len(file["methods"]) else [*own, f"the others {shared}"])
 
 
 def errors(name: str) -> str:

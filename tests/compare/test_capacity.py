@@ -52,13 +52,25 @@ def test_the_page_before_and_after(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert "10 contenders at a budget of 312,000 trained parameters" in text
     found = [replace(t, added=0) for t in lines(METHODS[:2], rates=(1e-3, 2e-3, 5e-3), rows=60)]
     (tmp_path / "evidence-capacity-1.jsonl").write_text("".join(t.to_json() + "\n" for t in found))
-    error = {"id": "a", "label": "LoRA", "rate": 2e-3, "words": 1000, "loss": 0.6, "token_accuracy": 0.7}
+    error = {
+        "id": "a",
+        "label": "LoRA",
+        "rate": 2e-3,
+        "words": 1000,
+        "loss": 0.6,
+        "token_accuracy": 0.7,
+        "reviews_loss": 3.5,
+    }
     errors = [error | {"seed": s, "phoneme_error": e} for s, e in ((0, 0.2), (1, 0.3))]
+    errors.append(
+        error | {"label": "no adapter", "rate": None, "seed": None, "phoneme_error": 0.9, "reviews_loss": 3.2}
+    )
     (tmp_path / "evidence-capacity-1-errors.jsonl").write_text("".join(json.dumps(e) + "\n" for e in errors))
     text = evidence.page(tmp_path, evidence.analysed(tmp_path))
     assert text.count("**Not run yet.**") == 2
     assert "learning rates LoRA r=8 (PEFT) 0.001, 0.002, 0.005; RaSA r=8, k=1 0.001, 0.002, 0.005 (chosen on" in text
-    assert "| LoRA | 2 | 0.2500 | 0.2000, 0.3000 | 0.6000 | 0.7000 |" in text
+    assert "| LoRA | 2 | 0.2500 | 0.2000, 0.3000 | 0.6000 | 0.7000 | 3.5000 |" in text
+    assert "| no adapter | – | 0.9000 | 0.9000 | 0.6000 | 0.7000 | 3.2000 |" in text
 
 
 def test_phoneme_errors(llama: Path):
@@ -71,8 +83,15 @@ def test_phoneme_errors(llama: Path):
     tokenizer = byte_tokenizer()
     model = AutoModelForCausalLM.from_pretrained(llama).eval()
     rows = {"prompt": ["c a t :", "d o g s :"], "completion": [" K AE T", " D AO G Z"]}
-    result = measure.measure(chosen, model, tokenizer, rows)
+    reviews = ["a film", "the film is long"]
+    result = measure.measure(chosen, model, tokenizer, rows, reviews)
     assert (result.words, result.label) == (2, chosen.label)
+    assert measure.measure(None, model, tokenizer, rows, reviews).label == "no adapter"
+    # The loss of plain texts is per token, whatever is padded beside them
+    counts = [len(tokenizer(text)["input_ids"]) - 1 for text in reviews]
+    each = [measure.reviews_loss(model, tokenizer, [text]) for text in reviews]
+    mean = sum(n * loss for n, loss in zip(counts, each, strict=True)) / sum(counts)
+    assert result.reviews_loss == pytest.approx(mean, rel=1e-5)
     # A row of its own gives what it gives in a batch with padding
     logits, targets = measure.predicted(model, tokenizer, rows["prompt"], rows["completion"])
     alone, same = measure.predicted(model, tokenizer, rows["prompt"][:1], rows["completion"][:1])

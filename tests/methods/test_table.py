@@ -59,7 +59,7 @@ def test_every_two_of_check_method_and_architecture_meet() -> None:
     files = [importlib.import_module(path.stem) for path in Path(__file__).parent.glob("test_table*.py")]
     checks = [found for file in files for check in vars(file).values() if (found := cases(check))]
     met = {(arch, row.facts.method) for found in checks for arch, row in found}
-    assert met == set(product(ARCHS, registry.METHODS))
+    assert met >= set(product(ARCHS, registry.METHODS))
     widest = [found for found in checks if {row for _, row in found} >= set(ROWS)]
     assert len(widest) > 20
     for found in widest:
