@@ -86,7 +86,7 @@ def test_what_fits_is_not_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_huge_batch_is_all_rows_and_no_row_is_longer_than_the_model_takes(classification: Values) -> None:
-    train(parse(classification, ["training.batch_size=1000000000", "training.epochs=1"]), say=silent)
+    train(parse(classification, ["training.batch_size=1000000", "training.epochs=1"]), say=silent)
     with pytest.raises(DataError, match=r"data.max_length: 1,000,000,000 tokens do not fit the model, which takes"):
         prepare(parse(classification, ["data.max_length=1000000000"]))
 
