@@ -159,6 +159,9 @@ def main() -> None:
             "fold", adapter, "-o", out / "gguf", "--profile", "gguf", "--dtype", "float32", "--no-probe", show=False
         )
         spoken("llama.cpp", talk(LLAMA_CPP, gguf, out / "gguf" / "adapter.gguf", prompts))
+        console.print(
+            "(llama.cpp has the base in 4 bits and rounds what it multiplies to 8, so that a sound may differ)"
+        )
     else:
         console.print("llama.cpp is not installed (pip install xllamacpp): left out")
     for column in list(columns)[1:]:
