@@ -12,14 +12,14 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import asdict, dataclass
-from itertools import combinations, product
+from itertools import product
 from pathlib import Path
 
 import numpy as np
-from family_wise import error, wrong
+from family_wise import error, false_verdicts
 from numpy.typing import NDArray
 
-from rankfold.compare.intervals import Rows, alone, together
+from rankfold.compare.intervals import Rows, alone
 from rankfold.tasks.macro_f1 import macro_f1_by_row
 
 OUT = Path(__file__).parent / "results" / "f1-intervals.json"
@@ -90,12 +90,10 @@ def measure(cell: Cell, worlds: int) -> Result:
     rng = np.random.default_rng([cell.rows, cell.seeds, cell.contenders, int(10 * cell.spread), len(cell.metric)])
     wanted, counted = truth(cell.metric, cell.spread), np.zeros(3)
     places = {str(c): {s: c * cell.seeds + s for s in range(cell.seeds)} for c in range(cell.contenders)}
-    pairs = list(combinations(places, 2))
     for _ in range(worlds):
         found, rows = world(cell, rng)
         tests = {str(c): dict(enumerate(map(float, found[c]))) for c in range(cell.contenders)}
-        families = [p for p in pairs if "0" in p], [p for p in pairs if "0" not in p]
-        false = [wrong(f, tests, together(f, tests, rows, places)) for f in families]
+        false = false_verdicts(tests, rows, places)
         half = alone(list(found[0]), rows.variance(range(cell.seeds)), rows.freedom)
         counted += [*false, half is not None and abs(found[0].mean() - wanted) <= half]
     return Result(cell, worlds, *map(float, counted / worlds))

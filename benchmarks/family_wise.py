@@ -87,6 +87,13 @@ def world(cell: Cell, rng: np.random.Generator) -> tuple[bool, bool]:
     tests = {str(c): dict(enumerate(map(float, skill[c]))) for c in range(cell.contenders)}
     if cell.spreads == "one lost a seed":
         del tests[str(cell.contenders - 1)][0]
+    return false_verdicts(tests, rows, places)
+
+
+def false_verdicts(
+    tests: dict[str, dict[int, float]], rows: Rows | None, places: dict[str, dict[int, int]] | None
+) -> tuple[bool, bool]:
+    """Whether equal contenders, by name, of which "0" is the reference, get a false verdict: in its family, and in that of all others."""
     pairs = list(combinations(tests, 2))
     families = [p for p in pairs if "0" in p], [p for p in pairs if "0" not in p]
     reference, others = (wrong(f, tests, together(f, tests, rows, places)) for f in families)

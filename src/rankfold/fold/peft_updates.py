@@ -69,7 +69,7 @@ def lora(layer: Any, name: str, config: Any, weight: Weight) -> Update:
 def _dora(trained: Factors, magnitude: Tensor, before: Tensor) -> Tensor:
     """Rows of W + s·BA brought to the lengths in `magnitude`, minus W; arXiv:2402.09353, equation 5."""
     if before.is_meta:
-        return before  # dense, and no numbers to say more
+        return before  # dense; without values there is nothing more to say
     both = before + trained.delta()
     return (magnitude.flatten() / both.norm(dim=1))[:, None] * both - before
 
@@ -176,7 +176,7 @@ def merged(layer: Any, name: str, config: Any, weight: Weight) -> Tensor:
     """W' − W, out × in, by PEFT's merge in float64 of a copy of the layer."""
     before = weight()
     if before.is_meta:
-        return before  # dense, and no numbers to say more
+        return before  # dense; without values there is nothing more to say
     alone = copy.deepcopy(layer)
     base = alone.get_base_layer()
     # A copy even of a view that is contiguous already: some of PEFT's layers merge in place

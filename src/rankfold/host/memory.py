@@ -21,7 +21,7 @@ def check_fits(config: Any, model: nn.Module, count: Callable[[], int]) -> None:
     min(in, out) of its layer, but PEFT's LoRA allows it, and so does ours.
 
     Args:
-        count: how many numbers the adapter has; called on the meta device.
+        count: how many parameters the adapter has, buffers included; called on the meta device.
     """
     field, value = max(_whole_numbers(config), key=lambda found: found[1], default=("", 0))
     shapes = [p.shape for p in model.parameters()]

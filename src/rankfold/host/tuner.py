@@ -174,7 +174,7 @@ class LowRankTuner(PlanningTuner):
         layer.add_adapter(adapter_name, adapter, inference_mode=peft_config.inference_mode)
 
     def _size(self, config: LowRankConfig) -> int:
-        """How many numbers an adapter has, parameters and buffers."""
+        """How many parameters an adapter has, buffers included."""
         groups = {g.key: self.adapter_cls.make_shared(config, g) for g in self._plan.groups.values()}
         made = list(groups.values())
         for site in self._plan.sites.values():

@@ -13,6 +13,7 @@ from torch import nn
 
 from rankfold.errors import RankfoldError
 from rankfold.fold import native, peft_adapters
+from rankfold.fold.peft_refusals import check_start
 from rankfold.fold.peft_updates import update_of
 from rankfold.fold.plain_lora import factors_of, is_plain, modules_of
 from rankfold.fold.source import Source
@@ -94,7 +95,7 @@ def _ours(adapter: host.Adapter) -> tuple[Factors, int]:
 
 def _of_peft_adapter(adapter: SavedAdapter, config: LoraConfig, base: str | None) -> dict[str, Found]:
     _check_plain(config)
-    peft_adapters.check_start(config)
+    check_start(config)
     if not is_plain(config) or config.target_parameters:
         return _of_source(peft_adapters.from_files(adapter, base))
     names = mended(adapter.tensors)
