@@ -36,10 +36,11 @@ def test_the_files(n: int):
     values = yaml.safe_load((BENCHMARKS / f"evidence-capacity-{n}.yaml").read_text())
     values["methods"] = [m for m in values["methods"] if m["name"] != "cora"]  # whose basis has to be made first
     file = parse(values)
-    assert file.rates == Extension(extend="auto")
+    assert isinstance(file.rates, Extension)
+    assert all(c.rates is None or isinstance(c.rates, Extension) for c in file.methods)
     assert file.choosing_seeds == [0]
     assert len(file.seeds) == 3
-    assert {c.name for c in file.methods} == {"lora", "rasa", "sora", "adalora", "cola", "xgblora"}
+    assert {"lora", "rasa", "sora"} <= {c.name for c in file.methods}
     assert 305_280 * n < int(str(file.budget)) < 305_280 * n * 1.03
 
 
@@ -82,22 +83,32 @@ def test_phoneme_errors(llama: Path):
     assert chosen.rate == 2e-3
     tokenizer = byte_tokenizer()
     model = AutoModelForCausalLM.from_pretrained(llama).eval()
-    rows = {"prompt": ["c a t :", "d o g s :"], "completion": [" K AE T", " D AO G Z"]}
+    rows = {"prompt": ["d o g s :", "c a t :"], "completion": [" D AO G Z", " K AE T"]}
     reviews = ["a film", "the film is long"]
-    result = measure.measure(chosen, model, tokenizer, rows, reviews)
-    assert (result.words, result.label) == (2, chosen.label)
-    assert measure.measure(None, model, tokenizer, rows, reviews).label == "no adapter"
+    assert measure.phoneme_error(model, tokenizer, rows) > 0
     # The loss of plain texts is per token, whatever is padded beside them
     counts = [len(tokenizer(text)["input_ids"]) - 1 for text in reviews]
     each = [measure.reviews_loss(model, tokenizer, [text]) for text in reviews]
     mean = sum(n * loss for n, loss in zip(counts, each, strict=True)) / sum(counts)
-    assert result.reviews_loss == pytest.approx(mean, rel=1e-5)
-    # A row of its own gives what it gives in a batch with padding
-    logits, targets = measure.predicted(model, tokenizer, rows["prompt"], rows["completion"])
-    alone, same = measure.predicted(model, tokenizer, rows["prompt"][:1], rows["completion"][:1])
-    assert tokenizer.decode(same) == " K AE T</s>"
-    assert targets[: len(same)].equal(same)
-    assert logits[: len(same)].allclose(alone, atol=1e-5)
-    assert 0 <= result.token_accuracy <= 1
-    assert result.loss > 0
-    assert result.phoneme_error > 0
+    assert measure.reviews_loss(model, tokenizer, reviews) == pytest.approx(mean, rel=1e-5)
+
+
+def test_a_speaker_that_knows_the_words(monkeypatch: pytest.MonkeyPatch):
+    measure = module("phoneme_errors")
+    rows = {"prompt": ["d o g s :", "c a t :"], "completion": [" D AO G Z", " K AE T"]}
+    says = {"d o g s :": ["D", "AO", "G"], "c a t :": ["K", "AE", "T"]}
+    monkeypatch.setattr(measure, "spoken", lambda model, tokenizer, prompts: [says[p] for p in prompts])
+    assert measure.phoneme_error(None, None, rows) == 1 / 7
+
+
+def test_what_the_trials_measured(tmp_path: Path):
+    measure = module("phoneme_errors")
+    done = [replace(t, before=0.1) for t in lines(METHODS[:1], rates=(1e-3,), seeds=(0, 1), rows=20)]
+    for number, line in enumerate(done):
+        line.run["output"] = str(tmp_path / str(number))
+        (tmp_path / str(number)).mkdir()
+        rows = [{"step": 0, "test_loss": 5.0}, {"step": 8, "loss": 1.0}, {"step": 8, "test_loss": 0.5}]
+        (tmp_path / str(number) / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows[1 - number :]))
+    (tmp_path / "trials.jsonl").write_text("".join(t.to_json() + "\n" for t in done))
+    assert measure.logged(tmp_path, done[0]) == (0.5, done[0].test)
+    assert measure.logged(tmp_path, None) == (5.0, 0.1)  # the second trial's: the first did not measure it again

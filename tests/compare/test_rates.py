@@ -148,6 +148,7 @@ def test_each_contender_begins_at_a_rate_of_its_own(values: Values):
 def test_the_file(values: Values):
     file = parse(one(values))
     assert file.rates == Extension(extend="auto")
+    assert parse({key: value for key, value in one(values).items() if key != "rates"}).rates == file.rates
     assert parse(one(values), ["rates=[1e-3]"]).rates == [1e-3]
     for wrong, message in (
         ({"extend": [0.0]}, r"rates\.extend: 0 must be greater than 0"),

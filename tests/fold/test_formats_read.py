@@ -279,6 +279,39 @@ def test_stock_peft_loads_a_folded_kohya_file(unet: Path, tmp_path: Path) -> Non
         torch.testing.assert_close(merged.get_parameter(f"{name}.weight") - before[f"{name}.weight"], expected, rtol=1e-4, atol=1e-5)  # fmt: skip
 
 
+@pytest.mark.parametrize("tool", ["kohya", "diffusers"])
+def test_convolutions_of_a_diffusion_model(tool: str, tmp_path: Path) -> None:
+    """Of a k×k kernel and of a 1×1 one, beside a linear layer of another rank; stock PEFT loads the fold."""
+    torch.manual_seed(0)
+    sizes = {"down.conv": (6, 4, 3), "down.proj_in": (4, 6, 1), "down.to_q": (4, 4, 0)}
+    kohya = tool == "kohya"
+    ends = ("lora_down", "lora_up") if kohya else ("lora_A", "lora_B")
+    tensors: dict[str, Tensor] = {}
+    for name, (out, into, k) in sizes.items():
+        key, r = f"lora_unet_{name.replace('.', '_')}" if kohya else f"unet.{name}", 3 if k else 2
+        tensors[f"{key}.{ends[0]}.weight"] = torch.randn(r, into, *[k, k] * bool(k))
+        tensors[f"{key}.{ends[1]}.weight"] = torch.randn(out, r, *[1, 1] * bool(k))
+        tensors[f"{key}.alpha"] = torch.tensor(1.0)
+    save_file(tensors, tmp_path / "lora.safetensors")
+    base = tmp_path / "unet"
+    base.mkdir()
+    down = torch.nn.Module()
+    for name, (out, into, k) in sizes.items():
+        layer = torch.nn.Conv2d(into, out, k, padding=k // 2) if k else torch.nn.Linear(into, out)
+        down.add_module(name.removeprefix("down."), layer)
+    model = torch.nn.Module()
+    model.add_module("down", down)
+    save_file(model.state_dict(), base / "diffusion_pytorch_model.safetensors")
+    fold_adapter(tmp_path / "lora.safetensors", tmp_path / "out", base=str(base) if kohya else None, dtype="float32")
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    merged = PeftModel.from_pretrained(model, tmp_path / "out").merge_and_unload()  # type: ignore[arg-type]
+    for name, (_, _, k) in sizes.items():
+        key, r = f"lora_unet_{name.replace('.', '_')}" if kohya else f"unet.{name}", 3 if k else 2
+        first, second = (tensors[f"{key}.{end}.weight"].flatten(1) for end in ends)
+        found = merged.get_parameter(f"{name}.weight") - before[f"{name}.weight"]
+        torch.testing.assert_close(found.flatten(1), second @ first / r, rtol=1e-4, atol=1e-5)
+
+
 def test_a_file_of_two_models(unet: Path, tmp_path: Path) -> None:
     """Kohya's scripts put the text encoder's LoRA beside the UNet's; a fold is of the one that --base names."""
     text = CLIPTextModel(
@@ -316,7 +349,7 @@ def test_what_of_diffusion_is_refused(unet: Path, llama: Path, tmp_path: Path) -
         ({f"{key}.lora_mid.weight": torch.ones(2, 2)}, r"not of a plain LoRA \(lora_mid\)"),
         ({f"{key}.hada_w1_a": torch.ones(2, 2)}, r"\(hada"),
         ({f"{key}.dora_scale": torch.ones(8, 1)}, r"\(dora_scale\)"),
-        ({f"{key}.lora_down.weight": torch.ones(2, 8, 1, 1)}, "not of convolutions"),
+        ({f"{key}.lora_down.weight": torch.ones(2, 8, 1, 1)}, "only those of linear layers and of convolutions"),
         ({f"{key}.lora_down.weight": torch.ones(3, 8)}, "not of one rank"),
         ({f"{key}.alpha": torch.ones(3)}, r"has the shape \(3,\); it must be one number"),
         ({f"{key}.lora_up.weight": None}, "lacks the other factor"),

@@ -104,6 +104,7 @@ class CompareFile(Section):
         "every contender follow. None: as the contenders say.",
     )
     rates: Rates = Field(
+        default=Extension(extend="auto"),
         description="Learning rates to try with every contender. auto: a few around a first rate of the method, and more beyond "
         "the best until it has neighbours on both sides; {extend: [1e-3, 2e-3]} begins with these."
     )

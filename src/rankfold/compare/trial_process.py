@@ -93,11 +93,14 @@ def measure(line: TrialLine, folder: Path, until: float) -> TrialLine:
     before = _Kept(folder / "before.json")
 
     def look(trainer: CarefulTrainer, split: str, rows: Any) -> dict[str, float]:
-        if split == "test" and trainer.state.global_step and until < 1:
+        first = trainer.state.global_step == 0
+        if split == "test" and not first and until < 1:
             return {}  # test rows are looked at when there is nothing left to choose
+        if first and line.before is not None:
+            return {}
         with row_scores(trainer, tasks.get(run.task), run.metric) as scores:
             metrics = evaluate(trainer, split, rows)
-        if trainer.state.global_step == 0:
+        if first:
             before.write(scores.mean)
         else:
             found[split] = scores
@@ -118,7 +121,7 @@ def measure(line: TrialLine, folder: Path, until: float) -> TrialLine:
         reason=None,
         validation=found["validation"].mean,
         test=test and test.mean,
-        before=before.read(),
+        before=before.read() if line.before is None else line.before,
         items=test and test.items,
         weights=test and test.weights,
         curve=curve(run),

@@ -106,7 +106,7 @@ class FoldReport:
         worst = self.worst
         lines = [
             f"folded {self.method} into {self.noun}: rank {self.rank} ({self.needed_rank} needed), "
-            f"{len(self.layers)} modules, {self.parameters:,} numbers in {self.dtype}, {size(self.bytes)}",
+            f"{len(self.layers)} modules, {self.parameters:,} parameters in {self.dtype}, {size(self.bytes)}",
             *([self.approximation.in_words()] if self.approximation else []),
             f"error against {'that approximation' if self.approximation else 'the trained update'}: {self._before_rounding()}"
             f"{worst.frobenius:.1e} on disk (relative Frobenius, worst layer {worst.module})",

@@ -45,7 +45,7 @@ class Written:
 
     Args:
         rank: the largest in the file, padding included.
-        parameters: numbers in the adapter's matrices (of the whole model, where that is what was written).
+        parameters: in the adapter's matrices (of the whole model, where that is what was written).
         read: the update of a module as read back from the disk: the factors, scale included, or the dense difference
             (out × in, float64) where the file holds none.
         serve: by engine, the command that loads it.

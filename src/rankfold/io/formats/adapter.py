@@ -56,7 +56,7 @@ class SavedAdapter:
 @dataclass(frozen=True)
 class Pair:
     """The factors of one module: down is r × in, up is out × r, and the update is scale · up · down, where scale is alpha / r if
-    there is an alpha."""
+    there is an alpha. Of a convolution down is r × in × k × k and up is out × r × 1 × 1."""
 
     down: Tensor
     up: Tensor
@@ -75,14 +75,15 @@ def plain_lora(
         config: more of `LoraConfig`'s fields.
 
     Raises:
-        RankfoldError: no pair, or one that is not two matrices of one rank.
+        RankfoldError: no pair, or one that is not of a linear layer or a convolution, or of two ranks.
     """
     for module, pair in pairs.items():
         shapes = tuple(pair.down.shape), tuple(pair.up.shape)
-        if pair.down.ndim != 2 or pair.up.ndim != 2:
+        # Three sizes are of fused experts, and of convolutions of sequences, which no tool that is read here adapts
+        if not pair.down.ndim == pair.up.ndim in (2, 4) or any(size != 1 for size in pair.up.shape[2:]):
             raise RankfoldError(
-                f"{path}: the factors of {module} are {shapes[0]} and {shapes[1]}; only those of linear layers are read, "
-                "and not of convolutions or fused experts"
+                f"{path}: the factors of {module} are {shapes[0]} and {shapes[1]}; only those of linear layers and of "
+                "convolutions of images are read, and not of fused experts"
             )
         if pair.down.shape[0] != pair.up.shape[1] or not len(pair.down):
             raise RankfoldError(
