@@ -50,7 +50,7 @@ def test_the_page_before_and_after(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     (tmp_path / "evidence.jsonl").write_text((BENCHMARKS / "results" / "evidence.jsonl").read_text())
     text = evidence.page(tmp_path, evidence.analysed(tmp_path))
     assert text.count("**Not run yet.**") == 3
-    assert "10 contenders at a budget of 312,000 trained parameters" in text
+    assert "6 contenders at a budget of 312,000 trained parameters" in text
     found = [replace(t, added=0) for t in lines(METHODS[:2], rates=(1e-3, 2e-3, 5e-3), rows=60)]
     (tmp_path / "evidence-capacity-1.jsonl").write_text("".join(t.to_json() + "\n" for t in found))
     error = {

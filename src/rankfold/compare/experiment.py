@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -103,7 +103,7 @@ class _Comparison:
             trials, later = self.wanted(done)
             busy = {t.id for t in running.values()}
             for trial in (t for t in trials if t.id not in done and t.id not in busy):
-                running[self._start(trial, done)] = trial
+                running[self._start(trial)] = trial
             if not running:
                 return
             finished, _ = wait(running, return_when=FIRST_COMPLETED)
@@ -125,8 +125,8 @@ class _Comparison:
         unique = {found[i][0][number].id: found[i][0][number] for number, i in turns}
         return list(unique.values()), sum(later for _, later in found)
 
-    def _start(self, trial: Trial, done: dict[str, TrialLine]) -> Future[TrialLine]:
-        line = replace(trial.line, command=self.command, before=known_before(trial.line, done.values()))
+    def _start(self, trial: Trial) -> Future[TrialLine]:
+        line = replace(trial.line, command=self.command)
         if line.reason is not None:  # known not to work
             future: Future[TrialLine] = Future()
             future.set_result(line)
@@ -145,12 +145,6 @@ class _Comparison:
         for trial, old in relabelled(trials, done):
             done[trial.id] = replace(old, label=trial.line.label, where=trial.line.where)
             append(self.out / FILE, done[trial.id])
-
-
-def known_before(line: TrialLine, done: Iterable[TrialLine]) -> float | None:
-    """The score before training, which another rate of the same contender and seed has measured: no rate changes it."""
-    same = (other for other in done if (other.label, other.where, other.seed) == (line.label, line.where, line.seed))
-    return next((other.before for other in same if other.before is not None), None)
 
 
 def result(line: TrialLine) -> str:

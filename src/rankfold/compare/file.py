@@ -106,7 +106,7 @@ class CompareFile(Section):
     rates: Rates = Field(
         default=Extension(extend="auto"),
         description="Learning rates to try with every contender. auto: a few around a first rate of the method, and more beyond "
-        "the best until it has neighbours on both sides; {extend: [1e-3, 2e-3]} begins with these."
+        "the best until it has neighbours on both sides; {extend: [1e-3, 2e-3]} begins with these.",
     )
     seeds: list[int] = Field(min_length=1, description="Seeds of the head, the adapter, the order of rows and dropout.")
     search: Literal["grid"] | HalvingSearch = Field(

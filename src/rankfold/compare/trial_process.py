@@ -78,6 +78,8 @@ def measure(line: TrialLine, folder: Path, until: float) -> TrialLine:
     Raises:
         DivergedError: the loss or the metric is not finite. And what `train` raises.
     """
+    from accelerate.utils import gather_object
+
     from rankfold.compare.scores import RowScores, row_scores
     from rankfold.runfile.load import parse
     from rankfold.tasks import table as tasks
@@ -90,13 +92,15 @@ def measure(line: TrialLine, folder: Path, until: float) -> TrialLine:
     if output.exists() and not (output / "run.yaml").exists():
         shutil.rmtree(output)  # it was killed before it began
     found: dict[str, RowScores] = {}
-    before = _Kept(folder / "before.json")
+    before = _Kept(folder.parent / f"before-{_without_rate(line)}.json")
 
     def look(trainer: CarefulTrainer, split: str, rows: Any) -> dict[str, float]:
         first = trainer.state.global_step == 0
         if split == "test" and not first and until < 1:
             return {}  # test rows are looked at when there is nothing left to choose
-        if first and line.before is not None:
+        if first and all(
+            gather_object([before.read() is not None])
+        ):  # of every process: another trial may just write it
             return {}
         with row_scores(trainer, tasks.get(run.task), run.metric) as scores:
             metrics = evaluate(trainer, split, rows)
@@ -121,7 +125,7 @@ def measure(line: TrialLine, folder: Path, until: float) -> TrialLine:
         reason=None,
         validation=found["validation"].mean,
         test=test and test.mean,
-        before=before.read() if line.before is None else line.before,
+        before=before.read(),
         items=test and test.items,
         weights=test and test.weights,
         curve=curve(run),
@@ -161,9 +165,17 @@ def _ranks(adapter: Path, parameters: dict[str, int]) -> dict[str, Any]:
     }
 
 
+def _without_rate(line: TrialLine) -> str:
+    """What the score before training depends on: all that defines the trial, less its learning rate."""
+    from rankfold.compare.trial_list import hash_of
+
+    training = {k: v for k, v in line.run["training"].items() if k != "learning_rate"}
+    return hash_of({k: v for k, v in line.run.items() if k != "output"} | {"training": training}, None)
+
+
 @dataclass(frozen=True)
 class _Kept:
-    """A number that a trial which resumes still needs."""
+    """The score before training, which a trial that resumes still needs, and the same contender's at other rates."""
 
     path: Path
 
