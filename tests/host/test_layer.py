@@ -12,6 +12,7 @@ import torch
 from peft import get_peft_model
 from torch import nn
 from torch.testing import assert_close
+from transformers import WhisperConfig, WhisperForConditionalGeneration
 
 from rankfold import AdaSvdConfig, PlainLoraConfig, RasaConfig, SoraConfig
 from rankfold.errors import RankfoldError
@@ -163,3 +164,37 @@ def test_global_hooks_see_every_layer_of_a_fused_mlp():
     finally:
         handle.remove()
     assert sum(isinstance(m, AdaptedLayer) for m in seen) == 3
+
+
+def test_what_a_model_reads_of_its_layers():
+    """Whisper reads its convolution's stride; PEFT's own layer has none."""
+    conv, table = nn.Conv1d(4, 4, 3, stride=2, padding=1), nn.Embedding(5, 4, padding_idx=0)
+    model = get_peft_model(
+        nn.ModuleDict({"conv": conv, "table": table}), PlainLoraConfig(target_modules=["conv", "table"])
+    )
+    adapted, looked_up = model.base_model.model["conv"], model.base_model.model["table"]
+    assert isinstance(adapted, AdaptedLayer)
+    assert (adapted.stride, adapted.padding, adapted.kernel_size, adapted.in_channels) == ((2,), (1,), (3,), 4)
+    assert (looked_up.num_embeddings, looked_up.embedding_dim, looked_up.padding_idx) == (5, 4, 0)
+
+
+def test_whisper_with_its_convolutions():
+    config = WhisperConfig(
+        d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2,
+        encoder_ffn_dim=32, decoder_ffn_dim=32, num_mel_bins=8, vocab_size=50, max_source_positions=20,
+        max_target_positions=16, pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    base = WhisperForConditionalGeneration(config).eval()
+    given = {"input_features": torch.randn(1, 8, 40), "decoder_input_ids": torch.ones(1, 3, dtype=torch.long)}
+    bare = base(**given).logits.detach()
+    model = get_peft_model(base, RasaConfig(r=2, shared_rank=1, target_modules=["conv1", "conv2", "q_proj"])).eval()
+    assert_close(model(**given).logits, bare)
+    model(**given).logits.square().sum().backward()
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.grad is not None:
+                p -= 0.1 * p.grad.sign()
+    trained = model(**given).logits.detach()
+    assert not torch.allclose(trained, bare, atol=1e-3)
+    assert_close(model.merge_and_unload()(**given).logits, trained, rtol=1e-4, atol=1e-5)

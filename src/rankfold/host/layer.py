@@ -79,6 +79,10 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         # The model's shared state (tuner.py), in a tuple to stay out of the module registry
         self.shared_state: tuple[nn.ModuleDict | None] = (None,)
         self.in_features, self.out_features = kind.features(base)
+        # What torch calls fixed about such a module: models read it, as Whisper does its convolutions' stride
+        for name in getattr(base, "__constants__", ()):
+            if not hasattr(self, name):
+                setattr(self, name, getattr(base, name))
         self.train(base_layer.training)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
