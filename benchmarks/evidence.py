@@ -38,8 +38,8 @@ TASKS = {
     "capacity-2": "Where capacity matters: reading words aloud at the budget of LoRA r = 2",
     "capacity-8": "Where capacity matters: reading words aloud at the budget of LoRA r = 8",
 }
-#: About four hours each on 2 cores, so they run by `--only` alone; the page says where one has not been run.
-LONG = ("capacity-1", "capacity-2", "capacity-8")
+#: The budgets of one task, which `across` puts beside each other: what LoRA has there as r.
+BUDGETS = {"capacity-1": 1, "capacity-2": 2, "capacity-8": 8}
 #: What is written on the page of a method or an optimiser lies between these; a page without them stays as it is.
 BEGIN, END = "<!-- measured: written by `python benchmarks/evidence.py --page` -->\n", "<!-- end of measured -->\n"
 EARLIER = RESULTS / "evidence.jsonl"
@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument("--page", action="store_true", help="write the page from the lines that are there")
     parser.add_argument("--only", choices=TASKS, help="run this one alone")
     arguments = parser.parse_args()
-    tasks = [arguments.only] if arguments.only else [name for name in TASKS if name not in LONG]
+    tasks = [arguments.only] if arguments.only else list(TASKS)
     for name in tasks if not arguments.page else []:
         file = load(HERE / f"evidence-{name}.yaml")
         out = compare(file, workers=2, command=f"rankfold compare benchmarks/evidence-{name}.yaml --workers 2")
@@ -85,11 +85,9 @@ def page(results: Path, analyses: dict[str, Analysis]) -> str:
         "# Evidence: the methods on real tasks\n\nWritten by `python benchmarks/evidence.py --page` from the lines in `benchmarks/results/`; nothing here "
         "is typed by hand. How the intervals are made: [statistics](statistics.md).\n"
     ]
-    for name in TASKS:
-        if name in analyses:
-            parts.append(section(name, analyses[name], read(results / f"evidence-{name}.jsonl")))
-        elif name in LONG:
-            parts.append(not_run(name))
+    for name, found in analyses.items():
+        parts.append(section(name, found, read(results / f"evidence-{name}.jsonl")))
+    parts.append(across(analyses))
     return "\n".join([*parts, earlier()])
 
 
@@ -217,16 +215,23 @@ def errors(name: str) -> str:
     return "\n".join(rows) + "\n\n"
 
 
-def not_run(name: str) -> str:
-    file = settings(name)
-    methods, steps, batch = len(file["methods"]), file["training"]["max_steps"], file["training"]["batch_size"]
-    more = len(file["seeds"]) - len(file["search_seeds"])
-    least, most = methods * (3 * len(file["search_seeds"]) + more), methods * (6 * len(file["search_seeds"]) + more)
-    return f"""## {TASKS[name]}
+def across(analyses: dict[str, Analysis]) -> str:
+    """Contenders of the same name at each budget: whether the task wants more rank at all; "" where there is one budget."""
+    found = {r: analyses[name] for name, r in BUDGETS.items() if name in analyses}
+    if len(found) < 2:
+        return ""
+    rows = []
+    for label in dict.fromkeys(c.name for analysis in found.values() for c in analysis.ranked):
+        at = [next((c for c in analysis.ranked if c.name == label), None) for analysis in found.values()]
+        cells = [spread(analysis, c) if c else "–" for analysis, c in zip(found.values(), at, strict=True)]
+        rows.append(f"| {label} | {' | '.join(cells)} |")
+    return f"""## Does this task want more rank?
 
-**Not run yet.** `rankfold compare benchmarks/evidence-{name}.yaml --workers 2` runs {methods} contenders at a budget of {file["budget"]:,} trained parameters, {steps} steps of {batch}
-each: {least} to {most} trials, by how far `rates: auto` has to go. A trial of 50 such steps took 190 s on one core (`results/evidence-phonemes.jsonl`), half of it in steps; at about 400 s per trial,
-expect {least * 400 / 2 / 3600:.0f} to {most * 400 / 2 / 3600:.0f} hours on two cores, in as many pieces as you like. Then `benchmarks/phoneme_errors.py {name.rpartition("-")[2]}` adds the phoneme error.
+Test {wording.words(next(iter(found.values())).metric)} of the comparisons above, each contender at its best rate. The budget is the parameters of LoRA at this r.
+
+| contender | {" | ".join(f"r = {r}" for r in found)} |
+|---|{"---|" * len(found)}
+{chr(10).join(rows)}
 """
 
 

@@ -48,9 +48,7 @@ def test_the_page_before_and_after(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     evidence = module("evidence")
     monkeypatch.setattr(evidence, "RESULTS", tmp_path)
     (tmp_path / "evidence.jsonl").write_text((BENCHMARKS / "results" / "evidence.jsonl").read_text())
-    text = evidence.page(tmp_path, evidence.analysed(tmp_path))
-    assert text.count("**Not run yet.**") == 3
-    assert "6 contenders at a budget of 312,000 trained parameters" in text
+    assert "capacity" not in evidence.page(tmp_path, evidence.analysed(tmp_path))
     found = [replace(t, added=0) for t in lines(METHODS[:2], rates=(1e-3, 2e-3, 5e-3), rows=60)]
     (tmp_path / "evidence-capacity-1.jsonl").write_text("".join(t.to_json() + "\n" for t in found))
     error = {
@@ -68,10 +66,26 @@ def test_the_page_before_and_after(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     )
     (tmp_path / "evidence-capacity-1-errors.jsonl").write_text("".join(json.dumps(e) + "\n" for e in errors))
     text = evidence.page(tmp_path, evidence.analysed(tmp_path))
-    assert text.count("**Not run yet.**") == 2
     assert "learning rates LoRA r=8 (PEFT) 0.001, 0.002, 0.005; RaSA r=8, k=1 0.001, 0.002, 0.005 (chosen on" in text
     assert "| LoRA | 2 | 0.2500 | 0.2000, 0.3000 | 0.6000 | 0.7000 | 3.5000 |" in text
     assert "| no adapter | – | 0.9000 | 0.9000 | 0.6000 | 0.7000 | 3.2000 |" in text
+
+
+def test_the_budgets_beside_each_other(tmp_path: Path):
+    evidence = module("evidence")
+    (tmp_path / "evidence.jsonl").write_text((BENCHMARKS / "results" / "evidence.jsonl").read_text())
+    for n, methods in ((1, METHODS[:2]), (8, METHODS[1:3])):
+        found = lines(methods, rates=(1e-3, 2e-3, 5e-3), rows=60)
+        (tmp_path / f"evidence-capacity-{n}.jsonl").write_text("".join(t.to_json() + "\n" for t in found))
+    analyses = evidence.analysed(tmp_path)
+    text = evidence.across(analyses)
+    assert text in evidence.page(tmp_path, analyses)
+    assert "| contender | r = 1 | r = 8 |" in text
+    (first, both, last) = (m.label for m in METHODS[:3])
+    row = {line.split(" | ")[0]: line.split(" | ")[1:] for line in text.splitlines()}
+    assert row[f"| {first}"][1].startswith("–")
+    assert row[f"| {last}"][0].startswith("–")
+    assert not any(cell.startswith("–") for cell in row[f"| {both}"])
 
 
 def test_phoneme_errors(llama: Path):
