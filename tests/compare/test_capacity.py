@@ -40,7 +40,7 @@ def test_the_files(n: int):
     assert all(c.rates is None or isinstance(c.rates, Extension) for c in file.methods)
     assert file.choosing_seeds == [0]
     assert len(file.seeds) == 3
-    assert {"lora", "rasa", "sora"} <= {c.name for c in file.methods}
+    assert {"lora", "rasa"} <= {c.name for c in file.methods}
     assert 305_280 * n < int(str(file.budget)) < 305_280 * n * 1.03
 
 
