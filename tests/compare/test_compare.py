@@ -226,6 +226,27 @@ def test_the_score_before_training_is_measured_once(values: Values, here: list[s
     assert None not in befores.values()
 
 
+def test_a_trial_does_not_depend_on_who_measured_first(values: Values, here: list[str], tmp_path: Path):
+    method = values["methods"][1] | {"lora_dropout": 0.2}
+    (alone,) = run(values | {"methods": [method]})
+    (_, second) = run(values | {"methods": [method], "rates": [1e-3, 1e-2], "output": str(tmp_path / "two")})
+    assert alone.id == second.id
+    assert same_weights(weights(alone, values["output"]), weights(second, str(tmp_path / "two")))
+
+
+def test_rows_are_measured_in_their_order_and_all_of_them(sums: Values, here: list[str], tmp_path: Path):
+    """Verdicts pair the rows of trials; both arguments are about training."""
+    extra = {"train_sampling_strategy": "group_by_length", "dataloader_drop_last": True}
+    sums = sums | {"methods": sums["methods"][1:]}
+    (plain,) = run(sums)
+    grouped = sums | {"training": sums["training"] | {"extra": extra}, "seeds": [0, 1], "output": str(tmp_path / "g")}
+    assert len(plain.weights or []) == 9
+    assert len(set(plain.weights or [])) == 3
+    for line in run(grouped):
+        assert line.status == "done"
+        assert line.weights == plain.weights
+
+
 # --- choosing -----------------------------------------------------------------------------------------------------------
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+from torch.utils.data import DataLoader, SequentialSampler
 from transformers import Trainer
 
 from rankfold.errors import RankfoldError
@@ -39,11 +40,11 @@ def require(package: str, owner: Any, *names: str) -> None:
             )
 
 
-require("transformers", Trainer, "_run_epoch", "_save_checkpoint")
+require("transformers", Trainer, "_run_epoch", "_save_checkpoint", "_get_eval_sampler", "_get_dataloader")
 
 
 class StepwiseTrainer(Trainer):
-    """Trainer with two of its inner steps open."""
+    """Trainer with two of its inner steps open, which measures every row and in its order, whatever `extra` says of training."""
 
     def around_checkpoint(self, folder: Path) -> AbstractContextManager[None]:
         """What a checkpoint is written in."""
@@ -58,6 +59,18 @@ class StepwiseTrainer(Trainer):
         # TRL's trainer of preferences would look for texts; unlike the others it does not see that rows are tokens already.
         prepare: Any = getattr(super(), "_prepare_dataset")  # noqa: B009 - transformers' own trainer has none
         return dataset if "chosen_ids" in dataset.column_names else prepare(dataset, *args, **kwargs)
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> SequentialSampler | None:
+        # train_sampling_strategy="group_by_length" would draw an order from the seed; scores are told and compared by row.
+        return SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
+
+    def _get_dataloader(self, *args: Any, is_training: bool = False, **kwargs: Any) -> DataLoader:
+        dropped = self.args.dataloader_drop_last
+        self.args.dataloader_drop_last = dropped and is_training
+        try:
+            return super()._get_dataloader(*args, is_training=is_training, **kwargs)
+        finally:
+            self.args.dataloader_drop_last = dropped
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         with self.around_checkpoint(Path(self.args.output_dir or ".", f"checkpoint-{self.state.global_step}")):

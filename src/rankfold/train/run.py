@@ -225,7 +225,10 @@ class _MeasureFirst(TrainerCallback):
         self.scores: dict[str, float] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.scores = self.measure()
+        with torch.random.fork_rng(
+            devices=[]
+        ):  # a data loader draws a seed; training must not depend on whether this was measured
+            self.scores = self.measure()
 
 
 def _silent(sentence: str) -> None:
