@@ -19,13 +19,21 @@ from accelerate.state import GradientState
 from peft import PeftModel, get_peft_model, inject_adapter_in_model, set_peft_model_state_dict
 from torch import nn
 from toy import SCHEDULED, STEPS, adamw, adapted, adapters, alive, assert_same, train
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import rankfold
-from rankfold import attach
+from rankfold import AdaSvdConfig, ColaConfig, SoraConfig, attach
 from rankfold.errors import RankfoldError
 
+IDS = torch.arange(6)[None]
 scheduled = pytest.mark.parametrize("method", SCHEDULED)
 METHODS = [*SCHEDULED, "rasa"]
+
+
+def llama() -> nn.Module:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "vocab_size": 32}
+    return LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=1))
 
 
 def save(model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: Any) -> io.BytesIO:
@@ -654,3 +662,62 @@ def test_an_optimiser_without_a_rate_is_refused_before_anything_moves() -> None:
     with pytest.raises(ValueError, match=r"lr is None; set gate_lr"):
         train(model, optimizer, [0])
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+# Several adapters ----------------------------------------------------------------------------------------------------
+
+
+def test_one_config_for_two_adapters_keeps_two_schedules() -> None:
+    config = SoraConfig(r=4, target_modules=["q_proj"], threshold=0.0)
+    model = get_peft_model(llama(), config, adapter_name="one")
+    model.add_adapter("two", config)
+    records = []
+    for name in ("one", "two"):
+        model.set_adapter(name)
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
+        handle = attach(model, optimizer, total_steps=3)
+        for _ in range(1 if name == "one" else 3):
+            model(input_ids=IDS, labels=IDS).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        handle.remove()
+        records.append(model.peft_config["one"].schedule)
+    assert records[0] is not None
+    assert records[1] == records[0] != model.peft_config["two"].schedule
+    assert config.schedule is None
+
+
+class Towers(nn.Module):
+    def __init__(self, names: tuple[str, str]) -> None:
+        super().__init__()
+        configs = (
+            SoraConfig(r=4, target_modules=["q_proj"], threshold=0.0),
+            AdaSvdConfig(r=4, target_r=1, target_modules=["q_proj"]),
+        )
+        self.a, self.b = (get_peft_model(llama(), c, adapter_name=n) for c, n in zip(configs, names, strict=True))
+
+
+def test_each_of_two_models_has_the_controller_of_its_own_config() -> None:
+    towers = Towers(("one", "two"))
+    handle = attach(towers, torch.optim.AdamW([p for p in towers.parameters() if p.requires_grad]), total_steps=6)
+    assert {name: type(c).__name__ for name, c in handle.controllers.items()} == {
+        "one": "SoraController",
+        "two": "AdaSvdController",
+    }
+    towers = Towers(("default", "default"))
+    with pytest.raises(RankfoldError, match="two adapted models in one module call their adapter 'default'"):
+        attach(towers, torch.optim.AdamW([p for p in towers.parameters() if p.requires_grad]), total_steps=6)
+
+
+def test_two_chains_give_the_learning_rate_back() -> None:
+    fields: dict[str, Any] = {"r": 2, "links": 2, "restart_schedule": "linear"}
+    model = get_peft_model(llama(), ColaConfig(target_modules=["q_proj"], **fields), adapter_name="one")
+    model.add_adapter("two", ColaConfig(target_modules=["v_proj"], **fields))
+    model.base_model.set_adapter(["one", "two"])  # pyright: ignore[reportCallIssue]
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+    attach(model, optimizer, total_steps=8)
+    for _ in range(3):
+        model(input_ids=IDS, labels=IDS).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        assert optimizer.param_groups[0]["lr"] == 0.5

@@ -198,3 +198,12 @@ def test_whisper_with_its_convolutions():
     trained = model(**given).logits.detach()
     assert not torch.allclose(trained, bare, atol=1e-3)
     assert_close(model.merge_and_unload()(**given).logits, trained, rtol=1e-4, atol=1e-5)
+
+
+def test_unmerging_after_a_cast_gives_the_model_s_dtype():
+    model = tied()
+    model.merge_adapter()
+    model.to(torch.bfloat16).unmerge_adapter()
+    assert model.base_model.model.first.base_layer.weight.dtype == torch.bfloat16
+    with model.disable_adapter():
+        assert model(torch.randn(3, 8, dtype=torch.bfloat16)).dtype == torch.bfloat16

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
 from peft import get_peft_model
-from transformers import T5Config, T5ForConditionalGeneration
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM, T5Config, T5ForConditionalGeneration
 
 from rankfold import PlainLoraConfig, RasaConfig
 from rankfold.errors import RankfoldError
@@ -24,3 +25,25 @@ def test_a_module_whose_name_ends_the_shared_state_s(fields: dict[str, Any]) -> 
         get_peft_model(model, RasaConfig(shared_rank=1, **fields, **COMMON))
     assert [name for name, _ in model.named_modules()] == before
     get_peft_model(model, PlainLoraConfig(**fields, **COMMON))
+
+
+def test_layers_of_all_linear() -> None:
+    """As LoraConfig, which raises ValueError too: all of them would be adapted."""
+    with pytest.raises(
+        ValueError, match=r"layers_to_transform=.*None when target_modules is a string; list the modules"
+    ):
+        PlainLoraConfig(target_modules="all-linear", layers_to_transform=[1])
+
+
+@pytest.mark.parametrize("left_out", [["experts"], ".*mlp[.]experts", ["experts.down_proj"]])
+def test_experts_that_are_left_out(left_out: Any) -> None:
+    sizes: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "vocab_size": 32}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
+    config = Qwen3MoeConfig(**sizes, **heads, moe_intermediate_size=8, num_experts=2, num_experts_per_tok=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT's, of fused experts
+        fields = PlainLoraConfig(r=2, target_modules="all-linear", exclude_modules=left_out)
+        model = get_peft_model(Qwen3MoeForCausalLM(config), fields)
+    adapted = {n for n, p in model.named_parameters() if p.requires_grad and "experts" in n}
+    assert not any("down_proj" in name for name in adapted)
+    assert bool(adapted) == (left_out == ["experts.down_proj"])

@@ -278,6 +278,17 @@ def test_ranks_step_down() -> None:
         assert adapter.scaling == 8 / 3  # α/r of the first link, for all of them
 
 
+def test_a_wider_last_link_is_kept_whole_by_a_second_run() -> None:
+    model, *_ = run(ColaConfig(r=4, links=2, link_ranks=[1, 4]), 6)
+    model.peft_config["default"].schedule = None
+    before = deltas(model)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
+    attach(model, optimizer, total_steps=4)
+    train(model, optimizer, range(4))
+    for a, b in zip(before, deltas(model), strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_links_are_recorded() -> None:
     model, _, attached = run(ColaConfig(r=2, links=2, links_limit=100), 6)
     schedule = model.peft_config["default"].schedule

@@ -115,7 +115,7 @@ def attach(model: nn.Module, optimizer: torch.optim.Optimizer, *, total_steps: i
     def after(opt: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
         if attached._skipped:
             return
-        for controller in controllers.values():
+        for controller in reversed(controllers.values()):  # two may have changed the rate of one group, the second last
             controller.state["step"] += 1
             with torch.no_grad():
                 controller.after_step(opt)
@@ -175,14 +175,23 @@ def _refuse_penalty(name: str, title: str, controller: type, optimizer: torch.op
 def _trainable(model: nn.Module, stepped: set[int]) -> dict[str, tuple[Any, list]]:
     """Adapter name to its config and adapters, for those with a parameter (by id) that the optimiser steps. A frozen adapter's
     are in AdamW(model.parameters()) too, but are not stepped."""
-    configs: dict[str, Any] = next((c for m in model.modules() if (c := getattr(m, "peft_config", None))), {})
+    models: list[dict[str, Any]] = [c for m in model.modules() if (c := getattr(m, "peft_config", None))]
     found: dict[str, tuple[Any, list]] = {}
     for module in model.modules():
         if isinstance(module, AdaptedLayer):
             for name in module.lowrank_adapters:
                 for adapter in module.adapters([name]):
-                    if any(id(p) in stepped for p in adapter.parameters()):
-                        found.setdefault(name, (configs[name], []))[1].append(adapter)
+                    if not any(id(p) in stepped for p in adapter.parameters()):
+                        continue
+                    own = (c[name] for c in models if name in c and c[name] is adapter.config)
+                    config = next(own, None) or next(c[name] for c in models if name in c)
+                    first, adapters = found.setdefault(name, (config, []))
+                    if config is not first:
+                        raise RankfoldError(
+                            f"two adapted models in one module call their adapter {name!r}, and one optimiser keeps the state of a schedule "
+                            "by this name; give each its own: get_peft_model(model, config, adapter_name=...)"
+                        )
+                    adapters.append(adapter)
     return found
 
 

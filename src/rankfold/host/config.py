@@ -147,11 +147,12 @@ class LowRankConfig(PeftConfig, metaclass=LoraFields):
             self.require(f"rank_pattern[{name!r}]", rank, is_whole(rank) and rank > 0, "an integer > 0")
         for name, alpha in self.alpha_pattern.items():
             self.require(f"alpha_pattern[{name!r}]", alpha, is_number(alpha) and alpha > 0, "a number > 0")
-        if isinstance(self.target_modules, str) and self.target_modules.lower() != "all-linear":
+        if isinstance(
+            self.target_modules, str
+        ):  # as LoraConfig: all-linear becomes whole names, which no layer leaves out
             for name in ("layers_to_transform", "layers_pattern"):
-                self.require(
-                    name, getattr(self, name), getattr(self, name) is None, "None when target_modules is a regex"
-                )
+                needed = "None when target_modules is a string; list the modules to choose layers"
+                self.require(name, getattr(self, name), getattr(self, name) is None, needed)
         self.require(
             "layers_pattern",
             self.layers_pattern,

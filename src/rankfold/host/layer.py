@@ -257,7 +257,8 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         before = self.base_weight.before
         with torch.no_grad():
             if before is not None:
-                self.set_base_weight(before.to(self.get_base_weight().device, copy=True))
+                now = self.get_base_weight()  # the model may have been moved or cast since
+                self.set_base_weight(before.to(now.device, now.dtype, copy=True))
                 for layer in others:
                     layer.set_base_weight(layer.merged_weight(layer.merged_adapters))
             else:

@@ -193,7 +193,7 @@ class AdaptedParameters(AdaptedLayer):
         """Brings every parameter back, bit for bit."""
         for name, before in self.before.items():
             parameter = self.get_base_layer().get_parameter(name)
-            parameter.data = before.to(parameter.device, copy=True)
+            parameter.data = before.to(parameter.device, parameter.dtype, copy=True)
         self.before, self.merged_adapters = {}, []
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from torch import nn
@@ -47,6 +48,8 @@ def parameter_sites(config: Any, name: str, module: nn.Module) -> dict[str, list
         full = f"{name}.{own}"
         if not any(f".{full}".endswith(f".{target}") for target in config.target_parameters or ()):
             continue
+        if _excluded(config, name) or _excluded(config, full):
+            continue
         what = f"{type(config).__name__}: target_parameters: {full}"
         if kind_of(module) is not None:
             raise RankfoldError(f"{what} is of a {type(module).__name__}; name {name} in target_modules instead")
@@ -54,6 +57,14 @@ def parameter_sites(config: Any, name: str, module: nn.Module) -> dict[str, list
             raise RankfoldError(f"{what} has {p.ndim} dimensions; matrices and stacks of matrices can be adapted")
         sites[own] = sites_of_parameter(name, module, own)
     return sites
+
+
+def _excluded(config: Any, name: str) -> bool:
+    """As PEFT reads `exclude_modules` for modules: a regex of the whole name, or a list of what names end in."""
+    given = config.exclude_modules
+    if isinstance(given, str):
+        return re.fullmatch(given, name) is not None
+    return any(f".{name}".endswith(f".{end}") for end in given or ())
 
 
 def sites_of_parameter(name: str, module: nn.Module, own: str) -> list[Site]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import warnings
 from collections.abc import Iterator
@@ -64,7 +65,9 @@ class LowRankTuner(PlanningTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, state_dict=None, **kwargs: Any) -> None:
         check_adapter_name(adapter_name)
-        config: Any = self.peft_config[adapter_name]
+        # A copy: one config object may be given to several adapters, and each has a schedule of its own
+        config: Any = copy.copy(self.peft_config[adapter_name])
+        self.peft_config[adapter_name] = config
         asked = config.target_modules
         self._plan = self.plan(config, model, state_dict)
         if not any(p.is_meta for p in model.parameters()):
@@ -75,6 +78,11 @@ class LowRankTuner(PlanningTuner):
         stale = getattr(unwrapped(model), SHARED, {})  # PEFT allows injecting a second time under one name
         if adapter_name in stale:
             forget(stale, adapter_name)
+        planned = {*self._plan.sites, *self._plan.parameters}
+        for name, layer in model.named_modules():
+            left = isinstance(layer, AdaptedLayer) and adapter_name in layer.lowrank_adapters
+            if left and not {plain_name(name), name} & planned:
+                layer.delete_adapter(adapter_name)  # it would stay active, and be saved with the new one
         with warnings.catch_warnings():
             if (
                 self._plan.parameters

@@ -48,6 +48,11 @@ def check(
         raise RankfoldError(f"add_weighted_adapter: a sum of {method} adapters is not a {method} adapter; {COMBINE}")
     if any(configs[a].target_parameters for a in adapters):
         raise RankfoldError(f"add_weighted_adapter: target_parameters has no sum on a live model; {COMBINE}")
+    rest = ("ensure_weight_tying", "trainable_token_indices")
+    if field := next((f for f in rest if any(getattr(configs[a], f) for a in adapters)), None):
+        raise RankfoldError(
+            f"add_weighted_adapter: {field}: what it trains beside the factors of one module has no sum here; leave out such an adapter"
+        )
     if kind not in ("cat", "linear"):
         raise RankfoldError(
             f"combination_type={kind!r} is not exact, and a live model has no place to state its error; {COMBINE} (--rank, --error, "

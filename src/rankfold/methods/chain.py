@@ -95,8 +95,12 @@ class Chain(Adapter):
 
     def finished(self, link: int) -> Factors:
         """The live pair as a link, whole and without its scale."""
-        rank = self.components(link)
-        return Factors(whole(self.down).detach()[:rank], whole(self.up).detach()[:, :rank])
+        down, up, rank = whole(self.down).detach(), whole(self.up).detach(), self.components(link)
+        if up[
+            :, rank:
+        ].any():  # a second run goes on with the first one's last pair, which may be wider than its own first
+            rank = self.r
+        return Factors(down[:rank], up[:, :rank])
 
     def add_link(self, link: Factors) -> None:
         """Freezes a copy of `link`, which has the chain's scale."""
