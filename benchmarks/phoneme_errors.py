@@ -54,9 +54,10 @@ class Errors:
 
 
 def chosen(lines: list[TrialLine]) -> list[TrialLine]:
-    """The finished trials of each contender at its best rate."""
+    """The finished trials of each contender at its best rate; all contenders' first seed comes first."""
     best = {(c.label, c.where): c.rate for c in analyse(lines).contenders}
-    return [t for t in lines if t.status == "done" and t.rung is None and best.get((t.label, t.where)) == t.rate]
+    found = [t for t in lines if t.status == "done" and t.rung is None and best.get((t.label, t.where)) == t.rate]
+    return sorted(found, key=lambda t: t.seed)
 
 
 def phoneme_error(model: Any, tokenizer: Any, rows: dict[str, list[str]]) -> float:
