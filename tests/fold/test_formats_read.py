@@ -312,6 +312,21 @@ def test_convolutions_of_a_diffusion_model(tool: str, tmp_path: Path) -> None:
         torch.testing.assert_close(found.flatten(1), second @ first / r, rtol=1e-4, atol=1e-5)
 
 
+def test_a_module_whose_name_ends_another_keeps_its_own_scale(tmp_path: Path) -> None:
+    """Flux has `proj_out` and `blocks.N.proj_out`."""
+    file = tmp_path / "pytorch_lora_weights.safetensors"
+    found: dict[str, Tensor] = {}
+    for name, rank, alpha in (("proj_out", 2, 1.0), ("blocks.0.proj_out", 4, 8.0), ("blocks.0.to_q", 4, 8.0)):
+        down, up = torch.randn(rank, 8), torch.randn(8, rank)
+        found |= {f"transformer.{name}.lora_A.weight": down, f"transformer.{name}.lora_B.weight": up}
+        found[f"transformer.{name}.alpha"] = torch.tensor(alpha)
+    save_file(found, file)
+    fold_adapter(file, tmp_path / "out", dtype="float32")
+    for name, scale in (("proj_out", 0.5), ("blocks.0.proj_out", 2.0), ("blocks.0.to_q", 2.0)):
+        up, down = (found[f"transformer.{name}.lora_{side}.weight"].double() for side in "BA")
+        torch.testing.assert_close(delta(tmp_path / "out", name), scale * up @ down, rtol=1e-5, atol=1e-6)
+
+
 def test_a_file_of_two_models(unet: Path, tmp_path: Path) -> None:
     """Kohya's scripts put the text encoder's LoRA beside the UNet's; a fold is of the one that --base names."""
     text = CLIPTextModel(
