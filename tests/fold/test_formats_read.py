@@ -78,6 +78,20 @@ def test_a_pickled_adapter(llama: Path, adapter: Path, tmp_path: Path) -> None:
     assert diff(adapter, tmp_path / "bin").whole.distance < 1e-12
 
 
+@pytest.mark.parametrize("prefix", ["base_model.model.", ""])
+def test_a_renamed_file_of_peft_is_not_taken_for_another_tools(prefix: str, adapter: Path, tmp_path: Path) -> None:
+    """Without PEFT's prefix its names look like those of diffusers, where the scale is 1."""
+    found = load_file(adapter / "adapter_model.safetensors")
+    file = tmp_path / "my_lora.safetensors"
+    save_file({key.replace("base_model.model.", prefix): tensor for key, tensor in found.items()}, file)
+    (tmp_path / "adapter_config.json").write_bytes((adapter / "adapter_config.json").read_bytes())
+    with pytest.raises(RankfoldError, match=r"no weights of this name; call it adapter_model\.safetensors, and put"):
+        fold_adapter(file, tmp_path / "out")
+    (tmp_path / "adapter_config.json").unlink()
+    with pytest.raises(RankfoldError, match=r"call it adapter_model\.safetensors,? and put"):
+        fold_adapter(file, tmp_path / "out")
+
+
 @pytest.mark.parametrize("profile", ["mlx", "gguf"])
 def test_a_fold_for_another_tool_is_read_back(profile: str, llama: Path, adapter: Path, tmp_path: Path) -> None:
     if profile == "gguf":
@@ -379,10 +393,3 @@ def test_what_of_diffusion_is_refused(unet: Path, llama: Path, tmp_path: Path) -
     with pytest.raises(RankfoldError, match=r"do not tell its modules mid.block and mid_block apart"):
         fold_adapter(file, out, base=str(unet))
     assert not out.exists()
-
-
-def test_a_file_of_another_name_is_not_peft_s(adapter: Path, tmp_path: Path) -> None:
-    (tmp_path / "lora.safetensors").write_bytes((adapter / "adapter_model.safetensors").read_bytes())
-    (tmp_path / "adapter_config.json").write_bytes((adapter / "adapter_config.json").read_bytes())
-    with pytest.raises(RankfoldError, match="is a file; give the folder"):
-        fold_adapter(tmp_path / "lora.safetensors", tmp_path / "out")
