@@ -78,6 +78,20 @@ def test_a_pickled_adapter(llama: Path, adapter: Path, tmp_path: Path) -> None:
     assert diff(adapter, tmp_path / "bin").whole.distance < 1e-12
 
 
+@pytest.mark.parametrize("prefix", ["base_model.model.", ""])
+def test_a_renamed_file_of_peft_is_not_taken_for_another_tools(prefix: str, adapter: Path, tmp_path: Path) -> None:
+    """Without PEFT's prefix its names look like those of diffusers, where the scale is 1."""
+    found = load_file(adapter / "adapter_model.safetensors")
+    file = tmp_path / "my_lora.safetensors"
+    save_file({key.replace("base_model.model.", prefix): tensor for key, tensor in found.items()}, file)
+    (tmp_path / "adapter_config.json").write_bytes((adapter / "adapter_config.json").read_bytes())
+    with pytest.raises(RankfoldError, match=r"no weights of this name; call it adapter_model\.safetensors, and put"):
+        fold_adapter(file, tmp_path / "out")
+    (tmp_path / "adapter_config.json").unlink()
+    with pytest.raises(RankfoldError, match=r"call it adapter_model\.safetensors,? and put"):
+        fold_adapter(file, tmp_path / "out")
+
+
 @pytest.mark.parametrize("profile", ["mlx", "gguf"])
 def test_a_fold_for_another_tool_is_read_back(profile: str, llama: Path, adapter: Path, tmp_path: Path) -> None:
     if profile == "gguf":
@@ -312,6 +326,21 @@ def test_convolutions_of_a_diffusion_model(tool: str, tmp_path: Path) -> None:
         torch.testing.assert_close(found.flatten(1), second @ first / r, rtol=1e-4, atol=1e-5)
 
 
+def test_a_module_whose_name_ends_another_keeps_its_own_scale(tmp_path: Path) -> None:
+    """Flux has `proj_out` and `blocks.N.proj_out`."""
+    file = tmp_path / "pytorch_lora_weights.safetensors"
+    found: dict[str, Tensor] = {}
+    for name, rank, alpha in (("proj_out", 2, 1.0), ("blocks.0.proj_out", 4, 8.0), ("blocks.0.to_q", 4, 8.0)):
+        down, up = torch.randn(rank, 8), torch.randn(8, rank)
+        found |= {f"transformer.{name}.lora_A.weight": down, f"transformer.{name}.lora_B.weight": up}
+        found[f"transformer.{name}.alpha"] = torch.tensor(alpha)
+    save_file(found, file)
+    fold_adapter(file, tmp_path / "out", dtype="float32")
+    for name, scale in (("proj_out", 0.5), ("blocks.0.proj_out", 2.0), ("blocks.0.to_q", 2.0)):
+        up, down = (found[f"transformer.{name}.lora_{side}.weight"].double() for side in "BA")
+        torch.testing.assert_close(delta(tmp_path / "out", name), scale * up @ down, rtol=1e-5, atol=1e-6)
+
+
 def test_a_file_of_two_models(unet: Path, tmp_path: Path) -> None:
     """Kohya's scripts put the text encoder's LoRA beside the UNet's; a fold is of the one that --base names."""
     text = CLIPTextModel(
@@ -364,10 +393,3 @@ def test_what_of_diffusion_is_refused(unet: Path, llama: Path, tmp_path: Path) -
     with pytest.raises(RankfoldError, match=r"do not tell its modules mid.block and mid_block apart"):
         fold_adapter(file, out, base=str(unet))
     assert not out.exists()
-
-
-def test_a_file_of_another_name_is_not_peft_s(adapter: Path, tmp_path: Path) -> None:
-    (tmp_path / "lora.safetensors").write_bytes((adapter / "adapter_model.safetensors").read_bytes())
-    (tmp_path / "adapter_config.json").write_bytes((adapter / "adapter_config.json").read_bytes())
-    with pytest.raises(RankfoldError, match="is a file; give the folder"):
-        fold_adapter(tmp_path / "lora.safetensors", tmp_path / "out")

@@ -25,7 +25,7 @@ from transformers import (
 from rankfold import PlainLoraConfig, RasaConfig, SoraConfig
 from rankfold.cli import main
 from rankfold.fold import PROFILES, fold_adapter, fold_model
-from rankfold.fold.profiles.compact import exact_pattern
+from rankfold.host.peft_api import exact_pattern
 
 TOKENS = torch.arange(5, 21)[None]
 LLAMA = LlamaConfig(

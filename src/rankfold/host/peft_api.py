@@ -7,6 +7,7 @@ point, so a member is added. The versions it is tested with stand in `rankfold.p
 
 from __future__ import annotations
 
+import re
 from importlib.metadata import version
 from types import SimpleNamespace
 from typing import Any
@@ -55,6 +56,7 @@ __all__ = [
     "add_peft_type",
     "check_adapters_to_merge",
     "check_as_lora",
+    "exact_pattern",
     "get_pattern_key",
     "in_out_features",
     "include_all_linear_layers",
@@ -66,6 +68,17 @@ __all__ = [
     "tie_modules_to_save",
     "tie_targets",
 ]
+
+
+def exact_pattern(name: str) -> str:
+    r"""The key of rank_pattern or alpha_pattern that matches this module and no other.
+
+    PEFT takes a key as a regular expression for the end of a module's name; `^` keeps one that is another's ending apart.
+
+    >>> exact_pattern("h.1.attn")
+    '^h\\.1\\.attn'
+    """
+    return "^" + re.escape(name)
 
 
 def check_as_lora(config: Any, model: Any, target_name: str) -> None:

@@ -20,6 +20,7 @@ from rankfold.host.adapter import Adapter
 from rankfold.host.checkpoint import check_adapter_name, plain_name
 from rankfold.host.config import LowRankConfig
 from rankfold.host.layer import AdaptedLayer
+from rankfold.host.peft_api import exact_pattern
 from rankfold.kernel.factors import Factors
 
 COMBINE = "save them and run `rankfold combine A B --weights ... -o OUT`, which makes a plain LoRA of any of them"
@@ -103,7 +104,7 @@ def config_of(first: LowRankConfig, found: dict[str, Factors], model: nn.Module)
     """The new adapter's: each module its own rank, scale 1. Names are exact, whatever patterns the others had."""
     ranks = {name: factors.rank for name, factors in found.items()}
     largest = max(ranks.values())
-    other = {f"^{re.escape(n)}": r for n, r in ranks.items() if r != largest}
+    other = {exact_pattern(n): r for n, r in ranks.items() if r != largest}
     names = [plain_name(n) for n, _ in model.named_modules()]
     unique = not any(n != t and n.endswith(f".{t}") for t in found for n in names)
     return replace(

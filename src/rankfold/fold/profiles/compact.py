@@ -5,7 +5,6 @@ Its readers scale a module by lora_alpha / (its rank): PEFT, vLLM from 0.32 on a
 
 from __future__ import annotations
 
-import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from safetensors.torch import save_file
 from rankfold.fold.lora_tensors import Layout
 from rankfold.fold.profiles.profile import Folded, Profile, Written
 from rankfold.fold.profiles.uniform import config, loaders, reader, serve_flags, serve_rank
+from rankfold.host.peft_api import exact_pattern
 from rankfold.io.files import to_json
 from rankfold.kernel.factors import Factors
 
@@ -56,17 +56,6 @@ def write(folded: Folded, folder: Path) -> Written:
             "wrongly or refuse it; fold with --profile uniform for them"
         ],
     )
-
-
-def exact_pattern(name: str) -> str:
-    r"""The key of rank_pattern that matches this module and no other.
-
-    PEFT takes a key as a regular expression for the end of a module's name; `^` keeps one that is another's ending apart.
-
-    >>> exact_pattern("h.1.attn")
-    '^h\\.1\\.attn'
-    """
-    return "^" + re.escape(name)
 
 
 PROFILE = Profile(write, rounded, noun="a plain LoRA with a rank for each module", loads_as="adapter")

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rankfold.errors import RankfoldError
+from rankfold.host.peft_api import exact_pattern
 from rankfold.io.adapter_names import PREFIX
 from rankfold.io.adapters import WEIGHTS
 
@@ -101,8 +102,8 @@ def plain_lora(
     made = LoraConfig(
         r=int(r),
         lora_alpha=alpha,  # pyright: ignore[reportArgumentType]  (PEFT takes any number)
-        rank_pattern={module: rank for module, rank in ranks.items() if rank != r},
-        alpha_pattern={module: found for module, found in alphas.items() if found != alpha},
+        rank_pattern={exact_pattern(module): rank for module, rank in ranks.items() if rank != r},
+        alpha_pattern={exact_pattern(module): found for module, found in alphas.items() if found != alpha},
         target_modules=sorted(pairs),
         base_model_name_or_path=base,
         inference_mode=True,

@@ -19,7 +19,7 @@ from peft import LoraConfig
 from torch import Tensor
 
 from rankfold.errors import RankfoldError
-from rankfold.io.adapters import read_tensors
+from rankfold.io.adapters import CONFIG, WEIGHTS, read_tensors
 from rankfold.io.formats.adapter import Pair, SavedAdapter, plain_lora
 from rankfold.io.formats.place import Place
 from rankfold.io.models import ModelError, model_config, skeleton
@@ -46,6 +46,11 @@ def read(place: Place, base: str | None) -> SavedAdapter:
     path = place.weights
     assert path is not None
     models = _sorted(read_tensors(path), path)
+    if "model" in models:
+        raise RankfoldError(
+            f"{path}: names such as model.{next(iter(models['model']))} are of a language model and not of diffusers; if PEFT wrote "
+            f"them, call it {WEIGHTS} and put it beside its {CONFIG}, which says the scale"
+        )
     names = {} if base is None else _module_names(base)
     model = _only_model(models, path) if base is None else _model_of(models, names, base, path)
     found = {names.get(module, module): parts for module, parts in models[model].items()}

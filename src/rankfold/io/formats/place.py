@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,10 +90,17 @@ def _of_file(path: Path) -> Place | None:
     elif path.suffix in PICKLES:
         kind = "peft"
     elif path.suffix == ".safetensors":
-        kind = _of_names(_names(path))
+        kind = "peft" if _is_peft(path.parent / CONFIG) else _of_names(_names(path))
     else:
         return None
     return Place(kind, path.parent, path, alone=kind == "diffusers" or (kind == "peft" and path.name not in WEIGHTS))
+
+
+def _is_peft(config: Path) -> bool:
+    try:
+        return "peft_type" in json.loads(config.read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        return False
 
 
 def _of_names(names: Iterable[str]) -> str:
