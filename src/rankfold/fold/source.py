@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -97,6 +98,15 @@ def vocabulary_of(base: nn.Module, heads: Mapping[str, Tensor], kept: list[str])
     ends = input_embeddings(base), getattr(base, "get_output_embeddings", lambda: None)()
     names = {f"{PREFIX}{name}.weight" for name, module in base.named_modules() if any(module is end for end in ends)}
     return {key: tensor for key, tensor in heads.items() if key in names and not is_saved(key, kept)}
+
+
+def never_adapted(config: PeftConfig) -> str | None:
+    """`exclude_modules` as one pattern that also says what PEFT leaves out because it is trained in full: a head can be one of the
+    targets too (all-linear)."""
+    given = getattr(config, "exclude_modules", None) or []
+    ends = [] if isinstance(given, str) else [rf"(.*\.)?{re.escape(name)}" for name in given]
+    heads = [rf"(.*\.)?{name}(\..*)?" for name in getattr(config, "modules_to_save", None) or []]
+    return "|".join([*([given] if isinstance(given, str) else ends), *heads]) or None
 
 
 @contextmanager
