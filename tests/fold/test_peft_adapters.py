@@ -23,6 +23,8 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    RobertaConfig,
+    RobertaForSequenceClassification,
 )
 from transformers.pytorch_utils import Conv1D
 
@@ -293,6 +295,30 @@ def test_a_classifier_keeps_its_head(bases: dict[str, Path], tmp_path: Path) -> 
     again = AutoModelForSequenceClassification.from_pretrained(bases["llama"], num_labels=3, pad_token_id=0)
     loaded = PeftModel.from_pretrained(again, tmp_path / "out").eval()
     torch.testing.assert_close(logits(loaded), logits(model), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("config", [LoraConfig(r=4, init_lora_weights=False), peft.RoadConfig(group_size=8)], ids=kind)
+def test_a_head_that_is_a_target_too(config: PeftConfig, tmp_path: Path) -> None:
+    """The head of RoBERTa holds a `dense`, as its layers do; PEFT trains it in full and does not adapt it."""
+    torch.manual_seed(0)
+    base = RobertaForSequenceClassification(
+        RobertaConfig(
+            vocab_size=64,
+            hidden_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=24,
+            num_labels=3,
+        )
+    )
+    base.save_pretrained(tmp_path / "base")
+    config.target_modules, config.task_type = ["query", "dense"], "SEQ_CLS"  # type: ignore[attr-defined]
+    base.name_or_path = str(tmp_path / "base")
+    get_peft_model(base, config).save_pretrained(tmp_path / "a")
+    assert any("classifier.dense.weight" in key for key in load_file(tmp_path / "a" / "adapter_model.safetensors"))
+    report = fold_adapter(tmp_path / "a", tmp_path / "out", error=0.0, dtype="float32")
+    assert len(report.layers) == 4
+    assert report.probe["max_logit_error"] < 1e-5, report.probe  # type: ignore[operator]
 
 
 # What cannot be folded: refused by name, with what to do, and nothing is written --------------------------------------

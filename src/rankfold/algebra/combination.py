@@ -157,7 +157,7 @@ def _check_weights(weights: Sequence[float], adapters: int) -> None:
 
 def check_one_base(terms: Sequence[Term]) -> None:
     """Raises RankfoldError where two adapters name different base models, or revisions of one."""
-    first, *others = ((t.name, _base(t.source)) for t in terms)
+    first, *others = ((t.name, named_base(t.source)) for t in terms)
     for name, base in others:
         if base != first[1]:
             raise RankfoldError(
@@ -166,7 +166,8 @@ def check_one_base(terms: Sequence[Term]) -> None:
             )
 
 
-def _base(source: Source) -> str:
+def named_base(source: Source) -> str:
+    """The base model that an adapter names, with its revision where it is not main's."""
     name, revision = source.config.base_model_name_or_path, source.config.revision
     place = str(Path(name).resolve()) if name and Path(name).exists() else str(name)
     return f"{place}@{revision}" if revision not in (None, "main") else place

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from rankfold.algebra.combination import check_shapes, module_places
+from rankfold.algebra.combination import check_shapes, module_places, named_base
 from rankfold.algebra.models import ModelPair
 from rankfold.errors import RankfoldError
 from rankfold.fold import source_of
@@ -131,7 +131,7 @@ def _of_adapters(
         between(name, *(s.update(name) if name in h else None for s, h in zip((one, other), had, strict=True)))
         for name in modules
     ]
-    bases = [s.config.base_model_name_or_path for s in (one, other)]
+    bases = [named_base(s) for s in (one, other)]
     notes = [] if bases[0] == bases[1] else [f"they name different base models, {bases[0]} and {bases[1]}"]
     if one.heads or other.heads:
         notes.append("trained heads (modules_to_save) are not compared")

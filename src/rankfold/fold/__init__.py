@@ -10,10 +10,10 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Unpack
+from typing import Any, Unpack
 
 import torch
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -97,8 +97,7 @@ def fold_adapter(
             read, config=read.config if near else source.config
         )  # with the class of the base, where the folder does not say it
         if texts is not None and (limit or not near):
-            name = base or source.config.base_model_name_or_path
-            limit = _weighed(limit, trained_model(known, base), source, texts, name)
+            limit = _weighed(limit, trained_model(known, base), source, texts)
         report = _write(source, folder, out, str(read.path), base, asked, limit)
         if probe:
             report.probe = run_probe(known, folder, base, PROFILES[asked.profile])
@@ -125,15 +124,15 @@ def fold_model(
     with whole_folder(out, asked.force) as folder:
         limit, texts = _limit(asked), None if calibration is None else read_texts(calibration)
         near, take_back = None, None
+        config = getattr(model, "peft_config", {}).get(adapter_name)
         if approximate is not None:
-            base = getattr(getattr(model, "peft_config", {}).get(adapter_name), "base_model_name_or_path", None)
-            near, take_back = approximate_in_place(model, approximate, adapter_name, _batches(model, texts, base))
-        foreign = not isinstance(getattr(model, "peft_config", {}).get(adapter_name), LowRankConfig | None)
+            near, take_back = approximate_in_place(model, approximate, adapter_name, _batches(model, texts, config))
+        foreign = not isinstance(config, LowRankConfig | None)
         try:
             source = (peft_adapters if foreign else native).from_model(model, adapter_name)
             _check_out(out, None, source.config.base_model_name_or_path)
             if texts is not None and (limit or not near):
-                limit = _weighed(limit, model, source, texts, source.config.base_model_name_or_path)
+                limit = _weighed(limit, model, source, texts)
             report = _write(source, folder, out, origin, None, asked, limit)
         finally:
             if take_back is not None:
@@ -184,20 +183,24 @@ def _approximated(
     adapter: SavedAdapter, base: str | None, rule: str, texts: list[str] | None
 ) -> tuple[Source, Approximation]:
     """An adapter without an exact fold as the source of one that comes near it."""
-    name = base or adapter.config.base_model_name_or_path
     model = trained_model(adapter, base)
-    near, _ = approximate_in_place(model, rule, batches=_batches(model, texts, name))
+    near, _ = approximate_in_place(model, rule, batches=_batches(model, texts, adapter.config))
     source = native.from_model(model)
-    dtype = getattr(base_config(name), "dtype", None) or source.dtype
+    known = base_config(base or adapter.config.base_model_name_or_path, adapter.config.revision)
+    dtype = getattr(known, "dtype", None) or source.dtype
     source.notes.extend(adapter.notes)
     return replace(source, dtype=dtype, folder=adapter.folder, labels=read_labels(adapter.folder)), near
 
 
-def _batches(model: nn.Module, texts: list[str] | None, base: str | None) -> list[dict[str, Tensor]]:
-    if texts is None:
-        return []
-    inner = model.get_base_model() if isinstance(model, PeftModel) else model
-    return [{"input_ids": ids} for ids in tokenise(texts, base, inner.config)]  # pyright: ignore[reportArgumentType]
+def _batches(model: nn.Module, texts: list[str] | None, config: PeftConfig | None) -> list[dict[str, Tensor]]:
+    return [] if texts is None else [{"input_ids": ids} for ids in _tokens(model, texts, config)]
+
+
+def _tokens(model: nn.Module, texts: list[str], config: PeftConfig | None) -> list[Tensor]:
+    """The texts as the base that the adapter's config names reads them."""
+    inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    base, revision = (config.base_model_name_or_path, config.revision) if config else (None, None)
+    return tokenise(texts, base, inner.config, revision)
 
 
 def _check_out(out: Path, adapter: Path | None, base: str | None) -> None:
@@ -228,13 +231,11 @@ def _check_out(out: Path, adapter: Path | None, base: str | None) -> None:
         )
 
 
-def _weighed(
-    limit: CompressionLimit, model: nn.Module, source: Source, texts: list[str], base: str | None
-) -> CompressionLimit:
+def _weighed(limit: CompressionLimit, model: nn.Module, source: Source, texts: list[str]) -> CompressionLimit:
     if not limit:
         raise RankfoldError("calibration weighs what compression cuts off; give rank or error with it")
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
-    batches = tokenise(texts, base, inner.config)  # pyright: ignore[reportArgumentType]
+    batches = _tokens(model, texts, source.config)
     return replace(limit, moments=second_moments(inner, source.adapted, batches))
 
 

@@ -48,14 +48,19 @@ def _text(line: str, where: str) -> str:
     return text
 
 
-def tokenise(texts: list[str], base: str | None, model: PretrainedConfig) -> list[Tensor]:
+def tokenise(texts: list[str], base: str | None, model: PretrainedConfig, revision: str | None = None) -> list[Tensor]:
     """Token ids (1 × length) of each text, by the base's tokenizer, no more of them than the model has positions for.
+
+    Args:
+        base: folder or hub id.
+        model: the config of the model that they are for.
+        revision: of a hub id.
 
     Raises:
         ValueError: there is no tokenizer, it makes nothing of the texts, or is another model's.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(base, revision=revision or "main", trust_remote_code=False)
     except (OSError, ValueError, TypeError, AttributeError) as error:
         reason = str(error).splitlines()[0]
         raise RankfoldError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from copy import copy
 from dataclasses import replace
 
@@ -19,7 +18,15 @@ from transformers.pytorch_utils import Conv1D
 
 from rankfold.errors import RankfoldError
 from rankfold.fold.sites import modules_of_experts, of_adapted_types, siblings, unlike_peft
-from rankfold.fold.source import Source, base_skeleton, fitting, folding_device, output_head, vocabulary_of
+from rankfold.fold.source import (
+    Source,
+    base_skeleton,
+    fitting,
+    folding_device,
+    never_adapted,
+    output_head,
+    vocabulary_of,
+)
 from rankfold.host import registry
 from rankfold.host.adapter import not_fixed
 from rankfold.host.checkpoint import LAYERS, SHARED
@@ -125,7 +132,7 @@ def weightless(adapter: SavedAdapter, base: str | None = None) -> PeftModel:
     ours = {k: v for k, v in adapter.tensors.items() if _is_ours(k)}
     bare: LowRankConfig = copy(config)
     # The head is copied as it is; leaving it out here makes the number of labels irrelevant
-    bare.exclude_modules = _never_adapted(config)
+    bare.exclude_modules = never_adapted(config)
     bare.modules_to_save, bare.task_type, bare.inference_mode = None, None, True
     bare.base_model_name_or_path = None  # PEFT warns when a base moves
     skeleton = base_skeleton(config, base)
@@ -136,15 +143,6 @@ def weightless(adapter: SavedAdapter, base: str | None = None) -> PeftModel:
     renamed = tuner._remap_adapter_state_dict_for_load(model, bare, "default", ours)
     model.load_state_dict(renamed, strict=False, assign=True)
     return model  # pyright: ignore[reportReturnType]
-
-
-def _never_adapted(config: LowRankConfig) -> str | None:
-    """`exclude_modules` as one pattern that also says what PEFT leaves out because it is trained in full: a head can be one of the
-    targets too (all-linear)."""
-    given = config.exclude_modules or []
-    ends = [] if isinstance(given, str) else [rf"(.*\.)?{re.escape(name)}" for name in given]
-    heads = [rf"(.*\.)?{name}(\..*)?" for name in config.modules_to_save or []]
-    return "|".join([*([given] if isinstance(given, str) else ends), *heads]) or None
 
 
 def _is_ours(key: str) -> bool:

@@ -31,6 +31,7 @@ from rankfold.fold.source import (
     base_skeleton,
     fitting,
     folding_device,
+    never_adapted,
     output_head,
     vocabulary_of,
 )
@@ -111,6 +112,8 @@ def from_files(adapter: SavedAdapter, base: str | None = None) -> Source:
     dtype = getattr(skeleton.config, "dtype", None) or torch.float32  # pyright: ignore[reportAttributeAccessIssue]
     bare = copy(config)
     bare.task_type, bare.inference_mode, bare.base_model_name_or_path = None, True, None
+    if _kept(config):  # PEFT asks any config for it, also of a type without the field
+        setattr(bare, "exclude_modules", never_adapted(config))  # noqa: B010
     defaults = {"modules_to_save": None, "init_lora_weights": True}
     if not any("lora_embedding_" in key for key in tensors):  # what is left to tie is in modules_to_save
         defaults["ensure_weight_tying"] = False

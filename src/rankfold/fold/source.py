@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -99,6 +100,15 @@ def vocabulary_of(base: nn.Module, heads: Mapping[str, Tensor], kept: list[str])
     return {key: tensor for key, tensor in heads.items() if key in names and not is_saved(key, kept)}
 
 
+def never_adapted(config: PeftConfig) -> str | None:
+    """`exclude_modules` as one pattern that also says what PEFT leaves out because it is trained in full: a head can be one of the
+    targets too (all-linear)."""
+    given = getattr(config, "exclude_modules", None) or []
+    ends = [] if isinstance(given, str) else [rf"(.*\.)?{re.escape(name)}" for name in given]
+    heads = [rf"(.*\.)?{name}(\..*)?" for name in getattr(config, "modules_to_save", None) or []]
+    return "|".join([*([given] if isinstance(given, str) else ends), *heads]) or None
+
+
 @contextmanager
 def fitting(folder: Path, config: PeftConfig, base: str | None) -> Iterator[None]:
     """What PEFT makes of a config that is damaged or of another base, as a ValueError that says so."""
@@ -117,7 +127,7 @@ def fitting(folder: Path, config: PeftConfig, base: str | None) -> Iterator[None
         ) from None
 
 
-def base_config(name: str | None) -> PretrainedConfig:
+def base_config(name: str | None, revision: str | None) -> PretrainedConfig:
     """The base model's config; raises ValueError where it cannot be had."""
     if not name:
         raise RankfoldError("the adapter's config does not name its base model; give it with --base FOLDER")
@@ -126,7 +136,7 @@ def base_config(name: str | None) -> PretrainedConfig:
             f"base={name!r} does not exist, it may have been moved; give its new place with --base FOLDER"
         )
     try:
-        return model_config(name)
+        return model_config(name, **({"revision": revision} if revision else {}))
     except ModelError as error:
         raise RankfoldError(f"base={name!r}: its config.json cannot be read ({error}); give --base FOLDER") from None
 
@@ -143,7 +153,7 @@ def base_skeleton(
         RankfoldError: the config cannot be had, or no class can be made of it.
     """
     name = base or config.base_model_name_or_path
-    known, built, failed = base_config(name), [], None
+    known, built, failed = base_config(name, config.revision), [], None
     for maker in _classes(config, known):
         try:
             built.append(skeleton(known, (maker,)))
@@ -164,7 +174,7 @@ def base_class(config: PeftConfig, base: str | None = None) -> Any:
         base: where the base is, if not where the adapter's config says.
     """
     try:
-        known = base_config(base or config.base_model_name_or_path)
+        known = base_config(base or config.base_model_name_or_path, config.revision)
     except RankfoldError:
         known = None
     return _classes(config, known)[0]
@@ -204,11 +214,11 @@ def base_model(
     Raises:
         OSError, ValueError: the weights cannot be had.
     """
-    base_config(name)  # says in a sentence what load_base would in a paragraph
+    base_config(name, config.revision)  # says in a sentence what load_base would in a paragraph
     made = base_class(config, name)
     task = table.of_adapter(config.task_type, made.__name__)
     labels = _labels(tensors, config) if task and task.new_head else None
-    model = load_base(made, name, dtype, labels)
+    model = load_base(made, name, dtype, labels, config.revision)
     embeddings: Any = input_embeddings(model)
     key = next((f"{PREFIX}{n}.weight" for n, m in model.named_modules() if m is embeddings), "")
     if key in tensors and len(tensors[key]) != len(embeddings.weight):

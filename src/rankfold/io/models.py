@@ -171,7 +171,13 @@ def meta_copy(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, hollow)
 
 
-def load_base(maker: Any, place: str | Path | None, dtype: torch.dtype | str, labels: int | None = None) -> Any:
+def load_base(
+    maker: Any,
+    place: str | Path | None,
+    dtype: torch.dtype | str,
+    labels: int | None = None,
+    revision: str | None = None,
+) -> Any:
     """A base model with its weights.
 
     Args:
@@ -179,11 +185,13 @@ def load_base(maker: Any, place: str | Path | None, dtype: torch.dtype | str, la
         place: folder or hub id.
         dtype: of the weights; "auto" keeps the file's.
         labels: outputs of a classification head, whose own weights may be missing.
+        revision: of a hub id.
 
     Raises:
         OSError, ValueError: the weights cannot be had.
     """
     extra = {} if labels is None else {"num_labels": labels, "ignore_mismatched_sizes": True}
+    extra |= {"revision": revision} if revision else {}
     with quiet():  # a head that is loaded a line later needs no warning
         return maker.from_pretrained(place, dtype=dtype, trust_remote_code=False, **extra)
 

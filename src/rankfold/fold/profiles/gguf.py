@@ -27,7 +27,7 @@ FILE = "adapter.gguf"
 def write(folded: Folded, folder: Path) -> Written:
     """adapter.gguf. Modules without an update are left out: llama.cpp takes any subset."""
     gguf = need_gguf("profile gguf")
-    base, rank = base_config(folded.base), max(folded.rank, 1)
+    base, rank = base_config(folded.base, folded.source.config.revision), max(folded.rank, 1)
     _check(base)
     if folded.source.heads:
         raise RankfoldError("profile gguf: a GGUF LoRA has no place for the trained head in modules_to_save")

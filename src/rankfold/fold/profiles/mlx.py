@@ -29,7 +29,7 @@ _BLOCK = re.compile(r"model\.layers\.\d+\.(.+)")
 
 def write(folded: Folded, folder: Path) -> Written:
     """Both files; one rank, scale 1, every block of the model listed."""
-    base, rank = base_config(folded.base), max(folded.rank, 1)
+    base, rank = base_config(folded.base, folded.source.config.revision), max(folded.rank, 1)
     if base.model_type not in MODEL_TYPES:
         raise RankfoldError(
             f"profile mlx: model_type={base.model_type!r} is not among {', '.join(MODEL_TYPES)}, whose names in mlx-lm are "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from copy import copy
+from dataclasses import replace
 from pathlib import Path
 
 from rankfold.io.formats import diffusion, gguf, mlx, peft
@@ -18,11 +20,17 @@ def read_adapter(path: str | Path, base: str | None = None) -> SavedAdapter:
 
     Args:
         path: its folder, the folder of the run that made it, or its file of weights.
-        base: the base model, where the format does not say it, or says a place that has moved.
+        base: the base model, where the format does not say it, or says a place that has moved; the config names it then. A
+            revision in the config is that of the base which the adapter names, so any other has none.
 
     Raises:
         FileNotFoundError: nothing is there.
         RankfoldError: it is not an adapter, it is damaged, or what it needs to be read, by name.
     """
     place = find(Path(path)) or Place("peft", Path(path))
-    return _READERS[place.kind](place, base)
+    read = _READERS[place.kind](place, base)
+    if base is None or base == read.config.base_model_name_or_path:
+        return read
+    config = copy(read.config)
+    config.base_model_name_or_path, config.revision = base, None
+    return replace(read, config=config)
