@@ -211,8 +211,87 @@ def test_flags_that_vllm_refuses(adapter, key: str, value):
     folder = adapter()
     edit_config(folder, **{key: value})
     found = diagnose(folder)
-    expect(found, vllm=REFUSED)
+    expect(found, **{**_others_than_vllm(key), "vllm": REFUSED})
     assert f"({key})" in why(found, "vllm")
+    assert "not checked" not in why(found, "vllm")  # what is refused needs no check
+
+
+def _others_than_vllm(key: str) -> dict[str, Status]:
+    """Of lora_bias the tensors decide, and there are none here; the other keys were seen in none of these."""
+    return {} if key == "lora_bias" else dict.fromkeys(("vllm_old", "sglang", "llama", "tgi"), UNCHECKED)
+
+
+#: LoRA of PEFT's that is more than B·A of linear layers, and what the loaders of three engines do with it.
+MORE_THAN_FACTORS = {
+    "dora": ({"use_dora": True}, PART, REFUSED, REFUSED),
+    "lora_bias": ({"lora_bias": True}, PART, REFUSED, REFUSED),
+    "embeddings": ({"target_modules": ["q_proj", "v_proj", "embed_tokens"]}, PART, REFUSED, REFUSED),
+    "tokens": ({"trainable_token_indices": [1, 2]}, PART, REFUSED, REFUSED),
+    "norm": ({"modules_to_save": ["norm"]}, PART, REFUSED, REFUSED),
+    "whole head": ({"modules_to_save": ["lm_head"]}, UNCHECKED, REFUSED, REFUSED),
+    "head": ({"target_modules": ["q_proj", "v_proj", "lm_head"]}, LOADS, REFUSED, REFUSED),
+    "ranks": ({"rank_pattern": {"v_proj": 4}, "alpha_pattern": {"v_proj": 4}}, LOADS, UNCHECKED, REFUSED),
+    "one string": ({"target_modules": r".*\.(q|v)_proj"}, LOADS, LOADS, REFUSED),
+}
+
+
+@pytest.mark.filterwarnings(
+    "ignore:Setting `save_embedding_layers`:UserWarning",
+    "ignore:`lora_bias=True` was passed:UserWarning",
+    "ignore:.*invalid shape.*lora_B.bias:peft.utils.warning.PeftWarning",  # a bias has one dimension
+)
+@pytest.mark.parametrize("name", MORE_THAN_FACTORS)
+def test_what_is_more_than_factors_in_openvino_mistral_rs_and_lmdeploy(adapter, name: str):
+    options, *wanted = MORE_THAN_FACTORS[name]
+    found = verdicts(diagnose(adapter(**{"r": 8, "lora_alpha": 8, **options})))
+    assert [found[key] for key in ("openvino", "mistral.rs", "lmdeploy")] == wanted
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("layer_replication", [[0, 1]]),
+        ("alora_invocation_tokens", [1]),
+        ("use_qalora", True),
+        ("arrow_config", {"top_k": 2}),
+        ("kasa_config", {"beta": 1e-4}),
+    ],
+)
+def test_no_engine_but_peft_is_said_to_load_a_key_that_was_not_seen_in_it(adapter, key: str, value):
+    folder = adapter(r=8, lora_alpha=8)
+    edit_config(folder, **{key: value})
+    found = diagnose(folder)
+    assert [k for k, status in verdicts(found).items() if status is LOADS] == ["peft"]
+    assert (verdicts(found)["mistral.rs"] is REFUSED) == (key != "kasa_config")
+    edit_config(folder, **{key: None})
+    assert verdicts(diagnose(folder))["sglang"] is LOADS
+
+
+def test_keys_without_peft_s_prefix(adapter):
+    folder = adapter(r=8, lora_alpha=8)
+    edit_tensors(folder, lambda t: {k.removeprefix("base_model.model."): v for k, v in t.items()})
+    found = verdicts(diagnose(folder))
+    assert (found["openvino"], found["mistral.rs"], found["lmdeploy"]) == (PART, LOADS, REFUSED)
+
+
+def test_convolutions_and_bases_that_are_not_language_models_are_not_checked(adapter, llama: Path, tmp_path: Path):
+    folder = adapter(r=8, lora_alpha=8)
+    config = json.loads((llama / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "architectures": ["LlamaModel"]}))
+    found = diagnose(folder, base=tmp_path)
+    assert [k for k, status in verdicts(found).items() if status is LOADS] == ["peft"]
+    assert "whether it serves a 'LlamaModel' was not checked" in why(found, "vllm")
+
+    edit_tensors(folder, lambda t: {k: v[..., None, None] for k, v in t.items()})
+    found = diagnose(folder, engines=["sglang", "llama.cpp", "tgi", "vllm-old", "peft"])
+    assert set(verdicts(found).values()) == {UNCHECKED, LOADS}
+    assert verdicts(found)["peft"] is LOADS
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning")
+def test_ollama_stops_at_a_lora_of_embeddings(adapter):
+    found = diagnose(adapter(target_modules=["embed_tokens"]), engines=["ollama", "llama.cpp"])
+    assert verdicts(found) == {"ollama": REFUSED, "llama.cpp": LOADS}
 
 
 def test_keys_that_engines_need(adapter):

@@ -10,7 +10,7 @@ from peft import PEFT_TYPE_TO_CONFIG_MAPPING
 
 from rankfold.doctor.case import Case, Pair, layer_of
 from rankfold.doctor.findings import Finding, Status
-from rankfold.doctor.rules import Rule, fold_command, one_scale
+from rankfold.doctor.rules import STARTS, Rule, fold_command, one_scale
 from rankfold.doctor.settings import scale
 from rankfold.text import examples, short_repr
 
@@ -46,14 +46,6 @@ def vllm_embedding(case: Case) -> Iterator[Finding]:
 # --- SGLang -------------------------------------------------------------------------------------------------------------
 
 
-def sglang_targets(case: Case) -> Iterator[Finding]:
-    targets = case.settings.target_modules
-    if isinstance(targets, str) and targets not in ("all-linear", "all"):
-        what = f"target_modules={short_repr(targets)} is a regular expression; it must be a list"
-        fix = f"write the list of names, or {fold_command(case)}"
-        yield Finding(Status.REFUSED, what, case.file.where("target_modules"), fix)
-
-
 def sglang_tokens(case: Case) -> Iterator[Finding]:
     """Ids below the base's vocabulary size are filtered, the others are refused."""
     path = case.file.path / "added_tokens.json"
@@ -71,14 +63,6 @@ def sglang_tokens(case: Case) -> Iterator[Finding]:
         "" if status is Status.REFUSED else "; its size is not known"
     )
     yield Finding(status, what, path.name, "remove the file if no token was added in training, or give --base FOLDER")
-
-
-def sglang_ranks(case: Case) -> Iterator[Finding]:
-    """Its buffers have the config's r."""
-    odd = [p for p in case.whole if p.rank != case.settings.r]
-    if case.is_lora and odd:
-        what = f"{odd[0].module} has rank {odd[0].rank}, its buffers have r={case.settings.r}"
-        yield Finding(Status.REFUSED, what, case.file.where("r"), fold_command(case))
 
 
 def sglang_siblings(case: Case) -> Iterator[Finding]:
@@ -182,9 +166,10 @@ def ollama_rows(case: Case) -> Iterator[Finding]:
 
 
 def ollama_others(case: Case) -> Iterator[Finding]:
-    norms = case.others.get("norm")
-    if norms:
-        yield Finding(Status.REFUSED, f"unexpected suffix: {examples(norms)}", norms[0], "train it without norms")
+    """Its conversion renames lora_A.weight and lora_B.weight, and its loader stops at what ends otherwise."""
+    names = [n for role in ("norm", "embedding", "base_layer") for n in case.others.get(role, [])]
+    if names:
+        yield Finding(Status.REFUSED, f"unexpected suffix: {examples(names)}", names[0], "adapt linear modules only")
 
 
 def mlx_scale_ignored(case: Case) -> Iterator[Finding]:
@@ -359,13 +344,6 @@ def diffusers_kind(case: Case) -> Iterator[Finding]:
         yield Finding(Status.NOT_CHECKED, what, other[0])
 
 
-def mistral_rs_base(case: Case) -> Iterator[Finding]:
-    config = case.base.config if case.base else {}
-    if "rope_parameters" in config and "rope_theta" not in config:
-        what = "it refuses this base until its config.json has rope_theta at the top level (missing field rope_theta)"
-        yield Finding(Status.LOADS, what, "config.json (rope_parameters)")
-
-
 def diffusers_scale(case: Case) -> Iterator[Finding]:
     ranks = {p.rank for p in case.whole}
     if len(ranks) > 1 and not case.others.get("alpha") and not case.file.config.get("lora_adapter_metadata"):
@@ -374,3 +352,35 @@ def diffusers_scale(case: Case) -> Iterator[Finding]:
             "module's rank as the α of all"
         )
         yield Finding(Status.NOT_CHECKED, what, case.whole[0].module, "add alpha keys or metadata")
+
+
+# --- OpenVINO GenAI, mistral.rs and LMDeploy ----------------------------------------------------------------------------
+
+
+def openvino_saved(case: Case) -> Iterator[Finding]:
+    """Of whole modules its patterns name lm_head.weight and embed_tokens.weight, which take the place of the base's."""
+    if not case.is_lora:
+        return
+    names = [*case.others.get("saved", []), *case.others.get("vocabulary", [])]
+    whole = [n for n in names if n.endswith((".lm_head.weight", ".embed_tokens.weight"))]
+    dropped = [n for n in names if n not in whole]
+    fix = "train without modules_to_save, or merge it into the base"
+    if dropped:
+        yield Finding(Status.IN_PART, f"no pattern of its names takes {examples(dropped)}", dropped[0], fix)
+    if whole:
+        what = f"taken in the place of the base's constants, which was not run: {examples(whole)}"
+        yield Finding(Status.NOT_CHECKED, what, whole[0], fix)
+
+
+def mistral_rs_init(case: Case) -> Iterator[Finding]:
+    init = case.file.config.get("init_lora_weights")
+    if isinstance(init, str) and init.lower().startswith(STARTS):
+        what = f"init_lora_weights={short_repr(init)} is refused, as it requires transformed base weights"
+        yield Finding(Status.REFUSED, what, case.file.where("init_lora_weights"), fold_command(case))
+
+
+def mistral_rs_base(case: Case) -> Iterator[Finding]:
+    config = case.base.config if case.base else {}
+    if "rope_parameters" in config and "rope_theta" not in config:
+        what = "it refuses this base until its config.json has rope_theta at the top level (missing field rope_theta)"
+        yield Finding(Status.LOADS, what, "config.json (rope_parameters)")

@@ -58,10 +58,12 @@ def judge(engine: Engine, case: Case) -> Verdict:
     common: tuple[Rule, ...] = (_pickled,)
     if case.file.kind == "peft":
         common += (rules.composite_names,)
-        common += () if engine.key == "peft" else (rules.start_from_base,)
+        common += () if engine.key == "peft" else (rules.start_from_base, rules.more_than_lora, rules.served_base)
         common += () if engine.key in ("peft", "sglang") else (rules.adapter_names,)
         common += (_wrapped_gguf if engine.key in ("llama.cpp", "ollama") else _wrapped,)
-    return Verdict(engine, [f for rule in (*common, *engine.rules[case.file.kind]) for f in rule(case)])
+    found = [f for rule in (*common, *engine.rules[case.file.kind]) for f in rule(case)]
+    refused = {f.where for f in found if f.status is Status.REFUSED}
+    return Verdict(engine, [f for f in found if f.status is not Status.NOT_CHECKED or f.where not in refused])
 
 
 def _pickled(case: Case) -> Iterator[Finding]:
@@ -162,9 +164,9 @@ ENGINES = (
                 _lora,
                 rules.needs("peft_type", "r", "lora_alpha", "target_modules"),
                 rules.refuses_flag("use_dora"),
-                engine_rules.sglang_targets,
+                rules.list_of_targets("all-linear", "all"),
                 engine_rules.sglang_tokens,
-                engine_rules.sglang_ranks,
+                rules.one_rank,
                 engine_rules.sglang_siblings,
                 engine_rules.sglang_others,
                 rules.keys_end_in_factors(
@@ -224,6 +226,12 @@ ENGINES = (
             "peft": (
                 _lora,
                 rules.not_checked("target_parameters"),
+                # src/cpp/src/lora/adapter.cpp groups tensors by patterns of names and passes over all others
+                rules.keys_end_in_factors(
+                    Status.IN_PART, "no pattern of its names takes", "saved", "vocabulary", "base_layer", "parameter"
+                ),
+                engine_rules.openvino_saved,
+                engine_rules.bare_keys(Status.IN_PART, "keys without base_model.model. are not applied"),
                 rules.scales(rules.one, "lora_alpha", "use_rslora", "alpha_pattern", "rank_pattern"),
             )
         },
@@ -238,9 +246,26 @@ ENGINES = (
             "peft": (
                 _lora,
                 rules.needs("r", "lora_alpha", "target_modules"),
-                rules.not_checked(
-                    "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save", "target_parameters"
+                rules.not_checked("use_rslora", "rank_pattern", "alpha_pattern", "target_parameters"),
+                # messages in the binary of 0.9.5, and `validate_dynamic` in mistralrs-quant/src/lora/mod.rs
+                rules.refuses_flag(
+                    "use_dora",
+                    "lora_bias",
+                    "modules_to_save",
+                    "alora_invocation_tokens",
+                    "layer_replication",
+                    "use_qalora",
+                    "use_bdlora",
+                    "arrow_config",
+                    "monteclora_config",
+                    "trainable_token_indices",
+                    "megatron_config",
+                    "ensure_weight_tying",
                 ),
+                rules.refuses_bias,
+                rules.keys_end_in_factors(Status.REFUSED, "no LoRA site consumes", "parameter"),
+                rules.head(Status.REFUSED, "it has no LoRA of lm_head"),
+                engine_rules.mistral_rs_init,
                 engine_rules.mistral_rs_base,
             )
         },
@@ -256,6 +281,13 @@ ENGINES = (
                 _lora,
                 rules.needs("r", "lora_alpha", "target_modules"),
                 rules.not_checked("target_parameters"),
+                # `add_adapters` in pytorch/models/patch.py, `load_lora_weights` in pytorch/adapter/adapter.py
+                rules.list_of_targets(),
+                rules.one_rank,
+                rules.keys_end_in_factors(
+                    Status.REFUSED, "keys must end in lora_A.weight or lora_B.weight (AssertionError)", "parameter"
+                ),
+                engine_rules.bare_keys(Status.REFUSED, "as many letters as base_model.model. has are cut off"),
                 rules.scales(rules.one_scale_no_rslora, "use_rslora", "alpha_pattern", "rank_pattern"),
             )
         },

@@ -172,6 +172,27 @@ def start_from_base(case: Case) -> Iterator[Finding]:
     yield Finding(Status.WRONG, what, case.file.where("init_lora_weights"), fold_command(case) if foldable else convert)
 
 
+def list_of_targets(*allowed: str) -> Rule:
+    """`target_modules` as a string, but for the words that are allowed."""
+
+    def rule(case: Case) -> Iterator[Finding]:
+        targets = case.settings.target_modules
+        if isinstance(targets, str) and targets not in allowed:
+            what = f"target_modules={short_repr(targets)} is one string; it must be a list"
+            fix = f"write the list of names, or {fold_command(case)}"
+            yield Finding(Status.REFUSED, what, case.file.where("target_modules"), fix)
+
+    return rule
+
+
+def one_rank(case: Case) -> Iterator[Finding]:
+    """Buffers that have the config's r."""
+    odd = [p for p in case.whole if p.rank != case.settings.r]
+    if case.is_lora and odd:
+        what = f"{odd[0].module} has rank {odd[0].rank}, its buffers have r={case.settings.r}"
+        yield Finding(Status.REFUSED, what, case.file.where("r"), fold_command(case))
+
+
 def wrapper_keys(status: Status, what: str) -> Rule:
     """Keys that wrappers of training left."""
 
@@ -226,6 +247,45 @@ def not_checked(*keys: str) -> Rule:
                 yield Finding(Status.NOT_CHECKED, what, case.file.where(key), fold_command(case))
 
     return rule
+
+
+#: Keys that make an adapter more than B·A beside linear layers. Loaders that do not know them take the rest for a LoRA.
+MORE_THAN_LORA = (
+    "alora_invocation_tokens",
+    "layer_replication",
+    "use_qalora",
+    "use_bdlora",
+    "arrow_config",
+    "kasa_config",
+    "monteclora_config",
+    "velora_config",
+)
+
+
+def more_than_lora(case: Case) -> Iterator[Finding]:
+    """Keys and factors of which a loader may make something else than PEFT does."""
+    if not case.is_lora:
+        return
+    for key in MORE_THAN_LORA:
+        if value := case.file.config.get(key):
+            what = f"what becomes of {key}={short_repr(value)} was not checked"
+            yield Finding(Status.NOT_CHECKED, what, case.file.where(key), f"train without {key}")
+    flat = [p.module for p in case.whole if any(h and len(h.shape) != 2 for h in (p.a, p.b))]
+    if flat:
+        what = f"what becomes of factors that are not matrices, as of convolutions, was not checked: {examples(flat)}"
+        yield Finding(Status.NOT_CHECKED, what, flat[0])
+
+
+#: How the names of transformers' classes end that engines serve.
+SERVED = ("ForCausalLM", "ForConditionalGeneration", "ForSequenceClassification", "LMHeadModel")
+
+
+def served_base(case: Case) -> Iterator[Finding]:
+    """Bases that are not language models. Which language models an engine has is not known either."""
+    names = case.base.config.get("architectures") if case.base else None
+    if case.base and isinstance(names, list) and names and not any(str(name).endswith(SERVED) for name in names):
+        what = f"whether it serves a {short_repr(names[0])} was not checked"
+        yield Finding(Status.NOT_CHECKED, what, str(case.base.folder / "config.json"))
 
 
 def one(case: Case, pair: Pair) -> float:
