@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tiny import write_jsonl
+from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
 
 from rankfold.io.models import ModelError
 from rankfold.runfile.load import parse
@@ -72,6 +75,52 @@ def test_the_classes_of_a_head_are_checked(classification: Values, tmp_path: Pat
     said: list[str] = []
     train(parse(classification, more), overwrite=True, say=said.append)
     assert any("does not say which classes its head knows; those of this run are neg, pos" in s for s in said)
+
+
+@pytest.mark.parametrize("task", ["classification", "token-classification"])
+def test_the_order_of_a_pretrained_head_is_kept(task: str, classification: Values, tmp_path: Path):
+    """Sorted classes would give every row of the head another class."""
+    torch.manual_seed(0)
+    names, folder = {0: "Pos", 1: "neg", 2: "so"}, tmp_path / "classifier"
+    shutil.copytree(classification["model"], folder)
+    auto = {
+        "classification": AutoModelForSequenceClassification,
+        "token-classification": AutoModelForTokenClassification,
+    }
+    auto[task].from_pretrained(folder, id2label=names, label2id={v: k for k, v in names.items()}).save_pretrained(
+        folder
+    )
+    texts, labels = [f"{name} film" for name in ("neg", "pos", "so")] * 3, ["neg", "pos", "so"] * 3
+    rows = [
+        {"text": text, "label": label} if task == "classification" else {"words": text.split(), "tags": [label, label]}
+        for text, label in zip(texts, labels, strict=True)
+    ]
+    values = classification | {
+        "task": task,
+        "model": str(folder),
+        "data": {"source": str(write_jsonl(tmp_path / "r.jsonl", rows))},
+    }
+    assert prepare(parse(values)).config.id2label == {0: "pos", 1: "neg", 2: "so"}
+    assert prepare(parse(values, ["data.labels=[pos, neg, so]"])).rows.notes == prepare(parse(values)).rows.notes == []
+    with pytest.raises(
+        ModelError,
+        match=r"model.name: .*knows the classes .* in this order, this run has .*; set data.labels: \[\"pos\", \"neg\", \"so\"\]",
+    ):
+        prepare(parse(values, ["data.labels=[neg, pos, so]"]))
+
+    named = {
+        "source": str(write_jsonl(tmp_path / "named.jsonl", json.loads(json.dumps(rows).replace('"neg"', '"bad"'))))
+    }
+    (note,) = prepare(parse(values | {"data": named})).rows.notes
+    assert (
+        "knows the classes ['Pos', 'neg', 'so']; its head is trained on for ['bad', 'pos', 'so'], in this order" in note
+    )
+
+    # The head of an adapter takes the place of the model's.
+    run = train(parse(values | {"model": classification["model"]}, ["training.epochs=1"]), say=silent)
+    assert run.labels == ["neg", "pos", "so"]
+    for start in (f"model.adapters=[{run.adapter_path}]", f"training.start_from={run.adapter_path}"):
+        assert prepare(parse(values, [f"model.name={folder}", start])).rows.labels == run.labels
 
 
 @pytest.mark.parametrize(

@@ -163,7 +163,12 @@ def _stated_labels(folder: Path) -> list[str] | None:
 
 def labels_of(model: Any) -> list[str]:
     """The classes of a live classifier; [] where they have no names of their own."""
-    return _in_order(getattr(getattr(model, "config", None), "id2label", None) or {})
+    return labels_in(getattr(model, "config", None))
+
+
+def labels_in(config: Any) -> list[str]:
+    """The classes in a model's config; [] where they have no names of their own."""
+    return _in_order(getattr(config, "id2label", None) or {})
 
 
 def _in_order(id2label: dict[Any, str]) -> list[str]:

@@ -99,7 +99,8 @@ class Data(Section):
     )
     labels: list[str | int] | None = Field(
         default=None,
-        description="The classes in order of their index. By default the sorted labels of the training rows.",
+        description="The classes in order of their index. By default those of the training rows: in the order of the model's head "
+        "if it knows these classes, else sorted.",
     )
     classes: list[str | int] | None = Field(
         default=None,

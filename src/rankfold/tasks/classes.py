@@ -21,14 +21,14 @@ def index_of(
 
     Args:
         counts: by split, how often a class occurs.
-        order: `data.labels`; by default they are sorted.
+        order: `data.labels`; by default that of the head if it knows these classes, else they are sorted.
         noun: what they are called.
 
     Raises:
         DataError: fewer than two, or one that only other splits have.
     """
     seen = sorted(counts["train"], key=lambda label: (isinstance(label, str), _natural(label)))
-    labels = [str(label) for label in (order if order is not None else seen)]
+    labels = [str(label) for label in (order if order is not None else as_known(seen, rows.known) or seen)]
     if len(labels) < 2:
         raise DataError(f"train has the single {noun} {short(seen[0])}; classification needs at least two")
     if repeated := [label for label, count in Counter(labels).items() if count > 1]:
@@ -54,6 +54,14 @@ def index_of(
         rows.notes.append(f"train: no row has the {noun} {', '.join(sorted(unseen))} of data.labels")
     rows.labels = labels
     return {label: i for i, label in enumerate(labels)}
+
+
+def as_known(labels: Sequence[str | int], known: Sequence[str]) -> list[str] | None:
+    """The labels in the order in which a head knows them, whatever their case; None where it knows others."""
+    ours, theirs = {_plain(str(label)): str(label) for label in labels}, [_plain(label) for label in known]
+    if len(ours) != len(labels) or sorted(ours) != sorted(theirs):
+        return None
+    return [ours[label] for label in theirs]
 
 
 def only(split: Dataset, column: str, classes: Sequence[str | int], name: str) -> Dataset:
@@ -84,7 +92,7 @@ def _alike(labels: list[str], noun: str) -> list[str]:
     """Sentences about classes that differ in case or spaces alone."""
     found: dict[str, list[str]] = {}
     for label in labels:
-        found.setdefault(" ".join(label.casefold().split()), []).append(label)
+        found.setdefault(_plain(label), []).append(label)
     twins = [
         f"the {noun}s {', '.join(map(repr, same))} differ in case or spaces alone; if they are one class, write them alike"
         for same in found.values()
@@ -92,6 +100,10 @@ def _alike(labels: list[str], noun: str) -> list[str]:
     ]
     lone = [same[0] for same in found.values() if not same[1:] and same[0] != same[0].strip()]
     return twins + [f"the {noun} {label!r} begins or ends with a space" for label in lone]
+
+
+def _plain(label: str) -> str:
+    return " ".join(label.casefold().split())
 
 
 def _is_fraction(label: str) -> bool:

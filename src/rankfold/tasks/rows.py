@@ -27,6 +27,7 @@ class Rows:
         kind: the columns that every split has.
         targets: those of them that hold what is to be learnt.
         carried: further columns that the task passes on where a split has them.
+        known: the classes of the head that the run begins with, in order of their index; empty where it is new or has no names.
         labels: the classes in order of their index, where the task has classes.
         class_counts: what there is of each class in training.
         counted: what that is, in words.
@@ -37,6 +38,7 @@ class Rows:
     kind: tuple[str, ...]
     targets: tuple[str, ...] = ()
     carried: tuple[str, ...] = ()
+    known: Sequence[str] = ()
     labels: list[str] = field(default_factory=list)
     class_counts: dict[str, int] = field(default_factory=dict)
     counted: str = "rows"

@@ -7,7 +7,7 @@ Whatever the source, a split ends with the columns of one *kind* of its task. Wh
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,8 +24,11 @@ if TYPE_CHECKING:
     from rankfold.runfile.schema import Data, RunFile
 
 
-def load_rows(run: RunFile) -> Rows:
+def load_rows(run: RunFile, known: Sequence[str] = ()) -> Rows:
     """Find, check and split the run's rows.
+
+    Args:
+        known: the classes of the head that the run begins with, in order of their index.
 
     Raises:
         DataError: with file or split, row or column, and the fix.
@@ -40,7 +43,7 @@ def load_rows(run: RunFile) -> Rows:
     used = {name: _with_kind(split, names, kind, carried, name) for name, split in splits.items()}
     if run.data.classes is not None:
         used = {name: only(split, targets[0], run.data.classes, name) for name, split in used.items()}
-    rows = Rows(used, kind, targets, carried)
+    rows = Rows(used, kind, targets, carried, known)
     if unused := [c for c in train.column_names if c not in {*carried, *(names.get(role, role) for role in kind)}]:
         rows.notes.append(f"train: not used: the column{'s' if unused[1:] else ''} {', '.join(unused)}")
     for name, split in list(rows.splits.items()):

@@ -20,9 +20,10 @@ from rankfold.host.memory import check_fits
 from rankfold.host.names import absent_in_words, linear_layers_in_words
 from rankfold.host.targets import absent_names
 from rankfold.io import assets as bundled
-from rankfold.io.adapters import read_config, read_labels, read_tensors
+from rankfold.io.adapters import labels_in, read_config, read_labels, read_tensors
 from rankfold.io.models import ModelError, meta_copy, reading, skeleton
 from rankfold.tasks import table
+from rankfold.tasks.classes import as_known
 from rankfold.train.budget import count
 
 if TYPE_CHECKING:
@@ -51,6 +52,53 @@ def load_processor(run: RunFile, place: str) -> Any:
     if kind == "AutoTokenizer":
         return load_tokenizer(run.model, place)
     return _from(getattr(transformers, kind), run.model, place)
+
+
+def known_classes(run: RunFile, place: str) -> tuple[str, list[str]]:
+    """Which field of the run names the head that it begins with, and the classes of that head in order of their index; [] where
+    the head is new, or its classes have no names.
+
+    Raises:
+        ModelError: what says them cannot be read.
+    """
+    task = table.get(run.task)
+    if not task.new_head:
+        return "", []
+    start = run.training.start_from
+    adapters = [("training.start_from", start)] if start is not None else []
+    adapters = adapters or [(f"model.adapters.{i}", name) for i, name in enumerate(run.model.adapters)]
+    if adapters:
+        field, name = adapters[-1]
+        try:
+            return f"{field}: '{name}'", read_labels(Path(name))
+        except RankfoldError as e:
+            raise ModelError(f"{field}: '{name}': {e}") from e
+    config = _from(AutoConfig, run.model, place)
+    has_head = any(name.endswith(task.heads) for name in config.architectures or ())
+    return f"model.name: '{run.model.name}'", labels_in(config) if has_head else []
+
+
+def check_order(labels: list[str], known: list[str], where: str) -> list[str]:
+    """Checks that a run has its classes in the order of the head that it begins with.
+
+    Args:
+        labels: the run's classes. known, where: what `known_classes` says.
+
+    Returns:
+        Sentences for the reader.
+
+    Raises:
+        ModelError: they are the same classes in another order, so every output would be learnt anew for another class.
+    """
+    right = as_known(labels, known)
+    if right is not None and right != labels:
+        raise ModelError(
+            f"{where} knows the classes {short(known)} in this order, this run has {short(labels)}; "
+            f"set data.labels: {json.dumps(right)}"
+        )
+    if right is None and len(known) == len(labels) and not all(label.isdecimal() for label in labels):
+        return [f"{where} knows the classes {short(known)}; its head is trained on for {short(labels)}, in this order"]
+    return []
 
 
 def load_config(run: RunFile, place: str, labels: list[str]) -> PreTrainedConfig:

@@ -75,7 +75,9 @@ def prepare(run: RunFile) -> Prepared:
     config_of_adapter = peft_config(run)
     place = locate(run.model.name)
     with processes().main_process_first():  # the others find the caches filled
-        rows = load_rows(run)
+        head, known = model.known_classes(run, place)
+        rows = load_rows(run, known)
+        rows.notes += model.check_order(rows.labels, known, head)
         config = model.load_config(run, place, rows.labels)
         processor = model.load_processor(run, place)
         max_length = tokens.longest_row(run, config, processor)
