@@ -117,7 +117,7 @@ def train(
         if overwrite:
             folder.clear(output)
         output.mkdir(parents=True, exist_ok=True)
-        write_whole(output / "run.yaml", f"# {command or 'rankfold.train.run.train'}\n{run.to_yaml()}")
+        write_whole(output / "run.yaml", run.to_yaml(command or "rankfold.train.run.train"))
         metrics_file = MetricsFile(output / "metrics.jsonl", resume_at)
         trainer.add_callback(metrics_file)
     state.wait_for_everyone()
