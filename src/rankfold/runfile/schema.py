@@ -264,7 +264,9 @@ class RunFile(Section):
     @property
     def keeps_best(self) -> bool:
         """Whether the run ends with the best checkpoint on validation."""
-        return not methods.scheduled(self.method.name) if self.training.keep_best is None else self.training.keep_best
+        if self.training.keep_best is None:
+            return not methods.scheduled(self.method.name, self.method.fields)
+        return self.training.keep_best
 
     def to_yaml(self, comment: str = "") -> str:
         """Every value of the run, defaults included, so that the file means the same in a later version; below a comment."""
