@@ -5,13 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 
 from rankfold.compare.file import load as load_comparison
+from rankfold.compare.file import parse as parse_comparison
 from rankfold.continual.file import load as load_continual
+from rankfold.continual.file import parse as parse_continual
 from rankfold.runfile.load import load, parse
 from rankfold.runfile.problems import RunFileError
 from rankfold.runfile.template import template
-from rankfold.runfile.yaml import YamlError, read
+from rankfold.runfile.yaml import YamlError, read, write
 
 GOOD = """\
 model: all-minilm-l6-v2
@@ -167,6 +170,47 @@ def test_the_copy_of_a_run_means_the_same(tmp_path):
     assert load_text(tmp_path, run.to_yaml()).model_dump() == run.model_dump() | {
         "training": run.training.model_dump() | {"epochs": 1.0}
     }
+
+
+LOOKS_LIKE = [
+    "08",
+    "1e3",
+    "+5",
+    "1.",
+    ".5",
+    "5e-1",
+    "-.inf",
+    "~",
+    "null",
+    "True",
+    "",
+    "no",
+    "1:30",
+    "2024-01-01",
+    "0x1f",
+    "a: b",
+]
+
+
+def test_text_that_looks_like_something_else_reads_back_as_text():
+    values = {"words": LOOKS_LIKE, "keys": {word: word for word in LOOKS_LIKE}, "rest": [8, 1000.0, 1e-5, True, None]}
+    text = write(values, "rankfold train 'run.yaml'\n'training.seed=1'")
+    assert read(text)[0] == yaml.safe_load(text) == values  # for readers of YAML 1.1 too
+
+
+@pytest.mark.parametrize("labels", [["08", "09"], ["1e3", "2e3"]])
+def test_every_copy_has_the_labels_and_the_nulls_that_were_given(tmp_path, labels):
+    method = {"name": "peft:fourierft", "random_loc_seed": None}  # 777 by default
+    shared = {"model": "m", "task": "classification", "data": {"source": "d", "labels": labels}, "output": "o"}
+    run = parse({**shared, "method": method})
+    tasks = parse_continual({**shared, "method": method, "split": {"parts": 2}})
+    comparison = parse_comparison({**shared, "methods": [method], "seeds": [0]})
+    assert run.method.fields == {"random_loc_seed": None}
+    for file, loaded in ((run, load), (tasks, load_continual), (comparison, load_comparison)):
+        path = tmp_path / "copy.yaml"
+        path.write_text(file.to_yaml())
+        assert loaded(path).model_dump() == file.model_dump()
+    assert tasks.run_file(1, tasks.data).method.fields == {"random_loc_seed": None}
 
 
 def test_parse_leaves_the_callers_values_alone():

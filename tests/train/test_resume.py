@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import TrainerCallback
 
 from rankfold.runfile.load import parse
+from rankfold.runfile.problems import RunFileError
 from rankfold.train.folder import FolderError
 from rankfold.train.run import train
 
@@ -69,6 +71,45 @@ def test_a_schedule_cannot_be_made_longer(classification: Values):
     with pytest.raises(FolderError, match=r"training\.epochs was 2\.0, is 3\.0"):
         train(parse(scheduled, ["training.epochs=3"]), resume=True, say=silent)
     assert train(parse(scheduled, ["training.eval_batch_size=4"]), resume=True, say=silent).steps == 8
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        {"name": "peft:adalora", "init_r": 4, "target_r": 2, "tinit": 1, "tfinal": 3, "deltaT": 1, "total_step": 8},
+        {"name": "peft:adamss", "r": 4, "num_subspaces": 2, "use_asa": True, "asa_target_subspaces": 3, "init_warmup": 1,
+         "final_warmup": 5, "mask_interval": 1},
+    ],
+    ids=["adalora", "adamss"],
+)  # fmt: skip
+def test_peft_methods_that_choose_ranks_end_with_the_last_step_and_start_again(
+    classification: Values, tmp_path: Path, method: Values
+):
+    """Their checkpoints lack what the ranks are chosen by; adalora's best one could not even be loaded."""
+    values = classification | {"method": method | {"target_modules": ["query", "value"]}}
+    values["training"] = values["training"] | {"learning_rate": 0.05, "metric": "loss"}
+    whole = train(parse(values, [f"output={tmp_path / 'whole'}"]), say=silent)
+    assert (whole.steps, whole.best_step) == (8, None)
+    with pytest.raises(KeyboardInterrupt):
+        train(parse(values), callbacks=[Killed(5)], say=silent)
+    said: list[str] = []
+    again = train(parse(values), resume=True, say=said.append)
+    assert any("checkpoint-4 is left alone" in sentence for sentence in said)
+    assert (again.resumed_at, again.before, again.after) == (None, whole.before, whole.after)
+    first, second = weights(whole.adapter_path), weights(again.adapter_path)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    with pytest.raises(RunFileError, match=r"training\.keep_best: .* cannot go back to a checkpoint"):
+        parse(values, ["training.keep_best=true"])
+
+
+class Killed(TrainerCallback):
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
 
 
 def test_ranks_that_end_where_they_start_are_named(classification: Values):

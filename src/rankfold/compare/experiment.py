@@ -65,7 +65,7 @@ def compare(
     except Timeout:
         raise FolderError(f"output: another `rankfold compare` is at work in '{out}'") from None
     try:
-        write_whole(out / COPY, f"# {command or 'rankfold.compare.experiment.compare'}\n{file.to_yaml()}")
+        write_whole(out / COPY, file.to_yaml(command or "rankfold.compare.experiment.compare"))
         with executor(kind, workers, file.launch) as submit:
             _Comparison(file, lineup, out, workers, command, say, submit).run(retry_failed)
     finally:

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import Field, ValidationError
 
 from rankfold.errors import short
@@ -24,7 +23,7 @@ from rankfold.runfile.load import check_command, overridden, read_values
 from rankfold.runfile.methods import config_class, config_fields
 from rankfold.runfile.problems import Problem, RunFileError, explain
 from rankfold.runfile.schema import Data, Method, Model, RunFile, Section, TaskName, Training
-from rankfold.runfile.yaml import KeyPath
+from rankfold.runfile.yaml import KeyPath, write
 from rankfold.tasks import table
 
 THIRDS = ("first third", "middle third", "last third")
@@ -170,10 +169,10 @@ class CompareFile(Section):
         shared["training"] |= {"learning_rate": rate, "seed": seed, **(training or {})}
         return RunFile.model_validate({**shared, "method": method, "output": output})
 
-    def to_yaml(self) -> str:
-        """Every value, defaults included, so that the file means the same in a later version."""
+    def to_yaml(self, comment: str = "") -> str:
+        """Every value, defaults included, so that the file means the same in a later version; below a comment."""
         values = self.model_dump(exclude_none=True, exclude={"training": {"learning_rate", "seed"}})
-        return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120)
+        return write(values, comment)
 
 
 def load(path: str | Path, overrides: Iterable[str] = ()) -> CompareFile:

@@ -10,7 +10,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import Field, ValidationError
 
 from rankfold.host import registry
@@ -21,7 +20,7 @@ from rankfold.runfile.imports import load_all, with_places
 from rankfold.runfile.load import check_command, command_of, overridden, read_values
 from rankfold.runfile.problems import Problem, RunFileError, explain
 from rankfold.runfile.schema import Data, Method, Model, RunFile, Section, TaskName, Training
-from rankfold.runfile.yaml import KeyPath
+from rankfold.runfile.yaml import KeyPath, write
 from rankfold.tasks import table
 
 Rule = Literal["own", "continue", "fresh"]
@@ -97,12 +96,12 @@ class ContinualFile(Section):
             | ({"method": changed["method"]} if "method" in changed else {})
         )
 
-    def to_yaml(self) -> str:
-        """Every value, defaults included; of a task those that it gives, since the others are those of `data`."""
+    def to_yaml(self, comment: str = "") -> str:
+        """Every value, defaults included, below a comment; of a task those that it gives, since the others are those of `data`."""
         values = self.model_dump(exclude_none=True)
         if self.tasks is not None:
             values["tasks"] = [rows.model_dump(exclude_unset=True) for rows in self.tasks]
-        return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120)
+        return write(values, comment)
 
 
 def has_rule(method: str) -> bool:

@@ -64,7 +64,7 @@ def continual(file: ContinualFile, *, command: str = "", say: Callable[[str], No
     except Timeout:
         raise FolderError(f"output: another `rankfold continual` is at work in '{out}'") from None
     try:
-        write_whole(out / COPY, f"# {command or 'rankfold.continual.run.continual'}\n{file.to_yaml()}")
+        write_whole(out / COPY, file.to_yaml(command or "rankfold.continual.run.continual"))
         done: list[RunFile] = []
         result: ContinualResult | None = None
         for number, task in enumerate(tasks):

@@ -6,7 +6,6 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import yaml
 from peft import PeftConfig
 
 from rankfold.plan.base_facts import BaseFacts
@@ -14,6 +13,7 @@ from rankfold.plan.cost import Cost
 from rankfold.plan.folding import Fold
 from rankfold.plan.peft_methods import NEEDED
 from rankfold.runfile.methods import config_class, config_fields
+from rankfold.runfile.yaml import write
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Row:
 
     def run_file(self) -> str:
         """The section `method:` of a run file, and the learning rate to begin with."""
-        lines = yaml.safe_dump({"method": self.method}, sort_keys=False, width=120)
+        lines = write({"method": self.method})
         for key, (value, help) in _still_needed(self.method["name"]).items():
             if key not in self.method:
                 lines += f"  {key}: {value}  # {help}\n"

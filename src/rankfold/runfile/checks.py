@@ -12,7 +12,7 @@ from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
 
 from rankfold.errors import nearest, short
 from rankfold.runfile.arguments import RENAMED, trainer_arguments
-from rankfold.runfile.methods import SET_BY_THE_RUN, bad_pattern, config_class, config_fields, refuse
+from rankfold.runfile.methods import SET_BY_THE_RUN, bad_pattern, cannot_resume, config_class, config_fields, refuse
 from rankfold.runfile.optimizers import check_optimizer
 from rankfold.runfile.problems import Problem, allowed
 from rankfold.runfile.schema import RunFile
@@ -139,10 +139,16 @@ def _check_training(run: RunFile) -> list[Problem]:
         problem("metric", f"'{t.metric}' is not a metric of {run.task}{nearest(t.metric, task.metrics, 'known')}")
     if isinstance(t.evaluate_every, int) and t.evaluate_every < 1:
         problem("evaluate_every", f"{t.evaluate_every} is not allowed, should be greater than 0")
-    if t.early_stopping and not run.keeps_best:
+    last_only = cannot_resume(run.method.name, run.method.fields)
+    if t.keep_best and last_only:
         problem(
-            "early_stopping", f"{t.early_stopping} needs keep_best: true, which '{run.method.name}' has off by default"
+            "keep_best",
+            f"'{run.method.name}' cannot go back to a checkpoint: PEFT keeps in none what it chooses its ranks by; remove it, "
+            "or use one of `rankfold methods`",
         )
+    if t.early_stopping and not run.keeps_best:
+        has = "cannot have" if last_only else "has off by default"
+        problem("early_stopping", f"{t.early_stopping} needs keep_best: true, which '{run.method.name}' {has}")
     if t.extra and not problems:
         arguments = task.arguments_class()
         known = {f.name for f in dataclasses.fields(arguments) if f.init}

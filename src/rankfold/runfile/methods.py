@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from rankfold.errors import RankfoldError, nearest
-from rankfold.runfile.peft_methods import ALIASES, EXAMPLES, REFUSED
+from rankfold.runfile.peft_methods import ALIASES, EXAMPLES, REFUSED, SCHEDULED
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -86,8 +87,14 @@ def example(name: str) -> dict[str, Any]:
     return dict(registry.get(name).example or {})
 
 
-def scheduled(name: str) -> bool:
-    """Whether the method is one of ours that chooses its ranks while it trains."""
+def scheduled(name: str, fields: Mapping[str, Any]) -> bool:
+    """Whether the method chooses its ranks while it trains."""
     from rankfold.host import registry
 
-    return name in registry.METHODS and registry.METHODS[name].controller is not None
+    row = registry.METHODS.get(name)
+    return cannot_resume(name, fields) or (row is not None and row.controller is not None)
+
+
+def cannot_resume(name: str, fields: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint lacks what the method chooses its ranks by, so that nothing can go on from one."""
+    return name in SCHEDULED and (SCHEDULED[name] is None or bool(fields.get(SCHEDULED[name])))

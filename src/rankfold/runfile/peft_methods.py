@@ -25,6 +25,8 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     "peft:trainable_tokens": {"token_indices": [0, 1, 2]},
     "peft:vblora": {"vector_length": 64},
 }  # fmt: skip
+#: Methods that choose their ranks on a schedule, of which PEFT keeps nothing in a checkpoint; and the field that turns it on, if one does.
+SCHEDULED: dict[str, str | None] = {"peft:adalora": None, "peft:adamss": "use_asa"}
 #: Methods that a run file cannot train, and why.
 REFUSED = {
     "peft:adaption_prompt": "it replaces the forwards of whole models, as the trainer does; use PEFT in Python",

@@ -9,13 +9,21 @@ from __future__ import annotations
 from functools import cached_property
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 from rankfold.errors import short
 from rankfold.runfile import methods
 from rankfold.runfile.imports import DESCRIPTION as IMPORTS
 from rankfold.runfile.problems import one_of
+from rankfold.runfile.yaml import write
 from rankfold.tasks import table
 from rankfold.tasks.table import TASKS
 
@@ -135,6 +143,11 @@ class Method(BaseModel):
         description="A method of `rankfold methods`, or peft:NAME for one of PEFT's own, such as peft:lora."
     )
 
+    @model_serializer(mode="wrap")
+    def _with_nulls(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # exclude_none leaves out defaults; of a config's field, null need not be one.
+        return plain(self) | {key: value for key, value in self.fields.items() if value is None}
+
     @property
     def fields(self) -> dict[str, Any]:
         """The config's fields that the run file sets."""
@@ -252,9 +265,11 @@ class RunFile(Section):
     @property
     def keeps_best(self) -> bool:
         """Whether the run ends with the best checkpoint on validation."""
-        return not methods.scheduled(self.method.name) if self.training.keep_best is None else self.training.keep_best
+        if self.training.keep_best is None:
+            return not methods.scheduled(self.method.name, self.method.fields)
+        return self.training.keep_best
 
-    def to_yaml(self) -> str:
-        """Every value of the run, defaults included, so that the file means the same in a later version."""
+    def to_yaml(self, comment: str = "") -> str:
+        """Every value of the run, defaults included, so that the file means the same in a later version; below a comment."""
         values = self.model_dump(exclude_none=True)
-        return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120)
+        return write(values, comment)

@@ -13,6 +13,7 @@ from pydantic import BaseModel
 from rankfold.host.config import LowRankConfig
 from rankfold.runfile.methods import config_class, config_fields, example, preset, refuse
 from rankfold.runfile.schema import Data, Model, Training
+from rankfold.runfile.yaml import read
 from rankfold.tasks import table
 
 WIDTH = 100
@@ -96,4 +97,5 @@ def _entry(key: str, description: str, values: dict[str, Any], default: Any) -> 
 def _yaml(value: Any) -> str:
     if isinstance(value, dict) and value:
         return "{" + ", ".join(f"{k}: {_yaml(v)}" for k, v in value.items()) + "}"
-    return value if isinstance(value, str) and value.replace("-", "").isalnum() else json.dumps(value, default=str)
+    plain = isinstance(value, str) and value.replace("-", "").isalnum() and read(value)[0] == value
+    return value if plain else json.dumps(value, default=str)

@@ -1,8 +1,8 @@
-"""Read YAML by the rules of YAML 1.2 and remember on which line every key stands.
+"""Read YAML by the rules of YAML 1.2 and remember on which line every key stands; write what reads back as it was.
 
 PyYAML follows YAML 1.1, where `1e-3` is a string, `no` a boolean, `1:30` the number 90 and a key written twice is
 silently the last one. Each of these has ruined a training run, so plain scalars are read by the 1.2 core schema here
-and a repeated key is an error.
+and a repeated key is an error. What is written means the same by both rules.
 """
 
 import re
@@ -27,6 +27,10 @@ class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers: ClassVar[dict] = {}  # none of YAML 1.1's
 
 
+class _Dumper(yaml.SafeDumper):
+    """Quotes text that one of the two schemas takes for something else."""
+
+
 _CORE_SCHEMA = {
     "null": (r"(?:~|null|Null|NULL|)", "~nN\0"),
     "bool": (r"(?:true|True|TRUE|false|False|FALSE)", "tTfF"),
@@ -38,7 +42,8 @@ _CORE_SCHEMA = {
 }
 for _tag, (_pattern, _first) in _CORE_SCHEMA.items():
     _firsts = ["" if c == "\0" else c for c in _first]
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$"), _firsts)
+    for _class in (_Loader, _Dumper):
+        _class.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$"), _firsts)
 
 # The 1.1 constructor would read `010` as octal 8.
 _Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))
@@ -68,6 +73,12 @@ def read(text: str) -> tuple[Any, dict[KeyPath, int]]:
         raise YamlError(f"not valid YAML: {e}", 1) from e
     finally:
         loader.dispose()
+
+
+def write(values: Any, comment: str = "") -> str:
+    """Plain Python values as YAML that `read` reads back, below a line of comment."""
+    above = f"# {' '.join(comment.split())}\n" if comment else ""
+    return above + yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
 def _collect_lines(node: yaml.Node, path: KeyPath, lines: dict[KeyPath, int]) -> None:

@@ -6,9 +6,8 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
-import yaml
-
 from rankfold.runfile.optimizers import row_of
+from rankfold.runfile.yaml import write
 from rankfold.text import size
 
 if TYPE_CHECKING:
@@ -82,7 +81,7 @@ def model_card(prepared: Prepared, result: TrainResult) -> str:
         else ""
     )
     return f"""---
-{yaml.safe_dump(front, sort_keys=False).strip()}
+{write(front).strip()}
 ---
 
 # {prepared.run.output.rstrip("/").rpartition("/")[2]}

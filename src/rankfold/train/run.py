@@ -21,6 +21,7 @@ from rankfold.io.adapters import LABELS
 from rankfold.io.files import whole_folder, write_whole
 from rankfold.runfile.checks import check
 from rankfold.runfile.load import load, parse
+from rankfold.runfile.methods import cannot_resume
 from rankfold.runfile.problems import RunFileError
 from rankfold.runfile.schema import RunFile
 from rankfold.tasks.rows import DataError
@@ -90,6 +91,9 @@ def train(
     checkpoint, damaged = checkpoints.last_whole(output / "checkpoints") if resume else (None, [])
     for sentence in damaged:
         say(sentence)
+    if checkpoint and cannot_resume(run.method.name, run.method.fields):
+        say(f"{checkpoint.name} is left alone: PEFT keeps in none what '{run.method.name}' chooses its ranks by")
+        checkpoint = None
     if resume:
         say(f"resuming from {checkpoint}" if checkpoint else "no whole checkpoint to resume from: starting at step 0")
 
@@ -117,7 +121,7 @@ def train(
         if overwrite:
             folder.clear(output)
         output.mkdir(parents=True, exist_ok=True)
-        write_whole(output / "run.yaml", f"# {command or 'rankfold.train.run.train'}\n{run.to_yaml()}")
+        write_whole(output / "run.yaml", run.to_yaml(command or "rankfold.train.run.train"))
         metrics_file = MetricsFile(output / "metrics.jsonl", resume_at)
         trainer.add_callback(metrics_file)
     state.wait_for_everyone()
