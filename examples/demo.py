@@ -57,7 +57,8 @@ PROMPT = "Word: {}\nPhonemes:"
 #: Fair comparisons that were run, and what each was about.
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 COMPARED = {
-    "evidence-phonemes.jsonl": "This task, at the parameters of LoRA r = 8",
+    "evidence-capacity-8.jsonl": "This task, at the parameters of LoRA r = 8",
+    "evidence-capacity-1.jsonl": "This task, at the parameters of LoRA r = 1",
     "evidence-vowels.jsonl": "The first vowel of a word, on MiniLM, at the parameters of LoRA r = 1",
 }
 
