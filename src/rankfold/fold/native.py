@@ -27,7 +27,7 @@ from rankfold.host.config import LowRankConfig
 from rankfold.host.layer import AdaptedLayer
 from rankfold.host.parameter_layer import AdaptedParameters
 from rankfold.host.planning import site_of
-from rankfold.io.adapter_names import mended, without_copies
+from rankfold.io.adapter_names import without_copies
 from rankfold.io.adapters import labels_of, read_labels
 from rankfold.io.formats import SavedAdapter
 from rankfold.kernel.factors import Factors
@@ -96,9 +96,7 @@ def from_model(model: nn.Module, adapter_name: str = "default", heads: dict[str,
 def from_files(adapter: SavedAdapter, base: str | None = None) -> Source:
     """Reads an adapter folder; arguments and errors as `weightless`."""
     model = weightless(adapter, base)
-    names = mended(adapter.tensors)
-    found = without_copies({names[key]: tensor for key, tensor in adapter.tensors.items()})
-    heads = {key: tensor for key, tensor in found.items() if not _is_ours(key)}
+    heads = {k: v for k, v in without_copies(adapter.named).items() if not _is_ours(k)}
     # of the skeleton, the config knows the dtype of the weights it was saved with; its tensors do not
     dtype = getattr(model.get_base_model().config, "dtype", None) or torch.float32
     whole = vocabulary_of(model.get_base_model(), heads, check_foldable(adapter.config).modules_to_save or [])
