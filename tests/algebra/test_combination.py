@@ -47,7 +47,7 @@ def assert_is_sum(base: Path, out: Path, terms: list[tuple[float, Path]], tolera
 
 PAIRS = [
     ("peft lora", "peft lora"), ("peft lora", "peft q, v"), ("peft rslora, patterns", "lora"), ("rasa", "sora"),
-    ("rasa", "peft lora"),
+    ("rasa", "peft lora"), ("peft q", "peft q, v"), ("peft q, v", "peft q"), ("rasa q", "peft q, v"),
 ]  # fmt: skip
 
 
@@ -61,6 +61,12 @@ def test_a_sum_is_exact(one: str, other: str, adapter: Make, bases: dict[str, Pa
     assert report.worst_of("truncation") == 0
     assert report.adapter == f"0.7·{a} − 1.3·{b}"
     assert json.loads((tmp_path / "out" / "fold_report.json").read_text())["worst_frobenius"] == report.worst.frobenius
+
+
+def test_what_sglang_wants_beside_a_module_is_written(adapter: Make, tmp_path: Path) -> None:
+    report = combine([adapter("peft q"), adapter("rasa q", 2)], tmp_path / "out", weights=[1, 1])
+    assert any("modules of adapted types, or stacked with them" in note for note in report.notes)
+    assert sum("v_proj.lora_A" in key for key in load_file(tmp_path / "out" / "adapter_model.safetensors")) == 2
 
 
 def test_the_source_is_exact_in_float64(adapter: Make) -> None:

@@ -20,7 +20,7 @@ from rankfold.algebra.merging import Rule, rule
 from rankfold.errors import RankfoldError
 from rankfold.fold import FoldOptions, FoldReport, fold_source, source_of
 from rankfold.fold.lora_tensors import parameter_of
-from rankfold.fold.sites import of_adapted_types
+from rankfold.fold.sites import of_adapted_types, siblings
 from rankfold.fold.source import Source, Update
 from rankfold.io.formats import read_adapter
 from rankfold.kernel.factors import Factors
@@ -93,7 +93,8 @@ def combined(terms: Sequence[Term], chosen: Rule | None = None) -> Source:
     have = [set(t.source.adapted) for t in terms]
     place = module_places([first, *(t.source for t in terms)])
     adapted = sorted(set().union(*have), key=place.__getitem__)
-    sites = {s.name: s for t in terms for s in t.source.sites}
+    known = {s.name: s for t in terms for s in (*t.source.sites, *t.source.siblings)}
+    sites = sorted(known.values(), key=lambda s: place[s.name])
 
     def update(name: str) -> Update:
         found = [(t.weight, t.source.update(name)) for t, names in zip(terms, have, strict=True) if name in names]
@@ -105,7 +106,8 @@ def combined(terms: Sequence[Term], chosen: Rule | None = None) -> Source:
         method=in_words([(t.weight, t.source.method) for t in terms]),
         update=update,
         adapted=adapted,
-        sites=of_adapted_types(sorted(sites.values(), key=lambda s: place[s.name]), adapted),
+        sites=of_adapted_types(sites, adapted),
+        siblings=siblings(sites, adapted),
         modules=list(dict.fromkeys(m for t in (first, *(t.source for t in terms)) for m in t.modules)),
         parameters=list(dict.fromkeys(p for t in terms for p in t.source.parameters)),
         experts={name: once for t in terms for name, once in t.source.experts.items()},
