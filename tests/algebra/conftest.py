@@ -19,12 +19,14 @@ OURS = {"task_type": "CAUSAL_LM", "target_modules": ALL, "init_lora_weights": Fa
 CONFIGS: dict[str, Callable[[], PeftConfig]] = {
     "peft lora": lambda: LoraConfig(r=4, lora_alpha=6, target_modules=ALL, task_type="CAUSAL_LM"),
     "peft q, v": lambda: LoraConfig(r=3, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"),
+    "peft q": lambda: LoraConfig(r=3, target_modules=["q_proj"], task_type="CAUSAL_LM"),
     "peft rslora, patterns": lambda: LoraConfig(
         r=4, use_rslora=True, target_modules=ALL, task_type="CAUSAL_LM", **PATTERNS
     ),
     "peft dora": lambda: LoraConfig(r=4, use_dora=True, target_modules=ALL, task_type="CAUSAL_LM"),
     "lora": lambda: PlainLoraConfig(r=5, lora_alpha=10, use_rslora=True, **OURS),
     "rasa": lambda: RasaConfig(r=4, shared_rank=2, **OURS),
+    "rasa q": lambda: RasaConfig(r=4, shared_rank=2, **{**OURS, "target_modules": ["q_proj"]}),
     "sora": lambda: SoraConfig(r=4, allow_unscheduled=True, **OURS),
 }
 

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from rankfold.algebra import combine
+from rankfold.algebra import combine, diff
 from rankfold.algebra.combination import Term, combined, weighted_sum
 from rankfold.algebra.merging import agreed_mean, dropped, largest
 from rankfold.errors import RankfoldError
@@ -47,7 +47,7 @@ def assert_is_sum(base: Path, out: Path, terms: list[tuple[float, Path]], tolera
 
 PAIRS = [
     ("peft lora", "peft lora"), ("peft lora", "peft q, v"), ("peft rslora, patterns", "lora"), ("rasa", "sora"),
-    ("rasa", "peft lora"),
+    ("rasa", "peft lora"), ("peft q", "peft q, v"), ("peft q, v", "peft q"), ("rasa q", "peft q, v"),
 ]  # fmt: skip
 
 
@@ -61,6 +61,12 @@ def test_a_sum_is_exact(one: str, other: str, adapter: Make, bases: dict[str, Pa
     assert report.worst_of("truncation") == 0
     assert report.adapter == f"0.7·{a} − 1.3·{b}"
     assert json.loads((tmp_path / "out" / "fold_report.json").read_text())["worst_frobenius"] == report.worst.frobenius
+
+
+def test_what_sglang_wants_beside_a_module_is_written(adapter: Make, tmp_path: Path) -> None:
+    report = combine([adapter("peft q"), adapter("rasa q", 2)], tmp_path / "out", weights=[1, 1])
+    assert any("modules of adapted types, or stacked with them" in note for note in report.notes)
+    assert sum("v_proj.lora_A" in key for key in load_file(tmp_path / "out" / "adapter_model.safetensors")) == 2
 
 
 def test_the_source_is_exact_in_float64(adapter: Make) -> None:
@@ -168,6 +174,33 @@ def test_one_trained_head_is_kept_and_two_are_refused(adapter: Make, tmp_path: P
     with_head(a, 0.25)
     with pytest.raises(RankfoldError, match=r"both trained .*lm_head\.weight \(modules_to_save\)"):
         combine([a, b], tmp_path / "out", weights=[1, 0.5], force=True)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_the_vocabulary_of_one_adapter_is_kept(
+    order: int, adapter: Make, bases: dict[str, Path], tmp_path: Path
+) -> None:
+    """Of a resized base, which PEFT saves whole beside the adapter."""
+    a, b = adapter("peft q, v"), tmp_path / "more words"
+    base = AutoModelForCausalLM.from_pretrained(bases["llama"])
+    base.resize_token_embeddings(70, mean_resizing=False)
+    model = get_peft_model(base, LoraConfig(r=3, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
+    model.save_pretrained(b, save_embedding_layers=True)
+    trained = load_file(b / "adapter_model.safetensors")
+    with pytest.raises(RankfoldError, match=r"\.weight with 70 rows.*fold with --profile merged"):
+        combine([a, b][::order], tmp_path / "out", weights=[1, 1])
+    report = combine([a, b][::order], tmp_path / "out", weights=[1, 1], profile="merged")
+    assert any(f"the embeddings are those of {b} as they are" in note for note in report.notes)
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    for key in ("model.embed_tokens.weight", "lm_head.weight"):
+        assert torch.equal(found[key], trained[f"base_model.model.{key}"])
+    assert any("whole embeddings" in note for note in diff(a, b).notes)
+    save_file({k: v if "lora" in k else v + 1 for k, v in trained.items()}, a / "adapter_model.safetensors")
+    with pytest.raises(RankfoldError, match=r"both hold base_model\.model\.\S+ whole"):
+        combine([a, b][::order], tmp_path / "no", weights=[1, 1], profile="merged")
+    with_head(adapter("peft q, v"), 0.5)
+    with pytest.raises(RankfoldError, match=r"both hold base_model\.model\.lm_head\.weight whole"):
+        combine([a, b][::order], tmp_path / "no", weights=[1, 1], profile="merged")
 
 
 def test_ties_and_dare(adapter: Make, bases: dict[str, Path], tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
-from rankfold import RasaConfig, cli
+from rankfold import PlainLoraConfig, RasaConfig, cli
 from rankfold.doctor import Status, diagnose
 from rankfold.doctor.fix import fix
 from rankfold.fold import fold_adapter
@@ -60,6 +61,34 @@ def test_names_of_wrappers_are_known_without_a_base(change: Any, adapter: Any, l
     assert sentence.startswith("keys renamed")
     assert load_file(tmp_path / "fixed" / "adapter_model.safetensors").keys() == before.keys()
     assert sound(diagnose(tmp_path / "fixed", base=llama))
+
+
+@pytest.mark.parametrize("ours", [False, True])
+@pytest.mark.parametrize("change", [
+    lambda key: key.removeprefix("base_model.model."),
+    lambda key: key.replace(".lm_head.", ".lm_head.modules_to_save.default."),
+    lambda key: key.replace(".lm_head.", ".lm_head.modules_to_save."),
+], ids=["no prefix", "state dict", "state dict, no name"])  # fmt: skip
+def test_a_head_that_peft_does_not_find(change: Any, ours: bool, adapter: Any, llama: Path, tmp_path: Path) -> None:
+    """PEFT stops with a KeyError; the mended copy and the fold load, with the head."""
+    folder, base = adapter(modules_to_save=["lm_head"]), LlamaForCausalLM.from_pretrained(llama)
+    if ours:
+        config = PlainLoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"])
+        get_peft_model(copy.deepcopy(base), config).save_pretrained(folder)
+    head = torch.ones_like(base.lm_head.weight)
+    edit_tensors(folder, lambda t: {k: head if "lm_head" in k else v for k, v in t.items()})
+    edit_tensors(folder, lambda t: {change(k) if "lm_head" in k or not ours else k: v for k, v in t.items()})
+    with pytest.raises(KeyError):
+        PeftModel.from_pretrained(copy.deepcopy(base), folder)
+    if not ours:  # of which the doctor says that it is not a LoRA
+        assert verdicts(folder)["peft"] is Status.REFUSED
+        said = [f.what for f in diagnose(folder).problems]
+        assert any("modules_to_save names lm_head, of which there is no tensor under PEFT's name" in w for w in said)
+    fix(folder, tmp_path / "fixed")
+    fold_adapter(folder, tmp_path / "fold", probe=False)
+    for found in ("fixed", "fold"):
+        loaded: Any = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / found)
+        assert torch.equal(loaded.base_model.model.lm_head.modules_to_save["default"].weight, head)
 
 
 def test_fix_writes_the_tensors_of_a_pickle_as_safetensors(adapter: Any, tmp_path: Path) -> None:

@@ -75,7 +75,7 @@ def logits(model: Any) -> Tensor:
         (lambda k: k.replace("base_model.model.", "base_model.model._orig_mod."), "wrappers"),
         (lambda k: k.replace(".self_attn.", "._fsdp_wrapped_module.self_attn._checkpoint_wrapped_module."), "wrappers"),
         (lambda k: "base_model.model." + k, "wrappers"),
-        (lambda k: k.removeprefix("base_model.model."), ""),
+        (lambda k: k.removeprefix("base_model.model."), "lack the prefix base_model.model., such as model.layers"),
     ],
 )
 def test_keys_that_wrappers_left(change: Callable[[str], str], note: str, tmp_path: Path) -> None:
@@ -86,6 +86,10 @@ def test_keys_that_wrappers_left(change: Callable[[str], str], note: str, tmp_pa
     found = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "out")
     torch.testing.assert_close(logits(found), trained, rtol=1e-5, atol=1e-5)
     assert bool(note) == any(note in n for n in report.notes if note)
+    assert report.probe["max_logit_error"] < 1e-5  # type: ignore[operator]
+    assert "does not explain" not in report.summary()
+    report.probe["max_logit_error"] = report.probe["max_logit"]  # as where PEFT applies nothing of one side
+    assert "the error on disk does not explain that difference" in report.summary()
 
 
 def test_an_adapter_that_names_neither_task_nor_class(tmp_path: Path) -> None:

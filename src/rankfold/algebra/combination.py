@@ -20,7 +20,7 @@ from rankfold.algebra.merging import Rule, rule
 from rankfold.errors import RankfoldError
 from rankfold.fold import FoldOptions, FoldReport, fold_source, source_of
 from rankfold.fold.lora_tensors import parameter_of
-from rankfold.fold.sites import of_adapted_types
+from rankfold.fold.sites import of_adapted_types, siblings
 from rankfold.fold.source import Source, Update
 from rankfold.io.formats import read_adapter
 from rankfold.kernel.factors import Factors
@@ -93,27 +93,32 @@ def combined(terms: Sequence[Term], chosen: Rule | None = None) -> Source:
     have = [set(t.source.adapted) for t in terms]
     place = module_places([first, *(t.source for t in terms)])
     adapted = sorted(set().union(*have), key=place.__getitem__)
-    sites = {s.name: s for t in terms for s in t.source.sites}
+    known = {s.name: s for t in terms for s in (*t.source.sites, *t.source.siblings)}
+    sites = sorted(known.values(), key=lambda s: place[s.name])
 
     def update(name: str) -> Update:
         found = [(t.weight, t.source.update(name)) for t, names in zip(terms, have, strict=True) if name in names]
         return weighted_sum(found) if chosen is None else chosen(name, found)
 
     heads, notes = _head(terms)
+    words, more = _vocabulary(terms)
     return replace(
         first,
         method=in_words([(t.weight, t.source.method) for t in terms]),
         update=update,
         adapted=adapted,
-        sites=of_adapted_types(sorted(sites.values(), key=lambda s: place[s.name]), adapted),
+        sites=of_adapted_types(sites, adapted),
+        siblings=siblings(sites, adapted),
         modules=list(dict.fromkeys(m for t in (first, *(t.source for t in terms)) for m in t.modules)),
         parameters=list(dict.fromkeys(p for t in terms for p in t.source.parameters)),
         experts={name: once for t in terms for name, once in t.source.experts.items()},
         unlike_peft=sorted({name for t in terms for name in t.source.unlike_peft}),
         heads=heads,
+        vocabulary={} if words is None else words.vocabulary,
+        folder=(first if words is None else words).folder,  # the tokenizer of those words is beside them
         transposed=any(t.source.transposed for t in terms),
         output_head=next((t.source.output_head for t in terms if t.source.output_head), None),
-        notes=[*notes, *(f"{t.name}: {note}" for t in terms for note in t.source.notes)],
+        notes=[*notes, *more, *(f"{t.name}: {note}" for t in terms for note in t.source.notes)],
     )
 
 
@@ -216,9 +221,32 @@ def _head(terms: Sequence[Term]) -> tuple[dict[str, Tensor], list[str]]:
     first = having[0]
     for other in having[1:]:
         ours, theirs = first.source.heads, other.source.heads
-        if ours.keys() != theirs.keys() or not all(torch.equal(ours[k], theirs[k]) for k in ours):
+        if not _same(ours, theirs):
             raise RankfoldError(
                 f"{first.name} and {other.name} both trained {min({*ours, *theirs})} (modules_to_save) and ended with different "
                 "weights, which are not updates of one matrix, so they have no sum; combine adapters without heads"
             )
     return first.source.heads, [f"the trained head is that of {first.name} as it is, whatever its weight in the sum"]
+
+
+def _vocabulary(terms: Sequence[Term]) -> tuple[Source | None, list[str]]:
+    """The adapter whose whole embeddings and output head the sum has, and a note about them."""
+    having = [t for t in terms if t.source.vocabulary]
+    if not having:
+        return None, []
+    first = having[0]
+    for other in terms:
+        theirs = other.source.vocabulary or {
+            k: v for k, v in other.source.heads.items() if k in first.source.vocabulary
+        }
+        if theirs and not _same(first.source.vocabulary, theirs):
+            raise RankfoldError(
+                f"{first.name} and {other.name} both hold {min({*first.source.vocabulary} & {*theirs} or theirs)} whole, as PEFT "
+                "saves it where the vocabulary was resized or trained, and with different weights, which have no sum; combine "
+                "adapters of which one alone has it"
+            )
+    return first.source, [f"the embeddings are those of {first.name} as they are, whatever its weight in the sum"]
+
+
+def _same(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> bool:
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)

@@ -135,6 +135,8 @@ def _of_adapters(
     notes = [] if bases[0] == bases[1] else [f"they name different base models, {bases[0]} and {bases[1]}"]
     if one.heads or other.heads:
         notes.append("trained heads (modules_to_save) are not compared")
+    if one.vocabulary or other.vocabulary:
+        notes.append("whole embeddings, as PEFT saves them of a resized or trained vocabulary, are not compared")
     return layers, notes
 
 

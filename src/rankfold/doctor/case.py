@@ -10,7 +10,7 @@ from functools import cached_property
 from rankfold.doctor.adapter_file import AdapterFile
 from rankfold.doctor.base_shapes import BaseShapes
 from rankfold.doctor.settings import Settings
-from rankfold.io.adapter_names import PREFIX, is_saved, mended, wrapped
+from rankfold.io.adapter_names import PREFIX, is_saved, mended, without_copies, wrapped
 from rankfold.io.weights import Header
 
 _PEFT = re.compile(r"^(?P<prefix>base_model\.model\.)?(?P<module>.+)\.lora_(?P<side>[AB])\.weight$")
@@ -110,12 +110,20 @@ class Case:
 
     @cached_property
     def unsaved(self) -> list[str]:
-        """Names in modules_to_save of which there is no tensor; PEFT names both heads of classifiers where there is one."""
-        saved = self.others.get("saved", [])
+        """Names in modules_to_save of which there is no tensor where PEFT looks for it; PEFT names both heads of classifiers where
+        there is one."""
+        names, own = mended(self.file.tensors), without_copies(self.file.tensors)
+        saved = [name for name in self.others.get("saved", []) if name in own and names[name] == name]
         absent = [m for m in self.settings.modules_to_save if not any(is_saved(n, [m]) for n in saved)]
         if (set(self.settings.modules_to_save) - set(absent)) & CLASSIFIERS:
             absent = [m for m in absent if m not in CLASSIFIERS]
         return absent if self.file.tensors else []
+
+    @property
+    def to_save_again(self) -> str:
+        """What to do where something is `unsaved`: a tensor under another key may be it."""
+        misnamed = any(is_saved(name, self.unsaved) for name in self.others.get("saved", []))
+        return f"rankfold doctor {self.file.path} --fix OUT" if misnamed else "save the adapter again"
 
     @cached_property
     def other_names(self) -> list[str]:

@@ -270,8 +270,10 @@ def peft_config(case: Case) -> Iterator[Finding]:
     if empty:
         yield Finding(Status.REFUSED, f"tensors of size zero: {examples(empty)}", empty[0], "save it again")
     if case.unsaved:
-        what = f"modules_to_save names {examples(case.unsaved)}, of which there is no tensor (KeyError)"
-        yield Finding(Status.REFUSED, what, case.file.where("modules_to_save"), "save the adapter again")
+        what = (
+            f"modules_to_save names {examples(case.unsaved)}, of which there is no tensor under PEFT's name (KeyError)"
+        )
+        yield Finding(Status.REFUSED, what, case.file.where("modules_to_save"), case.to_save_again)
     shapes = case.base.shapes if case.base else {}
     for name in case.others.get("vocabulary", []):
         known, rows = (

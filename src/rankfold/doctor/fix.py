@@ -21,7 +21,7 @@ from rankfold.text import examples
 def fix(path: str | Path, out: str | Path) -> list[str]:
     """Writes a mended copy; the adapter itself is never changed.
 
-    Mends keys (names of wrappers, an adapter's name, a doubled or missing prefix), a whole-numbered float `lora_alpha` and
+    Mends keys (names of wrappers, an adapter's name, a trained head under its wrapper's, a doubled or missing prefix), a whole-numbered float `lora_alpha` and
     nulls where PEFT wants an object, dtypes that no engine reads or that are mixed, and pickles of tensors alone.
 
     Args:
@@ -42,7 +42,7 @@ def fix(path: str | Path, out: str | Path) -> list[str]:
         raise RankfoldError(f"{folder} cannot be fixed: its {CONFIG} cannot be read ({error})") from None
     if not isinstance(content, dict):
         raise RankfoldError(f"{folder} cannot be fixed: its {CONFIG} is not an object")
-    tensors, done = _tensors(folder, str(content.get("peft_type", "")))
+    tensors, done = _tensors(folder)
     config, more = _config(content)
     done += more
     if not done:
@@ -56,11 +56,11 @@ def fix(path: str | Path, out: str | Path) -> list[str]:
     return done
 
 
-def _tensors(folder: Path, kind: str) -> tuple[dict[str, Tensor], list[str]]:
+def _tensors(folder: Path) -> tuple[dict[str, Tensor], list[str]]:
     found, done = read_tensors(folder), []
     if not (folder / WEIGHTS).is_file():
         done.append(f"{PICKLED}, which held tensors alone, written as {WEIGHTS}")
-    names = {key: key for key in found} if kind.startswith("RANKFOLD_") else mended(found)
+    names = mended(found)
     if len(set(names.values())) < len(names):
         raise RankfoldError(f"{folder} cannot be fixed: several of its keys would become the same")
     if renamed := [key for key, name in names.items() if name != key]:

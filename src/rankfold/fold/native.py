@@ -103,7 +103,7 @@ def from_model(model: nn.Module, adapter_name: str = "default", heads: dict[str,
 def from_files(adapter: SavedAdapter, base: str | None = None) -> Source:
     """Reads an adapter folder; arguments and errors as `weightless`."""
     model = weightless(adapter, base)
-    heads = {k: v for k, v in without_copies(adapter.tensors).items() if not _is_ours(k)}
+    heads = {k: v for k, v in without_copies(adapter.named).items() if not _is_ours(k)}
     # of the skeleton, the config knows the dtype of the weights it was saved with; its tensors do not
     dtype = getattr(model.get_base_model().config, "dtype", None) or torch.float32
     whole = vocabulary_of(model.get_base_model(), heads, check_foldable(adapter.config).modules_to_save or [])

@@ -158,11 +158,12 @@ def _tensors(adapter: SavedAdapter) -> tuple[dict[str, Tensor], list[str]]:
         raise RankfoldError(
             f"{folder}: several of its keys name the same tensor, such as {odd[0] if odd else next(iter(found))}"
         )
-    notes = (
-        [f"{len(odd)} keys hold names of wrappers, such as {odd[0]}; PEFT and engines apply none of them"]
-        if odd
-        else []
-    )
+    bare = [key for key in found if not key.startswith("base_model.") and names[key] != key and key not in odd]
+    notes = []
+    if odd:
+        notes.append(f"{len(odd)} keys hold names of wrappers, such as {odd[0]}; PEFT and engines apply none of them")
+    if bare:
+        notes.append(f"{len(bare)} keys lack the prefix {PREFIX}, such as {bare[0]}; PEFT applies none of them")
     return without_copies({names[key]: tensor for key, tensor in found.items()}), notes
 
 

@@ -50,7 +50,7 @@ def _compare(adapter: SavedAdapter, folded: Path, base: str, profile: Profile, t
     if profile.loads_as == "model":
         found, loader = load_base(base_class(config, base), folded, torch.float32), "transformers"
     else:
-        found, loader = _load(folded, config, base, adapter.tensors), "stock PEFT"
+        found, loader = _load(folded, config, base, adapter.named), "stock PEFT"
     again = _logits(found, batch)
     for what, logits in (("trained adapter", trained), ("fold", again)):
         if not torch.isfinite(logits).all():
@@ -66,7 +66,7 @@ def trained_model(adapter: SavedAdapter, base: str | None) -> PeftModel:
     """
     config = adapter.config
     with adapter.for_peft() as folder:
-        return _load(folder, config, base or config.base_model_name_or_path, adapter.tensors)
+        return _load(folder, config, base or config.base_model_name_or_path, adapter.named)
 
 
 def _load(adapter: Path, config: PeftConfig, base: str | None, tensors: dict[str, Tensor]) -> PeftModel:

@@ -18,6 +18,9 @@ from rankfold.text import size
 
 #: From this share of the whole update (‖·‖_F) on, the summary says in words what compression cut off.
 SEEN = 0.05
+#: Up to which share of the largest logit a probe's difference is explained: by arithmetic in float32, and per unit of the worst
+#: layer's error on disk.
+FLOOR, AMPLIFIED = 0.01, 30.0
 
 
 @dataclass(frozen=True)
@@ -101,6 +104,18 @@ class FoldReport:
             "from what was trained; a larger --rank or a smaller --error cuts off less"
         ]
 
+    def _unexplained(self) -> list[str]:
+        """In words, where the probe's difference is far above what the error on disk makes of logits."""
+        found, reach = self.probe["max_logit_error"], self.probe["max_logit"]
+        assert isinstance(found, float)
+        assert isinstance(reach, float)
+        if self.approximation or found <= (FLOOR + AMPLIFIED * self.worst.frobenius) * reach:
+            return []
+        return [
+            "the error on disk does not explain that difference: PEFT may apply only a part of the adapter itself, or the base "
+            "may amplify rounding, as routers do; see what `rankfold doctor` says of the adapter"
+        ]
+
     def summary(self) -> str:
         """What a person wants to know, in a few lines."""
         worst = self.worst
@@ -117,6 +132,7 @@ class FoldReport:
                 f"probe: largest logit difference {self.probe['max_logit_error']:.1e} "
                 f"where logits reach {self.probe['max_logit']:.3g} ({self.probe['loaded_by']}, same base, float32)"
             )
+            lines += self._unexplained()
         else:
             lines.append(f"probe: not run ({self.probe['skipped']})")
         lines += [f"serve with {engine}: {flags}" for engine, flags in self.serve.items()]

@@ -25,7 +25,6 @@ from rankfold.host.parameter_layer import AdaptedParameters
 from rankfold.host.peft_api import LoraLayer
 from rankfold.inspect.inspection import Inspection, Link, ModuleUpdate
 from rankfold.inspect.left_out import left_out, left_out_of
-from rankfold.io.adapter_names import mended
 from rankfold.io.formats import SavedAdapter, read_adapter
 from rankfold.kernel.factors import Factors
 
@@ -59,7 +58,7 @@ def inspect_adapter(
         updates = _of_peft_adapter(read, config, base)
     else:
         updates = _of_model(native.weightless(read, base), "default")
-    notes = (*left_out(mended(read.tensors).values(), config), *read.notes)
+    notes = (*left_out(read.named, config), *read.notes)
     return _inspection(f"{path.parent.name}/{path.name}", config, updates, notes)
 
 
@@ -98,8 +97,7 @@ def _of_peft_adapter(adapter: SavedAdapter, config: LoraConfig, base: str | None
     check_start(config)
     if not is_plain(config) or config.target_parameters:
         return _of_source(peft_adapters.from_files(adapter, base))
-    names = mended(adapter.tensors)
-    tensors = {names[key]: tensor for key, tensor in adapter.tensors.items()}
+    tensors = adapter.named
     found = {name: factors_of(tensors, config, name) for name in modules_of(tensors)}
     return {name: _live(factors, factors.rank) for name, factors in found.items()}
 

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-
-from torch import Tensor
+from typing import TypeVar
 
 PREFIX = "base_model.model."
 #: Parts that wrappers put into names: torch.compile, FSDP, activation checkpointing. PEFT applies no tensor named so.
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
+T = TypeVar("T")
+
 _NAMED = re.compile(
     r"\.(?P<part>lora_[AB](?=\.[^.]+\.weight$)|lora_embedding_[AB]|lora_magnitude_vector)\.(?P<name>(?!weight$)[^.]+)(\.weight$|$)"
 )
+#: Of a trained head, as a model's own state dict names it.
+_HEAD = re.compile(r"\.modules_to_save\.((?P<name>[^.]+)\.(?=.)|(?=(weight|bias)$))")
 _WRAPPED = re.compile(r"\.(base_layer|original_module|modules_to_save(\.[^.]+(?=\.(weight|bias)$))?)\.")
 _FACTOR = re.compile(r"\.lora_([AB]\.weight|embedding_[AB]|magnitude_vector)$")
 
@@ -21,11 +24,17 @@ _FACTOR = re.compile(r"\.lora_([AB]\.weight|embedding_[AB]|magnitude_vector)$")
 def mended(keys: Iterable[str]) -> dict[str, str]:
     """What PEFT would have called each key: without wrappers, adapter names and doubled prefixes, and with its prefix.
 
-    An adapter's name (`lora_A.default.weight`) is taken out where the file holds one adapter.
+    An adapter's name (`lora_A.default.weight`, `score.modules_to_save.default.weight`) is taken out where the file holds one
+    adapter.
     """
     keys = list(keys)
-    names = {found["name"] for key in keys if (found := _NAMED.search(key))}
-    return {key: _mended(key, len(names) == 1) for key in keys}
+    names = {found["name"] for key in keys for part in (_NAMED, _HEAD) if (found := part.search(key))} - {None}
+    whole = {key: _mended(key, len(names) == 1) for key in keys}
+    if any(name.startswith(PREFIX) or _FACTOR.search(name) for name in whole.values()):
+        whole = {key: name if name.startswith("base_model.") else PREFIX + name for key, name in whole.items()}
+    taken = set(whole.values())  # beside embeddings PEFT saves a head a second time, as its wrapper holds it
+    heads = {key: _HEAD.sub(".", name) for key, name in whole.items()} if len(names) < 2 else {}
+    return {key: heads[key] if heads.get(key, name) not in taken else name for key, name in whole.items()}
 
 
 def _mended(key: str, one_adapter: bool) -> str:
@@ -36,8 +45,6 @@ def _mended(key: str, one_adapter: bool) -> str:
     name = name.removeprefix("module.") if name.startswith(f"module.{PREFIX}") else name
     while name.startswith(PREFIX * 2):
         name = name.removeprefix(PREFIX)
-    if _FACTOR.search(name) and not name.startswith("base_model."):
-        name = PREFIX + name
     return name
 
 
@@ -51,7 +58,7 @@ def wrapped(keys: Iterable[str]) -> list[str]:
     return [k for k in keys if set(k.split(".")) & set(WRAPPERS) or k.startswith((f"module.{PREFIX}", PREFIX * 2))]
 
 
-def without_copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def without_copies(tensors: Mapping[str, T]) -> dict[str, T]:
     """Those of an adapter's tensors that it trained. Beside embeddings and heads PEFT saves what its own wrappers hold: the base's
     weight, and the trained one a second time."""
 

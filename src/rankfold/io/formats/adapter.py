@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rankfold.errors import RankfoldError
 from rankfold.host.peft_api import exact_pattern
-from rankfold.io.adapter_names import PREFIX
+from rankfold.io.adapter_names import PREFIX, mended
 from rankfold.io.adapters import WEIGHTS
 
 
@@ -42,15 +42,22 @@ class SavedAdapter:
     def folder(self) -> Path:
         return self.path.parent if self.path.is_file() else self.path
 
+    @property
+    def named(self) -> dict[str, Tensor]:
+        """Its tensors by the keys that PEFT writes."""
+        names = mended(self.tensors)
+        return {names[key]: tensor for key, tensor in self.tensors.items()}
+
     @contextmanager
     def for_peft(self) -> Iterator[Path]:
-        """A folder that PEFT loads: its own, or a temporary one."""
-        if not self.translated:
+        """A folder of which PEFT applies every tensor: its own, or a temporary one."""
+        named = self.named
+        if not self.translated and named.keys() == self.tensors.keys():
             yield self.path
             return
         with tempfile.TemporaryDirectory(prefix="rankfold-") as folder:
             self.config.save_pretrained(folder)
-            save_file({key: t.contiguous() for key, t in self.tensors.items()}, Path(folder) / WEIGHTS)
+            save_file({key: t.contiguous() for key, t in named.items()}, Path(folder) / WEIGHTS)
             yield Path(folder)
 
 
