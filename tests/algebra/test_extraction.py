@@ -9,15 +9,21 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     LlamaForSequenceClassification,
     LlamaModel,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedModel,
+    ViTConfig,
+    ViTForImageClassification,
 )
 from transformers.pytorch_utils import Conv1D
 
-from rankfold.algebra import extract
+from rankfold.algebra import extract, models
 from rankfold.algebra.extraction import extracted
 from rankfold.algebra.models import ModelPair
 from rankfold.errors import RankfoldError
@@ -122,6 +128,80 @@ def test_the_update_is_read_a_tensor_at_a_time(bases: dict[str, Path], tmp_path:
         old, new = before.get_submodule(name), now.get_submodule(name)
         assert isinstance(old, Conv1D)
         assert torch.equal(source.update(name), (new.weight.double() - old.weight.double()).T)  # pyright: ignore
+
+
+def randomly_changed(model: PreTrainedModel, folder: Path) -> tuple[Path, Path]:
+    """A model and what training made of its two-dimensional parameters, as `save_pretrained` writes them."""
+    model.save_pretrained(folder / "base")
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if ".layers." in name and name.endswith("weight") and p.ndim == 2:
+                p.add_(torch.randn_like(p), alpha=0.1)
+    model.save_pretrained(folder / "tuned")
+    return folder / "base", folder / "tuned"
+
+
+def test_files_that_name_layers_otherwise(tmp_path: Path) -> None:
+    """Files of ViT have vit.encoder.layer…query, the model of transformers 5 vit.layers…q_proj."""
+    torch.manual_seed(0)
+    config = ViTConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4
+    )
+    model = ViTForImageClassification(config)
+    base, after = randomly_changed(model, tmp_path)
+    report = extract(base, after, tmp_path / "out", error=1e-9, dtype="float32")
+    linear = {n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+    assert {p.module for p in report.layers} == linear - {"classifier"}
+    lora = PeftModel.from_pretrained(ViTForImageClassification.from_pretrained(base), tmp_path / "out").eval()
+    pixels = torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(lora(pixels).logits, model.eval()(pixels).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_experts_that_transformers_fuses_are_named_once(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, vocab_size=32,
+        num_local_experts=2,
+    )  # fmt: skip
+    base, after = randomly_changed(MixtralForCausalLM(config), tmp_path)
+    path = after / "model.safetensors"
+    tensors = {k: v + 0.1 if "experts" in k else v for k, v in load_file(path).items()}
+    assert any("experts.1.w2" in key for key in tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+    report = extract(base, after, tmp_path / "out", rank=2)
+    experts = "model.layers.*.mlp.experts."
+    assert {experts + "gate_up_proj", experts + "down_proj"} <= report.left_out.keys()
+    assert not any(".w1" in kind for kind in report.left_out)
+
+
+def renamed(folders: tuple[Path, Path], out: Path, change: Callable[[str], str]) -> list[Path]:
+    found = [out / folder.name for folder in folders]
+    for folder, again in zip(folders, found, strict=True):
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        model.config.save_pretrained(again)
+        tensors = {change(key): value for key, value in model.state_dict().items()}
+        save_file(tensors, again / "model.safetensors", metadata={"format": "pt"})
+    return found
+
+
+def test_names_that_transformers_does_not_know(bases: dict[str, Path], tmp_path: Path) -> None:
+    after = tuned(bases["llama"], tmp_path / "tuned", lambda name: "v_proj" in name)
+    folders = renamed((bases["llama"], after), tmp_path / "odd", lambda name: f"backbone.{name}")
+    with pytest.raises(
+        RankfoldError, match=r"name no linear layer as transformers does \(backbone\..*, where the model has"
+    ):
+        extract(*folders, tmp_path / "out", rank=4)
+
+
+def test_a_layer_that_transformers_makes_of_a_part(
+    bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    after = tuned(bases["llama"], tmp_path / "tuned", lambda name: "v_proj" in name)
+    folders = renamed((bases["llama"], after), tmp_path / "odd", lambda name: name.replace("q_proj", "qkv"))
+    monkeypatch.setattr(models, "to_model", lambda _: lambda name: (name.replace("qkv", "q_proj"), "qkv" in name))
+    with pytest.raises(RankfoldError, match=r"makes \S*q_proj.weight of a part of \S*qkv.weight when it loads"):
+        extract(*folders, tmp_path / "out", rank=4)
 
 
 def test_refusals(bases: dict[str, Path], tmp_path: Path) -> None:

@@ -13,9 +13,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+import rankfold.fold
 from rankfold import RasaConfig
 from rankfold.algebra import diff
 from rankfold.cli import main
+from rankfold.errors import RankfoldError
 from rankfold.fold import fold_adapter, fold_model
 from rankfold.fold.calibration import read_texts, second_moments, tokenise
 from rankfold.fold.compression import CompressionLimit, compress, weighted_error
@@ -264,6 +266,41 @@ def test_calibration_without_a_budget_or_a_tokenizer(base: Path, tmp_path: Path)
         (tmp_path / "bare" / name).write_bytes((base / name).read_bytes())
     with pytest.raises(ValueError, match="has no tokenizer"):
         fold_adapter(folder, tmp_path / "out", rank=4, base=str(tmp_path / "bare"), calibration=tmp_path / "c.txt")
+
+
+@pytest.mark.parametrize(
+    ("fields", "kind"),
+    [
+        ({"target_modules": ["embed_tokens", "q_proj"]}, "embed_tokens is of kind 'embedding'"),
+        (
+            {"target_modules": ["v_proj"], "target_parameters": ["q_proj.weight"]},
+            "q_proj.weight is of kind 'parameter'",
+        ),
+    ],
+    ids=["embedding", "parameter"],
+)
+@pytest.mark.filterwarnings("ignore:Unsupported layer type")  # PEFT's own
+def test_calibration_is_of_linear_layers(
+    fields: dict, kind: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The ids of an embedding are not a vector, and PEFT's layer of a parameter is not a module; said before a model is loaded."""
+    config = LoraConfig(r=4, task_type="CAUSAL_LM", init_lora_weights=False, **fields)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    model.save_pretrained(tmp_path / "a", save_embedding_layers=False)
+    (tmp_path / "c.txt").write_text("\n\n".join(TEXTS))
+    monkeypatch.setattr(rankfold.fold, "trained_model", lambda *_: pytest.fail("the base was loaded"))
+    for fold in (lambda: fold_adapter(tmp_path / "a", tmp_path / "out", rank=2, calibration=tmp_path / "c.txt"),
+                 lambda: fold_model(model, tmp_path / "out", rank=2, calibration=tmp_path / "c.txt")):  # fmt: skip
+        with pytest.raises(RankfoldError, match=kind):
+            fold()
+
+
+def test_calibration_of_a_module_that_is_not_there(base: Path) -> None:
+    """A file may name experts one by one, which transformers fuses."""
+    with pytest.raises(RankfoldError, match=r"LlamaForCausalLM has no module experts\.0\.w1"):
+        second_moments(
+            AutoModelForCausalLM.from_pretrained(base), ["experts.0.w1"], [torch.ones(1, 2, dtype=torch.long)]
+        )
 
 
 def test_strict_writes_nothing(base: Path, tmp_path: Path) -> None:

@@ -157,6 +157,15 @@ def test_the_adapters_own_tokenizer_wins_and_processors_travel(tmp_path: Path) -
     assert any("tokenizer.json" in note for note in report.notes)
 
 
+def test_a_classifier_without_a_padding_token(tmp_path: Path) -> None:
+    """transformers' classifiers on a decoder look for the last token before the padding, and take one row without."""
+    _, adapter = base_and_adapter(LlamaForCausalLM(LlamaConfig(**SMALL)), tmp_path, task_type="SEQ_CLS")
+    for profile in ("uniform", "merged"):
+        report = fold_adapter(adapter, tmp_path / profile, profile=profile, dtype="float32")
+        assert report.probe["max_logit_error"] < 1e-5, report.probe  # type: ignore[operator]
+        assert any("no pad_token_id" in note for note in report.notes) == (profile == "merged")
+
+
 def test_a_classifier_keeps_the_names_of_its_labels(tmp_path: Path) -> None:
     """Its pipeline answered LABEL_2."""
     _, adapter = base_and_adapter(LlamaForCausalLM(LlamaConfig(**SMALL, pad_token_id=0)), tmp_path, task_type="SEQ_CLS")

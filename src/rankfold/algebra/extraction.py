@@ -79,7 +79,8 @@ def extracted(pair: ModelPair, progress: bool = False) -> Source:
     adapted = [name for name in body if f"{name}.weight" in changed]
     whole, left = math.fsum(changed.values()), {}
     for name in changed.keys() - weights.keys():
-        left[module_type(name)] = left.get(module_type(name), 0.0) + changed[name] / whole
+        kind = module_type(pair.name_of(name)[0])
+        left[kind] = left.get(kind, 0.0) + changed[name] / whole
     if not adapted:
         raise RankfoldError(f"no linear layer differs between {pair.first} and {pair.second}, only {examples([*left])}")
 
@@ -130,6 +131,18 @@ def _changes(pair: ModelPair, weights: dict[str, str], progress: bool) -> dict[s
                 f"{name} is {tuple(before.shape)} in {pair.first} and {tuple(after.shape)} in {pair.second}; the models are "
                 "not of one architecture"
             )
+    stored = {pair.name_of(name)[0]: name for files in pair.files for name in files}
+    partly = next((name for name in weights if stored.get(name, name) != name), None)
+    if partly is not None:
+        raise RankfoldError(
+            f"transformers makes {partly} of a part of {stored[partly]} when it loads, which extract does not read; load both "
+            "models with transformers, save them with save_original_format=False and give those folders"
+        )
+    if not any(name in found for name in weights):
+        raise RankfoldError(
+            f"the files of {pair.first} and {pair.second} name no linear layer as transformers does ({next(iter(stored), '')}, "
+            f"where the model has {next(iter(weights), 'none')}); load both with transformers and give what save_pretrained writes"
+        )
     missing = next((name for name in weights if name in set(pair.only(0)) ^ set(pair.only(1))), None)
     if missing is not None:
         raise RankfoldError(

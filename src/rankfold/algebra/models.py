@@ -13,6 +13,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from rankfold.errors import RankfoldError
 from rankfold.io.models import locate, model_config, skeleton
+from rankfold.io.weight_names import ToModel, to_model
 from rankfold.io.weights import FLOATS, Header, base_files, read_headers, read_tensor
 
 
@@ -46,14 +47,18 @@ class ModelPair:
         return skeleton(self.configs[1])
 
     @cached_property
+    def name_of(self) -> ToModel:
+        """The second model's name of a tensor in the files of either."""
+        return to_model(self.skeleton)
+
+    @cached_property
     def files(self) -> tuple[dict[str, tuple[Path, str]], dict[str, tuple[Path, str]]]:
-        """For both, the name in the model → the file and the name in it. A checkpoint may have or lack the base prefix."""
-        known = {name for name, _ in self.skeleton.named_parameters(remove_duplicate=False)}
-        prefix = f"{self.skeleton.base_model_prefix}."
+        """For both, the name in the model → the file and the name in it; of what transformers fuses or splits when it loads, the
+        file's own name."""
 
         def own(name: str) -> str:
-            options = (name, prefix + name, name.removeprefix(prefix))
-            return next((n for n in options if n in known), name)
+            found, partly = self.name_of(name)
+            return name if partly else found
 
         one, other = (
             {own(name): (file, name) for name, file in base_files(locate(model), None).items()}

@@ -32,6 +32,7 @@ from rankfold.fold.profiles.profile import Folded
 from rankfold.fold.proof import FoldReport, LayerProof, prove, prove_sum
 from rankfold.fold.source import Source, Update, base_config
 from rankfold.host.config import LowRankConfig
+from rankfold.host.kinds import kind_named
 from rankfold.io.adapters import read_labels
 from rankfold.io.files import sha256, whole_folder
 from rankfold.io.formats import SavedAdapter, read_adapter
@@ -97,7 +98,7 @@ def fold_adapter(
             read, config=read.config if near else source.config
         )  # with the class of the base, where the folder does not say it
         if texts is not None and (limit or not near):
-            limit = _weighed(limit, trained_model(known, base), source, texts)
+            limit = _weighed(limit, source, texts, lambda: trained_model(known, base))
         report = _write(source, folder, out, str(read.path), base, asked, limit)
         if probe:
             report.probe = run_probe(known, folder, base, PROFILES[asked.profile])
@@ -132,7 +133,7 @@ def fold_model(
             source = (peft_adapters if foreign else native).from_model(model, adapter_name)
             _check_out(out, None, source.config.base_model_name_or_path)
             if texts is not None and (limit or not near):
-                limit = _weighed(limit, model, source, texts)
+                limit = _weighed(limit, source, texts, lambda: model)
             report = _write(source, folder, out, origin, None, asked, limit)
         finally:
             if take_back is not None:
@@ -231,9 +232,18 @@ def _check_out(out: Path, adapter: Path | None, base: str | None) -> None:
         )
 
 
-def _weighed(limit: CompressionLimit, model: nn.Module, source: Source, texts: list[str]) -> CompressionLimit:
+def _weighed(
+    limit: CompressionLimit, source: Source, texts: list[str], trained: Callable[[], nn.Module]
+) -> CompressionLimit:
+    """The limit with the moments of the texts; the trained model is loaded when the rest is known to fit."""
     if not limit:
         raise RankfoldError("calibration weighs what compression cuts off; give rank or error with it")
+    odd = next((s for s in source.sites if s.name in source.adapted and not kind_named(s.kind).linear), None)
+    if odd is not None:
+        raise RankfoldError(
+            f"calibration weighs inputs of linear layers, and the adapted {odd.name} is of kind {odd.kind!r}; compress without it"
+        )
+    model = trained()
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
     batches = _tokens(model, texts, source.config)
     return replace(limit, moments=second_moments(inner, source.adapted, batches))

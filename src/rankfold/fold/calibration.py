@@ -88,10 +88,19 @@ def second_moments(model: nn.Module, modules: list[str], batches: list[Tensor]) 
         model: the base with its adapter, so that later layers see what they will see.
         modules: names within it.
         batches: token ids, one text each: padding would count as input.
+
+    Raises:
+        RankfoldError: a module that the model does not have, or that no input reaches.
     """
     sums: dict[str, Tensor] = {}
     seen: dict[str, int] = dict.fromkeys(modules, 0)
     found = dict(model.named_modules())
+    unknown = next((name for name in modules if name not in found), None)
+    if unknown is not None:
+        raise RankfoldError(
+            f"calibration: {type(model).__name__} has no module {unknown}, whose inputs could be weighed, as this version of "
+            "transformers loads it; compress without calibration"
+        )
 
     def watch(name: str):
         def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:

@@ -252,13 +252,15 @@ class Task(ABC):
     # --- afterwards ---------------------------------------------------------------------------------------------------------
 
     def example(self, config: Any) -> dict[str, Tensor]:
-        """Two rows of what the model takes, always the same, for the probe of a fold.
+        """Two rows of what the model takes, always the same, for the probe of a fold; one without a padding token, which
+        transformers' classifiers on a decoder refuse to take more than one row without.
 
         Args:
             config: the model's.
         """
         import torch
 
-        words = config.get_text_config().vocab_size
-        ids = torch.randint(min(5, words - 1), words, (2, 16), generator=torch.Generator().manual_seed(0))
+        text = config.get_text_config()
+        words, rows = text.vocab_size, 1 if getattr(text, "pad_token_id", None) is None else 2
+        ids = torch.randint(min(5, words - 1), words, (rows, 16), generator=torch.Generator().manual_seed(0))
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
