@@ -274,13 +274,11 @@ def peft_config(case: Case) -> Iterator[Finding]:
         yield Finding(Status.REFUSED, what, case.file.where("modules_to_save"), "save the adapter again")
     shapes = case.base.shapes if case.base else {}
     for name in case.others.get("vocabulary", []):
-        known, rows = (
-            shapes.get(name.removeprefix("base_model.model.").removesuffix(".weight")),
-            case.file.tensors[name].shape,
-        )
-        if known and rows and known[0] != rows[0]:
-            what = f"{name} has {rows[0]} rows, the base {known[0]}: the vocabulary was resized"
-            yield Finding(Status.REFUSED, what, name, f"call resize_token_embeddings({rows[0]}) on the base first")
+        known = shapes.get(name.removeprefix("base_model.model.").removesuffix(".weight"))
+        rows, *width = case.file.tensors[name].shape or (0,)
+        if known and width and width[0] in known and (theirs := sum(known) - width[0]) != rows:
+            what = f"{name} has {rows} rows, the base {theirs}: the vocabulary was resized"
+            yield Finding(Status.REFUSED, what, name, f"call resize_token_embeddings({rows}) on the base first")
 
 
 def peft_ranks(case: Case) -> Iterator[Finding]:
