@@ -12,9 +12,9 @@ import pytest
 import torch
 from edits import edit_config, edit_tensors, sound
 from peft import LoraConfig, TaskType, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, ViTConfig, ViTModel
 
-from rankfold import RasaConfig
+from rankfold import PlainLoraConfig, RasaConfig
 from rankfold.doctor import Diagnosis, Status, diagnose
 
 V = "base_model.model.model.layers.1.self_attn.v_proj."
@@ -176,6 +176,36 @@ def test_another_base_of_an_adapter_of_ours(llama: Path, tmp_path: Path):
     base = json.loads((llama / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**base, "num_hidden_layers": 1}))
     assert "2 of 3 adapted modules are not in the base" in problems(diagnose(tmp_path / "adapter", base=tmp_path))
+
+
+@pytest.mark.parametrize("config", [LoraConfig, PlainLoraConfig])
+def test_convolutions_and_embeddings_are_in_their_base(config: type, llama: Path, tmp_path: Path):
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    vit = ViTModel(ViTConfig(**small, image_size=16, patch_size=8))
+    vit.save_pretrained(tmp_path / "vit")
+    for base, target, name in (
+        (vit, "projection", "vit"),
+        (LlamaForCausalLM.from_pretrained(llama), "embed_tokens", ""),
+    ):
+        base.name_or_path = str(tmp_path / name if name else llama)
+        model = get_peft_model(base, config(r=4, target_modules=[target], init_lora_weights=False))
+        model.save_pretrained(tmp_path / target, save_embedding_layers=False)
+        assert problems(diagnose(tmp_path / target)) == ""
+    shutil.copy(llama / "config.json", tmp_path / "vit")
+    assert "not in the base" in problems(diagnose(tmp_path / "projection"))
+
+
+def test_a_resized_vocabulary(adapter, llama: Path):
+    folder = adapter()
+    for name in ("model.embed_tokens", "lm_head"):
+        edit_tensors(folder, lambda t, n=name: {**t, f"base_model.model.{n}.weight": torch.ones(64, 32)})
+        assert diagnose(folder, engines=["peft"]).healthy
+        edit_tensors(folder, lambda t, n=name: {**t, f"base_model.model.{n}.weight": torch.ones(70, 32)})
+        (verdict,) = diagnose(folder, engines=["peft"]).verdicts
+        assert any(
+            f"{name}.weight has 70 rows, the base 64: the vocabulary was resized" in f.what for f in verdict.findings
+        )
+        edit_tensors(folder, lambda t: {k: v for k, v in t.items() if "lora_" in k})
 
 
 def test_a_base_that_transformers_does_not_know(adapter, llama: Path, tmp_path: Path):

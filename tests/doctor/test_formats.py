@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from rankfold.doctor import Diagnosis, diagnose
 
@@ -40,6 +40,33 @@ def test_mlx(tmp_path: Path):
     assert "lora_parameters.rank=4, but model.layers.0.self_attn.q_proj has rank 8" in why(found)
     assert "needs num_layers" in why(diagnose(mlx(tmp_path, num_layers=None)))
     assert "needs lora_parameters" in why(diagnose(mlx(tmp_path, lora_parameters=[])))
+
+
+@pytest.mark.parametrize(
+    ("layers", "keys", "status"),
+    [
+        (-1, None, "loads"),  # mlx_lm takes layers[-max(n, 0):], which is all of them
+        (0, None, "loads"),
+        (99, None, "loads"),
+        (2, None, "refused"),
+        (1, ["model.layers.0.self_attn.q_proj"], "loads"),
+        (-1, ["self_attn.q_proj"], "loads"),
+        (-1, ["q_proj"], "refused"),
+    ],
+)
+def test_which_layers_mlx_adapts(layers: int, keys: list[str] | None, status: str, llama: Path, tmp_path: Path):
+    numbers = {**MLX["lora_parameters"], **({"keys": keys} if keys else {})}
+    found = diagnose(mlx(tmp_path, num_layers=layers, lora_parameters=numbers), base=llama, engines=["mlx"])
+    assert [str(v.status) for v in found.verdicts] == [status]
+
+
+def test_dora_of_mlx(tmp_path: Path):
+    mlx(tmp_path, fine_tune_type="dora", lora_parameters={**MLX["lora_parameters"], "scale": 1.0})
+    tensors = load_file(tmp_path / "adapters.safetensors")
+    save_file({**tensors, "model.layers.0.self_attn.q_proj.m": torch.ones(32)}, tmp_path / "adapters.safetensors")
+    assert status(diagnose(tmp_path)) == {"mlx": "loads", "ollama": "refused"}  # whose loader knows no such suffix
+    (tmp_path / "adapter_config.json").write_text(json.dumps(MLX))
+    assert status(diagnose(tmp_path))["mlx"] == "refused"
 
 
 def diffusers(path: Path, *ranks: int, alpha: bool = False) -> Path:

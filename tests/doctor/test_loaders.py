@@ -76,6 +76,13 @@ def test_edits_of_an_mlx_folder(llama: Path, tmp_path: Path) -> None:
         "no scale": {"lora_parameters": {"rank": 4, "dropout": 0.0}},
         "another rank": {"lora_parameters": {**parameters, "rank": 8}},
         "the last layers alone": {"num_layers": 2},
+        "all layers": {"num_layers": -1},
+        "no layer": {"num_layers": 0},
+        "a key in full": {
+            "num_layers": 1,
+            "lora_parameters": {**parameters, "keys": ["model.layers.0.self_attn.q_proj"]},
+        },
+        "a key's last part": {"lora_parameters": {**parameters, "keys": ["q_proj"]}},
         "another key": {"lora_parameters": {**parameters, "keys": ["self_attn.v_proj"]}},
         "no keys": {"lora_parameters": {key: value for key, value in parameters.items() if key != "keys"}},
         "whole weights": {"fine_tune_type": "full"},

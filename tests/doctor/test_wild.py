@@ -104,6 +104,20 @@ def test_fix_writes_the_tensors_of_a_pickle_as_safetensors(adapter: Any, tmp_pat
     assert all(torch.equal(found[key], tensor) for key, tensor in trained.items())
 
 
+@pytest.mark.parametrize("pickled", [False, True])
+def test_fix_widens_float8(pickled: bool, adapter: Any, tmp_path: Path) -> None:
+    folder = adapter()
+    edit_tensors(folder, lambda t: {k: v.to(torch.float8_e4m3fn) for k, v in t.items()})
+    narrow = load_file(folder / "adapter_model.safetensors")
+    if pickled:
+        torch.save(narrow, folder / "adapter_model.bin")
+        (folder / "adapter_model.safetensors").unlink()
+    assert fix(folder, tmp_path / "fixed")[-1] == "all tensors in float32; they were float8_e4m3fn"
+    found = load_file(tmp_path / "fixed" / "adapter_model.safetensors")
+    assert all(torch.equal(found[key], tensor.float()) for key, tensor in narrow.items())
+    assert not diagnose(tmp_path / "fixed").problems
+
+
 def test_fix_writes_what_engines_and_peft_read(adapter: Any, llama: Path, tmp_path: Path, capsys: Any) -> None:
     folder = adapter()
     trained = load_file(folder / "adapter_model.safetensors")

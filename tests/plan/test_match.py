@@ -103,7 +103,9 @@ def test_any_rising_curve(budget: int) -> None:
 
 def test_budgets_in_words() -> None:
     assert [parse_budget(t) for t in ("1200000", "1.2M", "300k", "1_000", "2,000")] == [1200000, 1200000, 300000, 1000, 2000]  # fmt: skip
-    for bad in ("", "-3", "0", "M", "1.2MB", "lots", "nan"):
+    assert [parse_budget(t) for t in ("1,200,000", "12_00", "0.5k", "1.2 M")] == [1_200_000, 1200, 500, 1_200_000]
+    wrong_commas = ("1,2M", "1,200M", "1,2", "12,00", "1,2000", ",200", "1,200,00")
+    for bad in ("", "-3", "0", "M", "1.2MB", "lots", "nan", "9" * 400, *wrong_commas):
         with pytest.raises(ValueError, match="is not a number of parameters"):
             parse_budget(bad)
 

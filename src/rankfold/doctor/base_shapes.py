@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,9 @@ import torch
 import transformers
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from rankfold.errors import RankfoldError
+from rankfold.host.kinds import kind_of
 from rankfold.io.models import ModelError, model_config, named_class, skeleton
 from rankfold.io.weight_names import ToModel, to_model
 from rankfold.io.weights import read_headers
@@ -26,7 +27,8 @@ class BaseShapes:
     """One base model.
 
     Args:
-        shapes: (out, in) of every matrix by module name; {} if it could not be had.
+        shapes: (out, in) of an update of each module by its name; {} if they could not be had. A kernel's positions count as
+            inputs, and an embedding's inputs are its rows.
         why_not: why the shapes could not be had.
         name_of: the model's name of a tensor by that in older files, and whether it is a part of it (one expert of fused ones).
     """
@@ -93,11 +95,11 @@ def _skeleton(folder: Path, config: dict[str, Any], adapter: dict[str, Any]) -> 
 
 
 def _shape(module: nn.Module) -> tuple[int, int] | None:
+    if kind := kind_of(module):
+        into, out = kind.features(module)
+        return out, into
     weight = getattr(module, "weight", None)
-    if not isinstance(weight, torch.Tensor) or weight.ndim != 2:
-        return None
-    out, into = weight.shape
-    return (into, out) if isinstance(module, Conv1D) else (out, into)
+    return (len(weight), weight.shape[1]) if isinstance(weight, torch.Tensor) and weight.ndim == 2 else None
 
 
 def _headers(folder: Path) -> dict[str, tuple[int, int]]:
@@ -107,6 +109,6 @@ def _headers(folder: Path) -> dict[str, tuple[int, int]]:
     shapes = {}
     for file in files:
         for name, header in read_headers(file).items():
-            if name.endswith(".weight") and len(header.shape) == 2:
-                shapes[name.removesuffix(".weight")] = header.shape
+            if name.endswith(".weight") and len(header.shape) >= 2:
+                shapes[name.removesuffix(".weight")] = header.shape[0], math.prod(header.shape[1:])
     return shapes

@@ -167,7 +167,7 @@ def ollama_rows(case: Case) -> Iterator[Finding]:
 
 def ollama_others(case: Case) -> Iterator[Finding]:
     """Its conversion renames lora_A.weight and lora_B.weight, and its loader stops at what ends otherwise."""
-    names = [n for role in ("norm", "embedding", "base_layer") for n in case.others.get(role, [])]
+    names = [n for role in ("norm", "embedding", "base_layer", "foreign") for n in case.others.get(role, [])]
     if names:
         yield Finding(Status.REFUSED, f"unexpected suffix: {examples(names)}", names[0], "adapt linear modules only")
 
@@ -276,13 +276,11 @@ def peft_config(case: Case) -> Iterator[Finding]:
         yield Finding(Status.REFUSED, what, case.file.where("modules_to_save"), case.to_save_again)
     shapes = case.base.shapes if case.base else {}
     for name in case.others.get("vocabulary", []):
-        known, rows = (
-            shapes.get(name.removeprefix("base_model.model.").removesuffix(".weight")),
-            case.file.tensors[name].shape,
-        )
-        if known and rows and known[0] != rows[0]:
-            what = f"{name} has {rows[0]} rows, the base {known[0]}: the vocabulary was resized"
-            yield Finding(Status.REFUSED, what, name, f"call resize_token_embeddings({rows[0]}) on the base first")
+        known = shapes.get(name.removeprefix("base_model.model.").removesuffix(".weight"))
+        rows, *width = case.file.tensors[name].shape or (0,)
+        if known and width and width[0] in known and (theirs := sum(known) - width[0]) != rows:
+            what = f"{name} has {rows} rows, the base {theirs}: the vocabulary was resized"
+            yield Finding(Status.REFUSED, what, name, f"call resize_token_embeddings({rows}) on the base first")
 
 
 def peft_ranks(case: Case) -> Iterator[Finding]:
@@ -302,9 +300,10 @@ def mlx_config(case: Case) -> Iterator[Finding]:
             what = f"fine_tune_type='full' is of whole weights, and these are factors: {examples([p.module for p in case.pairs])}"
             yield Finding(Status.REFUSED, what, case.file.where("fine_tune_type"), fix)
         return
-    if case.other_names:
-        what = f"tensors that it does not know: {examples(case.other_names)}"
-        yield Finding(Status.REFUSED, what, case.other_names[0], fix)
+    dora = config.get("fine_tune_type") == "dora"
+    unknown = [name for name in case.other_names if not (dora and name.endswith(".m"))]
+    if unknown:
+        yield Finding(Status.REFUSED, f"tensors that it does not know: {examples(unknown)}", unknown[0], fix)
     if not isinstance(config.get("num_layers"), int):
         yield Finding(Status.REFUSED, "the config needs num_layers", case.file.where("num_layers"), fix)
     numbers = config.get("lora_parameters")
@@ -312,17 +311,7 @@ def mlx_config(case: Case) -> Iterator[Finding]:
     if not isinstance(numbers, dict) or not {"rank", "scale", "dropout"} <= set(numbers):
         yield Finding(Status.REFUSED, "the config needs lora_parameters{rank, scale, dropout}", where, fix)
         return
-    layers = case.base.config.get("num_hidden_layers") if case.base else None
-    first = (
-        layers - config["num_layers"] if isinstance(layers, int) and isinstance(config.get("num_layers"), int) else 0
-    )
-    keys = numbers.get("keys")
-    idle = [
-        p.module
-        for p in case.pairs
-        if (p.layer is not None and p.layer < first)
-        or (isinstance(keys, list) and not any(p.module.endswith(f".{key}") for key in keys))
-    ]
+    idle = [p.module for p in case.pairs if not _mlx_adapts(case, p, numbers.get("keys"))]
     if idle:
         what = f"tensors of layers that num_layers and keys do not name: {examples(idle)}"
         yield Finding(Status.REFUSED, what, idle[0], fix)
@@ -330,6 +319,19 @@ def mlx_config(case: Case) -> Iterator[Finding]:
     if wrong:
         what = f"lora_parameters.rank={short_repr(numbers['rank'])}, but {wrong[0].module} has rank {wrong[0].rank}"
         yield Finding(Status.REFUSED, what, where, "mlx has one rank for all")
+
+
+def _mlx_adapts(case: Case, pair: Pair, keys: object) -> bool:
+    """Of the last num_layers layers, or of all if it is not positive, what keys name within a layer; of the model what they name in full."""
+    layers = case.base.config.get("num_hidden_layers") if case.base else None
+    last = case.file.config.get("num_layers")
+    first = layers - last if isinstance(layers, int) and isinstance(last, int) and last > 0 else 0
+    names = keys if isinstance(keys, list) else None
+    if names and pair.module in names:
+        return True
+    if pair.layer is None or pair.layer < first:
+        return False
+    return names is None or pair.module.partition(f".{pair.layer}.")[2] in names
 
 
 def diffusers_kind(case: Case) -> Iterator[Finding]:

@@ -204,7 +204,7 @@ ENGINES = (
                 rules.head(Status.REFUSED, "it has no such tensor"),
             ),
             "gguf": (engine_rules.gguf_file,),
-            "mlx": (engine_rules.mlx_scale_ignored,),
+            "mlx": (engine_rules.ollama_others, engine_rules.mlx_scale_ignored),
         },
     ),
     _tgi(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rankfold.errors import RankfoldError
 from rankfold.io.adapter_names import mended
-from rankfold.io.adapters import CONFIG, PICKLED, WEIGHTS, find_adapter, read_tensors
+from rankfold.io.adapters import CONFIG, PICKLED, WEIGHTS, find_adapter, is_narrow, stored_tensors
 from rankfold.io.files import to_json, whole_folder
 from rankfold.text import examples
 
@@ -57,7 +57,7 @@ def fix(path: str | Path, out: str | Path) -> list[str]:
 
 
 def _tensors(folder: Path) -> tuple[dict[str, Tensor], list[str]]:
-    found, done = read_tensors(folder), []
+    found, done = stored_tensors(folder), []
     if not (folder / WEIGHTS).is_file():
         done.append(f"{PICKLED}, which held tensors alone, written as {WEIGHTS}")
     names = mended(found)
@@ -67,7 +67,7 @@ def _tensors(folder: Path) -> tuple[dict[str, Tensor], list[str]]:
         done.append(f"keys renamed: {examples(renamed)}, now {names[renamed[0]]}")
     tensors = {names[key]: tensor.contiguous() for key, tensor in found.items()}
     kinds = {t.dtype for t in tensors.values() if t.is_floating_point()}
-    if torch.float64 in kinds or len(kinds) > 1:
+    if torch.float64 in kinds or len(kinds) > 1 or any(is_narrow(t) for t in tensors.values()):
         # float32 holds every value of the narrower ones
         tensors = {key: tensor.float() if tensor.is_floating_point() else tensor for key, tensor in tensors.items()}
         done.append(

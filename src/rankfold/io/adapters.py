@@ -70,7 +70,12 @@ def _where_it_may_be(folder: Path) -> str:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of an adapter; float8, which has no arithmetic, is widened to float32.
+    """As `stored_tensors`, with float8, which has no arithmetic, widened to float32."""
+    return {name: tensor.float() if is_narrow(tensor) else tensor for name, tensor in stored_tensors(path).items()}
+
+
+def stored_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of an adapter in the dtypes that they were saved in.
 
     Args:
         path: its folder, or its file of weights.
@@ -94,7 +99,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         tensors = _unpickled(path)
     if message := not_gathered({name: tuple(tensor.shape) for name, tensor in tensors.items()}):
         raise RankfoldError(f"{path}: {message}; {GATHER}")
-    return {name: tensor.float() if _is_narrow(tensor) else tensor for name, tensor in tensors.items()}
+    return tensors
 
 
 def _unpickled(path: Path) -> dict[str, Tensor]:
@@ -178,7 +183,8 @@ def _in_order(id2label: dict[Any, str]) -> list[str]:
     return [labels[i] for i in range(len(labels))]
 
 
-def _is_narrow(tensor: Tensor) -> bool:
+def is_narrow(tensor: Tensor) -> bool:
+    """Whether torch only stores it: float8."""
     return tensor.is_floating_point() and tensor.itemsize < 2
 
 

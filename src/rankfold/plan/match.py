@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import re
 import sys
 from collections.abc import Callable
@@ -140,8 +141,11 @@ def parse_budget(text: str) -> int:
     Raises:
         RankfoldError: it is not one.
     """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmb]?)", text.strip().replace(",", "").replace("_", "").lower())
-    count = round(float(found[1]) * _UNITS[found[2]]) if found else 0
-    if count < 1:
-        raise RankfoldError(f"{text!r} is not a number of parameters, such as 1200000, 1.2M or 300k")
-    return count
+    plain = text.strip().lower()
+    if re.fullmatch(r"\d{1,3}(,\d{3})+", plain):  # with a unit, as in 1,2M or 1,200M, a comma may be a decimal point
+        plain = plain.replace(",", "")
+    found = re.fullmatch(r"(\d+(?:_\d+)*(?:\.\d+)?)\s*([kmb]?)", plain)
+    count = float(found[1]) * _UNITS[found[2]] if found else 0
+    if not 0.5 < count < math.inf:
+        raise RankfoldError(f"{text!r} is not a number of parameters, such as 1200000, 1,200,000, 1.2M or 300k")
+    return round(count)
