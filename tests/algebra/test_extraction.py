@@ -82,7 +82,8 @@ def test_only_what_changed_is_adapted_and_the_rest_is_named(bases: dict[str, Pat
     after = tuned(bases["llama"], tmp_path / "tuned", which)
     report = extract(bases["llama"], after, tmp_path / "out", rank=4)
     assert {p.module for p in report.layers} == {f"model.layers.{i}.self_attn.v_proj" for i in (0, 1)}
-    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["target_modules"] == ["v_proj"]
+    targets = json.loads((tmp_path / "out" / "adapter_config.json").read_text())["target_modules"]
+    assert targets == ["q_proj", "v_proj"]  # SGLang wants zeros for q
     before, now = (AutoModelForCausalLM.from_pretrained(f).double().state_dict() for f in (bases["llama"], after))
     change = {n: float((now[n] - before[n]).square().sum()) for n in now}
     for kind, part in {"model.embed_tokens.weight": "embed", "lm_head.weight": "lm_head",
@@ -96,6 +97,14 @@ def test_only_what_changed_is_adapted_and_the_rest_is_named(bases: dict[str, Pat
     note = next(n for n in report.notes if n.startswith("left out"))
     assert f"{sum(report.left_out.values()):.2%} of the change" in note
     assert "lm_head.weight" in note
+
+
+def test_what_sglang_wants_beside_a_module_is_written(bases: dict[str, Path], tmp_path: Path) -> None:
+    after = tuned(bases["llama"], tmp_path / "tuned", lambda name: "q_proj" in name)
+    report = extract(bases["llama"], after, tmp_path / "out", rank=2)
+    assert "SGLang" in report.serve
+    keys = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert sum("v_proj.lora_A" in key for key in keys) == 2
 
 
 def test_a_base_without_its_prefix_and_a_new_head(bases: dict[str, Path], tmp_path: Path) -> None:

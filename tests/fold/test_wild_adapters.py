@@ -122,6 +122,21 @@ def test_a_plain_lora_needs_no_base(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["target_modules"] == ["q_proj"]
 
 
+@pytest.mark.parametrize(("options", "engines"), [
+    ({"target_modules": ["q_proj", "v_proj"]}, {"vLLM", "SGLang", "TGI", "PEFT"}),
+    ({"target_modules": ["q_proj"]}, {"vLLM", "TGI", "PEFT"}),
+    ({"target_modules": ["q_proj", "v_proj"], "layers_to_transform": [0]}, {"vLLM", "SGLang", "PEFT"}),
+])  # fmt: skip
+def test_without_a_base_no_engine_is_named_that_wants_more(
+    options: dict[str, Any], engines: set[str], tmp_path: Path
+) -> None:
+    """SGLang stops where q_proj has no v_proj beside it, and TGI drops what not every layer has; zeros need the base's shapes."""
+    lora(AutoModelForCausalLM.from_pretrained(llama(tmp_path / "base")), tmp_path / "a", **options)
+    assert {*fold_adapter(tmp_path / "a", tmp_path / "known").serve} == {"vLLM", "SGLang", "TGI", "PEFT"}
+    edit(tmp_path / "a", base_model_name_or_path=None)
+    assert {*fold_adapter(tmp_path / "a", tmp_path / "out").serve} == engines
+
+
 def test_chosen_layers_without_a_base_are_named_in_full(tmp_path: Path) -> None:
     base = llama(tmp_path / "base")
     lora(AutoModelForCausalLM.from_pretrained(base), tmp_path / "a", layers_to_transform=[0])

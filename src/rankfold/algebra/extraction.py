@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from rankfold.algebra.models import ModelPair
 from rankfold.errors import RankfoldError
 from rankfold.fold import FoldOptions, FoldReport, fold_source
-from rankfold.fold.sites import of_adapted_types
+from rankfold.fold.sites import of_adapted_types, siblings
 from rankfold.fold.source import Source, output_head
 from rankfold.host.adapter import module_type
 from rankfold.host.planning import site_of
@@ -89,6 +89,7 @@ def extracted(pair: ModelPair, progress: bool = False) -> Source:
         assert found is not None
         return (found[1] - found[0]).T if isinstance(body[name], Conv1D) else found[1] - found[0]
 
+    sites = [site_of(n, m) for n, m in body.items()]
     dtype = getattr(pair.configs[0], "dtype", None)
     return Source(
         method="a full fine-tune",
@@ -100,7 +101,8 @@ def extracted(pair: ModelPair, progress: bool = False) -> Source:
         ),
         update=update,
         adapted=adapted,
-        sites=of_adapted_types([site_of(n, m) for n, m in body.items()], adapted),
+        sites=of_adapted_types(sites, adapted),
+        siblings=siblings(sites, adapted),
         modules=[name for name, _ in model.named_modules()],
         heads={f"base_model.model.{name}": tensor for name, tensor in heads.items()},
         dtype=dtype if dtype in FLOATS else next(model.parameters()).dtype,

@@ -106,7 +106,7 @@ def from_files(adapter: SavedAdapter, base: str | None = None) -> Source:
             not plain or base or getattr(config, "target_parameters", None)
         ):  # a file does not say which parameter is whose
             raise
-        why = f"the base was not looked at ({error}), so absent layers are not written as zeros, as TGI wants them"
+        why = f"the base was not looked at ({error}), so absent modules are not written as zeros, as SGLang and TGI want them"
         return _noted(from_tensors(folder, config, tensors, None, why), notes)  # pyright: ignore[reportArgumentType]
     config = _tied_too(_as_trained_on(config, skeleton), tensors, skeleton)
     dtype = getattr(skeleton.config, "dtype", None) or torch.float32  # pyright: ignore[reportAttributeAccessIssue]

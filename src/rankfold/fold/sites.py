@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
@@ -38,6 +39,30 @@ def siblings(sites: list[Site], adapted: list[str]) -> list[Site]:
             if other in known and other not in found:
                 wanted[other] = known[other]
     return list(wanted.values())
+
+
+def unfit(sites: list[Site], modules: list[str]) -> set[str]:
+    """The engines that want more than these sites: another module that they stack with one of them (SGLang), or every layer of a
+    type (TGI).
+
+    Args:
+        modules: of the base, as far as they are known.
+    """
+    names = {site.name for site in sites}
+    blocks = [name.rpartition(".") for name in names]
+    alone = any(f"{block}.{other}" not in names for block, _, kind in blocks for other in SIBLINGS.get(kind, []))
+    have, every = _layers(names), _layers([*names, *modules])
+    partial = any(every[kind] - found for kind, found in have.items())
+    return {engine for engine, refuses in (("SGLang", alone), ("TGI", partial)) if refuses}
+
+
+def _layers(names: Iterable[str]) -> dict[str, set[int]]:
+    """By type of module, the layers that have one: the first number in a name."""
+    found: dict[str, set[int]] = {}
+    for name in names:
+        numbers = [int(part) for part in name.split(".") if part.isdecimal()]
+        found.setdefault(module_type(name), set()).update(numbers[:1])
+    return found
 
 
 def _type(site: Site) -> tuple[str, int, int]:

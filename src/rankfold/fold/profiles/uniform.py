@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from rankfold.errors import RankfoldError
 from rankfold.fold.lora_tensors import Layout
 from rankfold.fold.profiles.profile import Folded, Profile, Written
+from rankfold.fold.sites import unfit
 from rankfold.fold.source import Source
 from rankfold.host.kinds import kind_named
 from rankfold.io.files import to_json
@@ -63,11 +64,12 @@ def write(folded: Folded, folder: Path) -> Written:
 
 def loaders(source: Source, flags: dict[str, str]) -> dict[str, str]:
     """Those that load the fold: a convolution's or an embedding's LoRA is for PEFT; a trained head too, and for vLLM where it is a
-    classifier's."""
+    classifier's. Zeros for what SGLang and TGI want beside it need the base's shapes."""
     if not all(kind_named(site.kind).linear for site in source.sites):
         return {"PEFT": flags["PEFT"]}
     if not source.heads:
-        return flags
+        lacking = unfit(source.sites, source.modules)
+        return {engine: flag for engine, flag in flags.items() if engine not in lacking}
     classifier = set(getattr(source.config, "modules_to_save", None) or []) <= {"classifier", "score"}
     return {engine: f for engine, f in flags.items() if engine == "PEFT" or (classifier and engine.startswith("vLLM"))}
 
