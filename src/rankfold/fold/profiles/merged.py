@@ -63,8 +63,9 @@ def write(folded: Folded, folder: Path) -> Written:
         *write_config(base, revision, folder),
         *copy_files(base, revision, folded.source.folder, folder),
     ]
+    config: Any = model.config
     classifies = type(model).__name__.endswith("ForSequenceClassification")
-    if classifies and getattr(model.config.get_text_config(), "pad_token_id", None) is None:
+    if classifies and getattr(config.get_text_config(), "pad_token_id", None) is None:
         notes.append(
             "config.json has no pad_token_id, as the base's has none: transformers takes one text at a time until you set it to "
             "that of the tokenizer"
