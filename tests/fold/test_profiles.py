@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
 from transformers import (
@@ -20,10 +20,13 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    Zamba2Config,
+    Zamba2ForCausalLM,
 )
 
 from rankfold import PlainLoraConfig, RasaConfig, SoraConfig
 from rankfold.cli import main
+from rankfold.errors import RankfoldError
 from rankfold.fold import PROFILES, fold_adapter, fold_model
 from rankfold.host.peft_api import exact_pattern
 
@@ -214,6 +217,29 @@ def test_merging_into_tied_embeddings_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="lm_head is the output head"):
         fold_model(model, tmp_path / "out", profile="mlx")
     assert [p.name for p in tmp_path.iterdir()] == ["base"]
+
+
+@pytest.mark.parametrize("targets", [["q_proj"], ["layers.1.shared_transformer.self_attn.q_proj"]])
+def test_merging_into_tied_layers_is_refused(targets: list[str], tmp_path: Path) -> None:
+    """The hybrid layers of Zamba2 are one set of weights; the LoRA of one of them is not that of the others."""
+    config = Zamba2Config(
+        vocab_size=64, hidden_size=16, num_hidden_layers=4, layers_block_type=["mamba", "hybrid"] * 2, hybrid_layer_ids=[1, 3],
+        num_mem_blocks=1, mamba_d_state=8, mamba_ngroups=1, n_mamba_heads=4, mamba_headdim=8, intermediate_size=24,
+        num_attention_heads=2, num_key_value_heads=2, attention_head_dim=16, adapter_rank=4, chunk_size=8,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    Zamba2ForCausalLM(config).save_pretrained(tmp_path / "base")
+    lora = LoraConfig(r=2, target_modules=targets, init_lora_weights=False, task_type="CAUSAL_LM")
+    get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), lora).save_pretrained(
+        str(tmp_path / "adapter")
+    )
+    with pytest.raises(
+        RankfoldError, match=r"layers\.1\.\S+ shares its weight with \S+layers\.3\.\S+, which would change too"
+    ):
+        fold_adapter(tmp_path / "adapter", tmp_path / "out", profile="merged")
+    assert len(fold_adapter(tmp_path / "adapter", tmp_path / "out", probe=False).layers) == (
+        2 if targets == ["q_proj"] else 1
+    )
 
 
 def test_an_adapted_output_head_is_written_where_it_is_read(llama: Path, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from rankfold.fold.profiles.profile import Folded, Profile, Written
 from rankfold.fold.source import base_model
 from rankfold.host.kinds import kind_of
 from rankfold.host.layer import Kind
-from rankfold.io.models import input_embeddings, quiet
+from rankfold.io.models import quiet
 from rankfold.io.weight_names import to_model
 from rankfold.io.weights import base_files, weight_reader
 from rankfold.kernel.factors import Factors
@@ -63,8 +63,9 @@ def write(folded: Folded, folder: Path) -> Written:
         *write_config(base, revision, folder),
         *copy_files(base, revision, folded.source.folder, folder),
     ]
+    config: Any = model.config
     classifies = type(model).__name__.endswith("ForSequenceClassification")
-    if classifies and getattr(model.config.get_text_config(), "pad_token_id", None) is None:
+    if classifies and getattr(config.get_text_config(), "pad_token_id", None) is None:
         notes.append(
             "config.json has no pad_token_id, as the base's has none: transformers takes one text at a time until you set it to "
             "that of the tokenizer"
@@ -103,8 +104,7 @@ def _base(folded: Folded) -> nn.Module:
 
 
 def _adaptable(model: nn.Module, name: str) -> tuple[Any, Kind]:
-    """The module of this name, and its kind; raises ValueError where there is none, or where an embedding and another layer
-    have one weight."""
+    """The module of this name, and its kind; raises ValueError where there is none, or where another has the same weight."""
     modules: dict[str, Any] = dict(model.named_modules())
     module = modules.get(name)
     if module is None and to_model(model)(f"{name}.weight")[1]:
@@ -115,12 +115,14 @@ def _adaptable(model: nn.Module, name: str) -> tuple[Any, Kind]:
     kind = None if module is None else kind_of(module)
     if module is None or kind is None:
         raise RankfoldError(f"profile merged: {type(model).__name__} has no layer {name!r}; was the adapter's another?")
-    embeddings = input_embeddings(model)
-    if module is not embeddings and module.weight is getattr(embeddings, "weight", None):
-        raise RankfoldError(f"profile merged: {name} shares its weight with the embeddings, which would change too")
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    if module is embeddings and module.weight is getattr(head, "weight", None):
-        raise RankfoldError(f"profile merged: {name} shares its weight with the output head, which would change too")
+    other = next(
+        (n for n, m in modules.items() if m is not module and getattr(m, "weight", None) is module.weight), None
+    )
+    if other is not None:
+        raise RankfoldError(
+            f"profile merged: {name} shares its weight with {other}, which would change too; fold with --profile uniform, whose "
+            f"update is that of {name} alone"
+        )
     return module, kind
 
 
