@@ -267,6 +267,17 @@ def test_no_engine_but_peft_is_said_to_load_a_key_that_was_not_seen_in_it(adapte
     assert verdicts(diagnose(folder))["sglang"] is LOADS
 
 
+def test_dtypes_that_engines_were_not_seen_to_read(adapter):
+    folder = adapter(r=8, lora_alpha=8)
+    edit_tensors(folder, lambda t: {k: v.double() for k, v in t.items()})
+    found = verdicts(diagnose(folder))
+    assert (found["openvino"], found["vllm"], found["peft"]) == (REFUSED, LOADS, LOADS)
+    edit_tensors(folder, lambda t: {k: v.to(torch.float8_e4m3fn) for k, v in t.items()})
+    found = verdicts(diagnose(folder))
+    assert [key for key, status in found.items() if status is LOADS] == ["peft"]
+    assert found["openvino"] is REFUSED
+
+
 def test_keys_without_peft_s_prefix(adapter):
     folder = adapter(r=8, lora_alpha=8)
     edit_tensors(folder, lambda t: {k.removeprefix("base_model.model."): v for k, v in t.items()})

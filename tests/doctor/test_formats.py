@@ -91,6 +91,12 @@ def test_diffusers(tmp_path: Path, name: str):
     assert status(diagnose(diffusers(tmp_path / name, 4, 8, alpha=True))) == {"diffusers": "loads"}
 
 
+def test_dora_of_diffusers_is_filtered_out(tmp_path: Path):
+    file = diffusers(tmp_path / "pytorch_lora_weights.safetensors", 4)
+    save_file({**load_file(file), "unet.down_blocks.0.to_q.dora_scale": torch.ones(8)}, file)
+    assert status(diagnose(file)) == {"diffusers": "loads in part"}
+
+
 def gguf_file(path: Path, *ranks: int, kind: str = "adapter", alpha: float | None = 8.0, extra: str = "") -> Path:
     gguf = pytest.importorskip("gguf")
     writer = gguf.GGUFWriter(path, "llama")

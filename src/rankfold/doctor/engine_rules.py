@@ -343,7 +343,11 @@ def diffusers_kind(case: Case) -> Iterator[Finding]:
         yield Finding(
             Status.REFUSED, f"it has no LoHa or LoKr: {examples(foreign)}", foreign[0], "merge it where it was made"
         )
-    elif other:
+    dora = [n for n in names if n.endswith(".dora_scale") and n not in other]
+    if dora:
+        what = f"filtered out with a warning (lora_state_dict in loaders/lora_pipeline.py): {examples(dora)}"
+        yield Finding(Status.IN_PART, what, dora[0], "train without DoRA, or merge it where it was made")
+    if other and not foreign:
         what = f"names of kohya, ComfyUI or old processors, whose conversion was not checked: {examples(other)}"
         yield Finding(Status.NOT_CHECKED, what, other[0])
 

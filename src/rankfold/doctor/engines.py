@@ -58,7 +58,7 @@ def judge(engine: Engine, case: Case) -> Verdict:
     common: tuple[Rule, ...] = (_pickled,)
     if case.file.kind == "peft":
         common += (rules.composite_names,)
-        common += () if engine.key == "peft" else (rules.start_from_base, rules.more_than_lora, rules.served_base)
+        common += () if engine.key == "peft" else _NOT_PEFT
         common += () if engine.key in ("peft", "sglang") else (rules.adapter_names,)
         common += (_wrapped_gguf if engine.key in ("llama.cpp", "ollama") else _wrapped,)
     found = [f for rule in (*common, *engine.rules[case.file.kind]) for f in rule(case)]
@@ -72,6 +72,12 @@ def _pickled(case: Case) -> Iterator[Finding]:
         yield Finding(Status.NOT_CHECKED, what, case.file.weights.name, f"rankfold doctor {case.file.path} --fix OUT")
 
 
+_NOT_PEFT = (
+    rules.start_from_base,
+    rules.more_than_lora,
+    rules.served_base,
+    rules.dtypes(Status.NOT_CHECKED, "F64", "F32", "F16", "BF16"),
+)
 _wrapped = rules.wrapper_keys(Status.IN_PART, "no module has these names, so none is applied")
 _wrapped_gguf = rules.wrapper_keys(Status.REFUSED, "the converter stops at names that it does not know")
 
@@ -231,6 +237,7 @@ ENGINES = (
                     Status.IN_PART, "no pattern of its names takes", "saved", "vocabulary", "base_layer", "parameter"
                 ),
                 engine_rules.openvino_saved,
+                rules.dtypes(Status.REFUSED, "F32", "F16", "BF16"),  # "Not supported safetensors dtype" in its binary
                 engine_rules.bare_keys(Status.IN_PART, "keys without base_model.model. are not applied"),
                 rules.scales(rules.one, "lora_alpha", "use_rslora", "alpha_pattern", "rank_pattern"),
             )

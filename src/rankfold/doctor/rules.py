@@ -276,6 +276,19 @@ def more_than_lora(case: Case) -> Iterator[Finding]:
         yield Finding(Status.NOT_CHECKED, what, flat[0])
 
 
+def dtypes(status: Status, *taken: str) -> Rule:
+    """Tensors of other dtypes than these."""
+
+    def rule(case: Case) -> Iterator[Finding]:
+        others = {name: header.dtype for name, header in case.file.tensors.items() if header.dtype not in taken}
+        if others:
+            name, dtype = next(iter(others.items()))
+            what = f"dtype {dtype} of {name}: " + ("refused" if status is Status.REFUSED else "not checked")
+            yield Finding(status, what, name, f"rankfold doctor {case.file.path} --fix OUT")
+
+    return rule
+
+
 #: How the names of transformers' classes end that engines serve.
 SERVED = ("ForCausalLM", "ForConditionalGeneration", "ForSequenceClassification", "LMHeadModel")
 
