@@ -105,6 +105,25 @@ def test_targets_and_tensors_disagree(adapter):
     assert "does not name (PEFT would drop them): model.layers.0.self_attn.v_proj" in problems(diagnose(folder))
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"layers_to_transform": [0]}, "target_modules with layers_to_transform does not name (PEFT would drop them): model.layers.1"),
+        ({"layers_to_transform": 1, "layers_pattern": "layers"}, "(PEFT would drop them): model.layers.0"),
+        ({"exclude_modules": ["v_proj"]}, "target_modules with exclude_modules does not name (PEFT would drop them)"),
+        ({"exclude_modules": r".*layers\.0.*"}, "(PEFT would drop them): model.layers.0"),
+        ({"layers_to_transform": "first"}, "layers_to_transform='first' must be a number or a list of numbers"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_peft_leaves_out(adapter, change, message: str):
+    folder = adapter()
+    edit_config(folder, **change)
+    assert message in problems(diagnose(folder))
+    edit_config(folder, layers_to_transform=[0, 1, 2], layers_pattern=None, exclude_modules=["lm_head"])
+    assert not diagnose(folder).problems
+
+
 def test_a_head_that_is_absent(adapter):
     folder = adapter()
     edit_config(folder, modules_to_save=["score"])

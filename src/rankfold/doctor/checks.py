@@ -159,8 +159,12 @@ def targets(case: Case) -> Iterator[Finding]:
             yield Finding(Status.PROBLEM, what, where, "remove them, or find the missing tensors")
     missed = [p.module for p in case.pairs if not case.settings.targets(p.module)]
     if missed:
-        what = f"tensors of modules that target_modules does not name (PEFT would drop them): {examples(missed)}"
-        yield Finding(Status.PROBLEM, what, where, "add them to target_modules")
+        keys = [k for k in ("exclude_modules", "layers_to_transform") if case.file.config.get(k) not in (None, [], "")]
+        named = "target_modules" + (f" with {' and '.join(keys)}" if keys else "")
+        what = f"tensors of modules that {named} does not name (PEFT would drop them): {examples(missed)}"
+        yield Finding(
+            Status.PROBLEM, what, where, f"mend {' or '.join(keys)}" if keys else "add them to target_modules"
+        )
 
 
 def belonging(case: Case) -> Iterator[Finding]:

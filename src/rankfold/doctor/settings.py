@@ -6,9 +6,11 @@ import math
 import re
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any, TypeVar
+
+from peft.tuners.tuners_utils import check_target_module_exists
 
 from rankfold.doctor.adapter_file import AdapterFile
 from rankfold.doctor.findings import Finding, Status
@@ -30,6 +32,9 @@ class Settings:
     target_modules: list[str] | str | None = None
     modules_to_save: list[str] = field(default_factory=list)
     target_parameters: list[str] = field(default_factory=list)
+    exclude_modules: list[str] | str | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
 
     def rank(self, module: str) -> int:
         """The rank that the config gives a module, by PEFT's rule: the first pattern that matches the end of its name."""
@@ -43,10 +48,12 @@ class Settings:
         return scale(self.alpha(module), self.rank(module), self.use_rslora)
 
     def targets(self, module: str) -> bool:
-        """Whether target_modules names the module, by PEFT's rule. "all-linear" names any."""
-        if isinstance(self.target_modules, str):
-            return self.target_modules == "all-linear" or bool(_regex(self.target_modules).fullmatch(module))
-        return any(module == t or module.endswith(f".{t}") for t in self.target_modules or ())
+        """Whether the config names the module, by PEFT's own rule: target_modules, less exclusions and other layers."""
+        # PEFT has put the names of the linear layers in the place of "all-linear" before it asks
+        given = [module] if self.target_modules == "all-linear" else self.target_modules or []
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # as in _regex
+            return bool(check_target_module_exists(replace(self, target_modules=given, modules_to_save=[]), module))
 
 
 def scale(alpha: float, rank: int, rslora: bool = False) -> float:
@@ -81,6 +88,9 @@ def read_settings(file: AdapterFile) -> tuple[Settings, list[Finding]]:
         target_modules=targets,
         modules_to_save=get("modules_to_save", [], _are_names, "a list of names"),
         target_parameters=get("target_parameters", [], _are_names, "a list of names"),
+        exclude_modules=get("exclude_modules", None, _are_targets, "a list of names, or one valid regular expression"),
+        layers_to_transform=get("layers_to_transform", None, _are_layers, "a number or a list of numbers"),
+        layers_pattern=get("layers_pattern", None, _are_patterns, "a name or a list of names"),
     ), problems
 
 
@@ -109,6 +119,14 @@ def _are_names(value: Any) -> bool:
 
 def _are_targets(value: Any) -> bool:
     return _are_names(value) or (isinstance(value, str) and _compiles(value))
+
+
+def _are_layers(value: Any) -> bool:
+    return all(isinstance(v, int) and not isinstance(v, bool) for v in (value if isinstance(value, list) else [value]))
+
+
+def _are_patterns(value: Any) -> bool:
+    return all(isinstance(v, str) and _compiles(v) for v in (value if isinstance(value, list) else [value]))
 
 
 def _pattern(right: Callable[[Any], bool]) -> Callable[[Any], bool]:
