@@ -108,6 +108,7 @@ def load_config(run: RunFile, place: str, labels: list[str]) -> PreTrainedConfig
     if labels:
         names = {
             "num_labels": len(labels),
+            "problem_type": "single_label_classification",  # whatever the model was trained for before
             "id2label": dict(enumerate(labels)),
             "label2id": {label: i for i, label in enumerate(labels)},
         }
