@@ -164,6 +164,26 @@ def test_row_scores_are_the_metric(task: str, values: Values):
         assert scores.mean == pytest.approx(metric, abs=1e-5), name
 
 
+@pytest.mark.parametrize("task", [name for name in TASKS if name != "preference"])  # where TRL smooths by itself
+def test_row_scores_with_label_smoothing(task: str, values: Values):
+    """It takes the labels out of the batch before the model sees them."""
+    metric = next(name for name in table.get(task).metrics if name != "loss")
+    found: list[tuple[float, float]] = []
+
+    def look(trainer: Any, split: str, rows: Any) -> dict[str, float]:
+        with row_scores(trainer, table.get(task), metric) as scores:
+            metrics = evaluate(trainer, split, rows)
+        found.append((scores.mean, metrics[metric]))
+        return metrics
+
+    values["data"] |= {"max_test": 4}
+    values["training"] |= {"max_steps": 2, "evaluate_every": 2, "extra": {"label_smoothing_factor": 0.1}}
+    train(parse(values), say=silent, measure=look)
+    assert len(found) == 2
+    for mean, said in found:
+        assert mean == pytest.approx(said, abs=1e-5)
+
+
 @every
 def test_a_trial_of_a_comparison(task: str, values: Values, tmp_path: Path):
     metric = {"token-classification": "f1", "classification": "macro_f1"}.get(task, "accuracy")

@@ -134,6 +134,16 @@ def test_equal_answers_are_left_out_and_named(tmp_path: Path):
     assert rows.notes == ["train: 1 of 3 rows are left out, because chosen and rejected are the same (row 2)"]
 
 
+def test_answers_are_compared_without_the_nulls_of_parquet(tmp_path: Path):
+    """The messages of one column have keys that those of the other have not."""
+    called = {"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": {"x": 1}}]}
+    rows = [{"chosen": [USER, YES], "rejected": [USER, answer]} for answer in (called, NO, YES)]
+    Dataset.from_list(rows).to_parquet(str(tmp_path / "rows.parquet"))
+    found = load([], tmp_path, source=str(tmp_path / "rows.parquet"))
+    assert found.splits["train"]["prompt"][:] == [[USER], [USER]]
+    assert found.notes == ["train: 1 of 3 rows are left out, because chosen and rejected are the same (row 3)"]
+
+
 def test_pairs_that_are_equal_within_max_length_are_left_out(llama: Path, tmp_path: Path):
     long = {"prompt": "p", "chosen": " the same and more", "rejected": " the same and less"}
     source = write_jsonl(tmp_path / "rows.jsonl", [PLAIN, long, PLAIN])

@@ -106,6 +106,41 @@ def test_tools_and_variables_reach_the_template(tmp_path: Path, kind: str, as_te
     assert rows.notes == []
 
 
+CALLS = (
+    "{% for m in messages %}<|{{ m['role'] }}|>{% generation %}{% for c in m['tool_calls'] or [] %}"
+    "{{ c['function']['name'] }}({{ c['function']['arguments'] | tojson }}){% endfor %}{{ m['content'] }}"
+    "{{ '+' if 'tool_calls' in m else '' }}{{ eos_token }}{% endgeneration %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+@pytest.mark.parametrize("marked", [False, True])
+@pytest.mark.parametrize("kind", ["messages", "pair"])
+@pytest.mark.parametrize("loss_on", ["completion", "all"])
+def test_nulls_of_parquet_are_not_trained_on(tmp_path: Path, kind: str, loss_on: str, marked: bool):
+    """Arrow gives every message, and every part of one, the keys of all others."""
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = (
+        CALLS if marked else CALLS.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+    )
+    asked = [{"role": "user", "content": "a"}]
+    answers: list[dict[str, Any]] = [
+        {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {key: 1}}}]}
+        for key in "xy"
+    ]
+    answers.append({"role": "assistant", "content": "b"})
+    rows = [{"messages": [*asked, a]} if kind == "messages" else {"prompt": asked, "completion": [a]} for a in answers]
+    Dataset.from_list(rows).to_parquet(str(tmp_path / "rows.parquet"))
+    found = texts(load(tmp_path, [{}], source=str(tmp_path / "rows.parquet")), tokenizer, loss_on)
+    learnt = ['f({"x": 1})+</s>', 'f({"y": 1})+</s>', "b</s>"]
+    whole = [f"<|user|>a</s><|assistant|>{text}" for text in learnt]
+    if loss_on == "all":
+        learnt = whole
+    elif marked and kind == "messages":  # this template marks the user's turn too
+        learnt = [f"a</s>{text}" for text in learnt]
+    assert found == list(zip(whole, learnt, strict=True))
+
+
 def test_bad_tools_have_a_row(tmp_path: Path):
     chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     rows = load(tmp_path, [{"messages": chat, "tools": "[]"}, {"messages": chat, "tools": "{"}])

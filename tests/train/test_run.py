@@ -272,6 +272,17 @@ def test_a_language_model_classifies(classification: Values, llama: Path):
         train(change(classification, "task=causal-lm", "training.epochs=1"), overwrite=True, say=silent)
 
 
+@pytest.mark.parametrize("problem", ["multi_label_classification", "regression"])
+def test_what_a_model_was_for_before_does_not_matter(classification: Values, tmp_path: Path, problem: str):
+    folder = tmp_path / "before"
+    shutil.copytree(classification["model"], folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"problem_type": problem}))
+    options = ["training.epochs=null", "training.max_steps=2"]
+    result = train(change(classification, f"model={folder}", *options), say=silent)
+    assert result.after == train(change(classification, *options, f"output={tmp_path / 'plain'}"), say=silent).after
+
+
 def test_a_head_with_another_name_is_trained(classification: Values, tmp_path: Path):
     """PEFT knows `classifier` and `score`; DistilBERT's pre_classifier would stay random for ever."""
     from transformers import DistilBertConfig, DistilBertModel

@@ -49,7 +49,8 @@ def row_scores(trainer: CarefulTrainer, task: Task, metric: str) -> Iterator[Row
         outputs.append(output)
         if len(outputs) < task.passes:
             return
-        items, weights = task.scores(outputs, kwargs, metric, trainer)
+        inputs = kwargs if "labels" in kwargs or trainer.labels is None else {**kwargs, "labels": trainer.labels}
+        items, weights = task.scores(outputs, inputs, metric, trainer)
         outputs.clear()
         both = trainer.accelerator.gather_for_metrics(torch.stack([items.double(), weights.double()], 1))
         assert isinstance(both, Tensor)

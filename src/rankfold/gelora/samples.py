@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from rankfold.errors import RankfoldError
 from rankfold.gelora.states import FEWEST
+from rankfold.tasks.chats import without_nulls
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -64,7 +65,7 @@ def _encode(model: nn.Module, tokenizer: Any, sample: Sample, max_length: int) -
         shifted = [model.config.decoder_start_token_id, *answer[:-1]]  # pyright: ignore[reportAttributeAccessIssue]
         return {**row, "decoder_input_ids": shifted, "decoder_attention_mask": [1] * len(shifted)}
     if isinstance(sample, list):
-        ids = tokenizer.apply_chat_template(sample, tokenize=True, return_dict=False, **cut)
+        ids = tokenizer.apply_chat_template(without_nulls(sample), tokenize=True, return_dict=False, **cut)
         return {"input_ids": list(ids), "attention_mask": [1] * len(ids)}
     if isinstance(sample, str):
         return dict(tokenizer(sample, **cut))

@@ -49,6 +49,12 @@ def _plain(value: Any, inside: bool = False) -> Any:
     return [_plain(part, inside=True) for part in value] if isinstance(value, list) else value
 
 
+def without_nulls(chat: Chat) -> Chat:
+    """Messages without the keys that Arrow gives them because another message has them; as deep as they go, where transformers
+    drops those of a message alone."""
+    return _plain(chat, inside=True)
+
+
 def tidy(chat: Chat) -> Chat:
     """Messages as {role, content}, those of {from, value} too."""
     return [
@@ -90,7 +96,7 @@ def token_ids(
     tokenizer: PreTrainedTokenizerBase, *parts: Chat, ask: bool = False, given: Options | None = None
 ) -> list[int]:
     """The tokens of a chat in one or more parts; `ask` adds the beginning of the answer that is asked for."""
-    chat = list(chain(*parts))
+    chat = without_nulls(list(chain(*parts)))
     ids: Any = tokenizer.apply_chat_template(
         chat, add_generation_prompt=ask, tokenize=True, return_dict=False, **given or {}
     )
@@ -111,7 +117,7 @@ def turns(tokenizer: PreTrainedTokenizerBase) -> Callable[[Chat, Options], tuple
 
     def by_marks(chat: Chat, given: Options | None = None) -> tuple[list[int], list[bool]]:
         found: Any = tokenizer.apply_chat_template(
-            chat,
+            without_nulls(chat),
             chat_template=template,
             tokenize=True,
             return_dict=True,

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from rankfold.errors import short
-from rankfold.tasks.chats import Chat, carried, not_a_chat, tidy_all
+from rankfold.tasks.chats import Chat, carried, not_a_chat, tidy_all, without_nulls
 from rankfold.tasks.completions import options_of, pairs_of_chats, pairs_of_texts, same_beginning
 from rankfold.tasks.rows import DataError, Encoded, Rows
 from rankfold.tasks.task import LOSS, SHARE, Metric, Task
@@ -96,7 +96,7 @@ output: runs/compare-preferences
                 f"{name}: some of the columns {', '.join(kind)} are text and some are chats; make them alike"
             )
         split = tidy_all(split, kind)
-        same = [i for i, (c, r) in enumerate(zip(split["chosen"], split["rejected"], strict=True)) if c == r]
+        same = [i for i, (c, r) in enumerate(map(_answers, split)) if c == r]
         if len(same) == len(split):
             raise DataError(f"{name}: chosen and rejected are the same in every row, so there is nothing to prefer")
         if same:
@@ -179,10 +179,17 @@ output: runs/compare-preferences
         return value, torch.ones_like(value)
 
 
+def _answers(row: Any) -> tuple[str | Chat, str | Chat]:
+    """Chosen and rejected, to be compared: Arrow gives the messages of both columns keys of their own."""
+    chosen, rejected = (
+        part if isinstance(part, str) else without_nulls(part) for part in (row["chosen"], row["rejected"])
+    )
+    return chosen, rejected
+
+
 def _parted(row: dict[str, Any]) -> dict[str, Any]:
     """The prompt that both answers begin with: whole messages, or whole words of a text."""
-    chosen: str | Chat = row["chosen"]
-    rejected: str | Chat = row["rejected"]
+    chosen, rejected = _answers(row)
     begins = same_beginning(chosen, rejected)
     longer = max(chosen, rejected, key=len)
     while begins and isinstance(longer, str) and not longer[begins].isspace():

@@ -46,9 +46,17 @@ require("transformers", Trainer, "_run_epoch", "_save_checkpoint", "_get_eval_sa
 class StepwiseTrainer(Trainer):
     """Trainer with two of its inner steps open, which measures every row and in its order, whatever `extra` says of training."""
 
+    labels: Tensor | None = None
+    """Of the last batch."""
+
     def around_checkpoint(self, folder: Path) -> AbstractContextManager[None]:
         """What a checkpoint is written in."""
         return nullcontext()
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        # Label smoothing takes the labels out of the batch before the model is called.
+        self.labels = inputs.get("labels")
+        return super().compute_loss(model, inputs, *args, **kwargs)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         # transformers asks only after a step whether to stop; a run that resumes where it had stopped has none to make.

@@ -25,6 +25,7 @@ from rankfold.io.models import ModelError, meta_copy, reading, skeleton
 from rankfold.tasks import table
 from rankfold.tasks.classes import as_known
 from rankfold.train.budget import count
+from rankfold.train.widening import train_in_float32
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -107,6 +108,7 @@ def load_config(run: RunFile, place: str, labels: list[str]) -> PreTrainedConfig
     if labels:
         names = {
             "num_labels": len(labels),
+            "problem_type": "single_label_classification",  # whatever the model was trained for before
             "id2label": dict(enumerate(labels)),
             "label2id": {label: i for i, label in enumerate(labels)},
         }
@@ -189,7 +191,7 @@ def keep(config: PeftConfig, train_in_full: list[str]) -> None:
 
 
 def adapt(model: PreTrainedModel, config: PeftConfig, train_in_full: list[str], processor: Any) -> PeftModel:
-    """The model with an adapter.
+    """The model with an adapter; whatever is trained is float32.
 
     Args:
         config: of the adapter; it is changed.
@@ -215,6 +217,7 @@ def adapt(model: PreTrainedModel, config: PeftConfig, train_in_full: list[str], 
         raise ModelError(f"method: {e}. Here are the {linear_layers_in_words(model)}") from e
     if not count(adapted).adapter:
         raise ModelError("method: it trains no parameter of this model; say in its fields what it is to train")
+    train_in_float32(adapted, heads(model))
     return adapted
 
 
