@@ -245,7 +245,7 @@ class Task(ABC):
         """The score of each row of a batch and what it counts, or the two values of which the metric's `by_row` makes scores.
 
         Args:
-            outputs: of the model's `passes` in evaluation. inputs: what it was called with.
+            outputs: of the model's last `passes` in evaluation. inputs: the batch as the trainer gets it.
             metric: one that is `of_rows`.
         """
 

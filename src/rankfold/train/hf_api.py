@@ -103,6 +103,22 @@ def loss_is_of_its_batch(trainer: Trainer) -> None:
     trainer.model_accepts_loss_kwargs = False
 
 
+def log_means(trainer: Trainer, metrics: dict[str, float], prefix: str, means: dict[str, float]) -> None:
+    """Puts means over rows or tokens where an evaluation has means over batches: Trainer's loss, and what TRL's trainers add when
+    they log. What `compute_metrics` made is of all rows already.
+
+    Args:
+        metrics: of the evaluation, before it is logged.
+        means: by their names without prefix.
+    """
+    added: dict[str, list[float]] = getattr(trainer, "_metrics", {}).get("eval", {})
+    for name, mean in means.items():
+        if name in added:
+            added[name] = [mean]
+        elif name == "loss" or f"{prefix}_{name}" not in metrics:
+            metrics[f"{prefix}_{name}"] = mean
+
+
 def make_optimizer_by(trainer: Trainer, factory: Any, keywords: dict[str, Any]) -> None:
     """Has the trainer make its optimiser as `factory()(model, **keywords)`. Not by its argument, which TRL's DPOTrainer lacks."""
     require("transformers", trainer, "optimizer_cls_and_kwargs")
