@@ -35,6 +35,7 @@ class Preference(Task):
             greater_is_better=False, of_rows=False, bounds=LOSS
         ),  # some of TRL's losses are not a mean over rows
     }
+    fused_head = True
     passes = 2  # the model, then the reference
     pipeline = "text-generation"
     start = {  # noqa: RUF012

@@ -80,6 +80,8 @@ class Task(ABC):
     # --- training
     metrics: ClassVar[dict[str, Metric]]
     """By name; the first one is the default."""
+    fused_head: ClassVar[bool] = False
+    """The trainer is one of TRL's that score labels with a head fused with the loss."""
     loss_of_labels: ClassVar[bool] = False
     """The trainer reads nothing but the labels' scores off TRL's fused head, so the others need not be computed."""
     loss_of_batch: ClassVar[bool] = False

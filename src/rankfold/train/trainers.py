@@ -27,7 +27,7 @@ from rankfold.train.hf_api import (
     make_optimizer_by,
     require,
 )
-from rankfold.train.loss import score_labels_only
+from rankfold.train.loss import score_as_the_model_does, score_labels_only
 from rankfold.train.optimizer import RunOptimizer
 from rankfold.train.prepare import Prepared
 from rankfold.train.scores import Collector, RowScores
@@ -117,6 +117,12 @@ def make_trainer(
         loss_is_of_its_batch(trainer)
     if task.loss_of_labels:
         score_labels_only(model.get_base_model())
+    if task.fused_head and not (
+        trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
+    ):  # whose weights are not whole here
+        with trainer.compute_loss_context_manager():
+            base = model.get_base_model()
+            score_as_the_model_does(base, task.example(base.config))
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(Progress())
