@@ -63,6 +63,7 @@ MOVED = {
     "compare.trial": "compare.trial_process",
     "compare.trials": "compare.trial_list",
     "compare.run": "compare.experiment",
+    "compare.scores": "train.scores",
     "inspect.run": "inspect.history",
     "doctor.weights": "doctor.tensor_values",
     "doctor.base": "doctor.base_shapes",

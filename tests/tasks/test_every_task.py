@@ -15,7 +15,6 @@ from tiny import write_jsonl
 
 from rankfold import cli
 from rankfold.compare.file import parse as parse_compare
-from rankfold.compare.scores import RowScores, row_scores
 from rankfold.compare.trial_file import TrialLine
 from rankfold.compare.trial_process import measure
 from rankfold.fold import fold_adapter
@@ -23,7 +22,9 @@ from rankfold.runfile.load import load, parse
 from rankfold.runfile.problems import RunFileError
 from rankfold.tasks import table
 from rankfold.train.data import load_rows
+from rankfold.train.metrics import read_metrics
 from rankfold.train.run import evaluate, train
+from rankfold.train.scores import RowScores
 
 Values = dict[str, Any]
 
@@ -53,6 +54,11 @@ def pictures(folder: Path) -> Path:
     return folder / "pictures"
 
 
+def texts(folder: Path) -> Path:
+    rows = [{"prompt": f"{i}:", "completion": "ab" * (1 if i % 3 else 12) + str(i)} for i in range(40)]
+    return write_jsonl(folder / "texts.jsonl", rows)
+
+
 #: name of the task → which tiny model, what makes its rows.
 TASKS: dict[str, tuple[str, Callable[[Path], Path]]] = {
     "preference": ("llama", preferences),
@@ -60,12 +66,14 @@ TASKS: dict[str, tuple[str, Callable[[Path], Path]]] = {
     "image-classification": ("vit", pictures),
 }
 every = pytest.mark.parametrize("task", TASKS)
+#: Of one that has tests of its own elsewhere.
+MORE: dict[str, tuple[str, Callable[[Path], Path]]] = {"causal-lm": ("llama", texts)}
 
 
 @pytest.fixture
 def values(task: str, tmp_path: Path, request: pytest.FixtureRequest) -> Values:
     """A run file's values for eight steps."""
-    model, rows = TASKS[task]
+    model, rows = (TASKS | MORE)[task]
     return {
         "model": str(request.getfixturevalue(model)),
         "task": task,
@@ -142,26 +150,36 @@ def test_resumed_is_uninterrupted(task: str, values: Values, tmp_path: Path):
     assert all(torch.equal(one[key], two[key]) for key in one)
 
 
-@every
-def test_row_scores_are_the_metric(task: str, values: Values):
-    """The mean over the rows, by weight, of batches of one size is what the trainer says."""
-    names = [name for name, metric in table.get(task).metrics.items() if metric.of_rows and name != "loss"]
+@pytest.mark.parametrize("task", [*TASKS, *MORE])
+def test_row_scores_are_the_metric(task: str, values: Values, tmp_path: Path):
+    """The mean over the rows, by weight, is what the run prints, stores and chooses its best checkpoint by, whatever the batches.
+
+    Of validation rows in the midst of the run, of test rows before and after it: their lengths differ, and so do those of batches.
+    """
+    names = [name for name, metric in table.get(task).metrics.items() if metric.of_rows]
     seen: list[tuple[str, RowScores, float]] = []
 
     def look(trainer: Any, split: str, rows: Any) -> dict[str, float]:
-        metrics: dict[str, float] = {}
+        metrics = evaluate(trainer, split, rows)
         for name in names:
-            with row_scores(trainer, table.get(task), name) as scores:
-                metrics = evaluate(trainer, split, rows)
+            scores = trainer.row_scores[name]
             seen.append((name, scores, metrics[name]))
             assert len(scores.items) == len(rows)
         return metrics
 
-    values["data"] |= {"max_test": 4}
-    train(parse(values), say=silent, measure=look)
-    assert len(seen) == 2 * len(names)
+    values["training"] |= {"keep_best": False}
+    found = []
+    for size in (1, 3, 64):
+        run = parse(values, [f"training.eval_batch_size={size}", f"output={tmp_path / str(size)}"])
+        result = train(run, say=silent, measure=look)
+        logged = {row["step"]: row for row in read_metrics(Path(run.output, "metrics.jsonl")) if "eval_loss" in row}
+        during = [logged[4][f"eval_{table.get(task).logged_as(name)}"] for name in result.after]
+        found.append([*result.before.values(), *result.after.values(), *during])
+    assert len(seen) == 2 * 3 * len(names)
     for name, scores, metric in seen:
-        assert scores.mean == pytest.approx(metric, abs=1e-5), name
+        assert scores.mean == pytest.approx(metric, abs=1e-6), name
+    assert found[1] == pytest.approx(found[0], rel=1e-5, abs=1e-6)
+    assert found[2] == pytest.approx(found[0], rel=1e-5, abs=1e-6)
 
 
 @pytest.mark.parametrize("task", [name for name in TASKS if name != "preference"])  # where TRL smooths by itself
@@ -171,9 +189,8 @@ def test_row_scores_with_label_smoothing(task: str, values: Values):
     found: list[tuple[float, float]] = []
 
     def look(trainer: Any, split: str, rows: Any) -> dict[str, float]:
-        with row_scores(trainer, table.get(task), metric) as scores:
-            metrics = evaluate(trainer, split, rows)
-        found.append((scores.mean, metrics[metric]))
+        metrics = evaluate(trainer, split, rows)
+        found.append((trainer.row_scores[metric].mean, metrics[metric]))
         return metrics
 
     values["data"] |= {"max_test": 4}

@@ -175,6 +175,9 @@ def test_row_scores_are_rewards():
     assert margin.tolist() == [0.5 * (1 - -1), 0.5 * (-1 - 1)]
     assert TASK.scores([model, reference], {}, "accuracy", trainer)[0].tolist() == [1, 0]
     assert weights.tolist() == [1, 1]
+    sums = reference.log_probs.sum(1).chunk(2)
+    before_training = {"ref_chosen_logps": sums[0], "ref_rejected_logps": sums[1]}  # where TRL makes them once
+    assert TASK.scores([model], before_training, "margin", trainer)[0].tolist() == margin.tolist()
 
 
 def test_tokens_are_not_made_again(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

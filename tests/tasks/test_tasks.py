@@ -37,7 +37,7 @@ class Tagging(Task):
     models = ("AutoModelForTokenClassification",)
     peft_type = "TOKEN_CLS"
     new_head = True
-    metrics = {"right": Metric(greater_is_better=True), "loss": Metric(greater_is_better=False)}  # noqa: RUF012
+    metrics = {"right": Metric(greater_is_better=True), "loss": Metric(greater_is_better=False, of_rows=False)}  # noqa: RUF012
     loss_of_batch = True
     weighted = True
     pipeline = "token-classification"
@@ -142,15 +142,13 @@ def test_a_new_task_goes_everywhere(tagging: Task, bert: Path, words: Path, tmp_
 
 
 def test_a_new_task_is_compared(tagging: Task, bert: Path, words: Path, tmp_path: Path):
-    from rankfold.compare.scores import row_scores
     from rankfold.train.run import evaluate
 
     seen: list[float] = []
 
     def look(trainer: Any, split: str, rows: Any) -> dict[str, float]:
-        with row_scores(trainer, table.get("tagging"), "right") as scores:
-            metrics = evaluate(trainer, split, rows)
-        seen.append(scores.mean - metrics["right"])
+        metrics = evaluate(trainer, split, rows)
+        seen.append(trainer.row_scores["right"].mean - metrics["right"])
         return metrics
 
     values = {

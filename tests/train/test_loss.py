@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tiny import byte_tokenizer, write_jsonl
 from torch import Tensor
 from torch.testing import assert_close
-from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    ModernBertDecoderConfig,
+    ModernBertDecoderForCausalLM,
+    RecurrentGemmaConfig,
+    RecurrentGemmaForCausalLM,
+)
 from trl.trainer.utils import add_fused_lm_head
 
+from rankfold.runfile.load import parse
+from rankfold.tasks.causal_lm import TASK
 from rankfold.train import loss as loss_module
-from rankfold.train.loss import score_labels_only
+from rankfold.train.loss import score_as_the_model_does, score_labels_only
+from rankfold.train.run import train
 
 SIZES: dict[str, Any] = {
     "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "vocab_size": 50,
@@ -111,3 +125,89 @@ def test_what_it_cannot_do_is_left_to_trl(monkeypatch: pytest.MonkeyPatch):
     assert rows_scored(model(True), monkeypatch, num_items_in_batch=3) == 0
     plain = model(True)(input_ids=batch()["input_ids"])
     assert plain.logits.shape == (3, 9, 50)
+
+
+def odd(config: Any, make: Any, **more: Any) -> tuple[Any, bool]:
+    """A model with the fused head or its own logits, whichever it needs, and whether those are its own."""
+    torch.manual_seed(0)
+    made = make(config(**SIZES | more)).eval()
+    head = made.get_output_embeddings()
+    torch.nn.init.normal_(head.weight)
+    if head.bias is not None:
+        torch.nn.init.normal_(head.bias)
+    add_fused_lm_head(made, outputs=("log_probs", "entropy", "mean_logits", "is_top1", "log_sum_sq_probs"))
+    score_labels_only(made.requires_grad_(False))
+    fused = made.forward
+    score_as_the_model_does(made, TASK.example(made.config))
+    return made, made.forward != fused
+
+
+SPECIAL = {f"{name}_token_id": 1 for name in ("pad", "bos", "eos", "cls", "sep")}
+ODD = {
+    "bias": (ModernBertDecoderConfig, ModernBertDecoderForCausalLM, SPECIAL),
+    "soft cap": (RecurrentGemmaConfig, RecurrentGemmaForCausalLM, {"lru_width": 16, "attention_window_size": 32, "head_dim": 8}),
+    "soft cap that TRL knows": (Gemma2Config, Gemma2ForCausalLM, {"head_dim": 8}),
+    "nothing": (LlamaConfig, LlamaForCausalLM, {}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_the_loss_is_the_models_own(name: str):
+    config, make, more = ODD[name]
+    made, own = odd(config, make, **more)
+    rows = batch()
+    found = made(**rows, fused_lm_head=True)
+    logits = made(input_ids=rows["input_ids"], attention_mask=rows["attention_mask"], use_cache=False).logits[:, :-1]
+    labels = rows["labels"][:, 1:]
+    wanted = torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
+    assert_close(-found.log_probs, wanted, atol=1e-4, rtol=1e-4)
+    assert_close(found.loss, wanted.sum() / (labels != -100).sum(), atol=1e-4, rtol=1e-4)
+    assert torch.equal(found.is_top1.bool(), (logits.argmax(-1) == labels) & (labels != -100))
+    assert own == (name in ("bias", "soft cap"))
+    if own:
+        picked = logits[labels != -100].log_softmax(-1)
+        assert_close(found.entropy[labels != -100], -(picked.exp() * picked).sum(-1))
+        assert_close(found.log_sum_sq_probs[labels != -100], picked.exp().square().sum(-1).log())
+        assert_close(found.mean_logits[labels != -100], logits[labels != -100].mean(-1))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rounding_is_not_another_loss(dtype: torch.dtype):
+    made = model(True, dtype)
+    before = made.forward
+    torch.nn.init.normal_(made.lm_head.weight, std=5)
+    score_as_the_model_does(made, TASK.example(made.config))
+    assert made.forward == before
+
+
+@pytest.mark.parametrize("task", ["causal-lm", "preference"])
+def test_a_run_learns_from_the_models_own_logits(task: str, tmp_path: Path):
+    tokenizer = byte_tokenizer()
+    torch.manual_seed(0)
+    base = ModernBertDecoderForCausalLM(ModernBertDecoderConfig(**SIZES | SPECIAL | {"vocab_size": len(tokenizer)}))
+    torch.nn.init.normal_(base.get_output_embeddings().bias)
+    base.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    rows = [{"prompt": f"{i}?", "completion": "yes", "chosen": "yes", "rejected": "no"} for i in range(8)]
+    seen: list[Tensor] = []
+
+    @torch.no_grad()
+    def look(trainer: Any, split: str, rows: Any) -> dict[str, float]:
+        made = trainer.model.get_base_model()
+        ids = TASK.example(made.config)["input_ids"]
+        logits = made(input_ids=ids).logits[:, :-1]
+        wanted = torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
+        seen.append(wanted + made(input_ids=ids, labels=ids, fused_lm_head=True).log_probs)
+        return {}
+
+    values = {
+        "model": str(tmp_path / "model"),
+        "task": task,
+        "data": {"train": str(write_jsonl(tmp_path / "rows.jsonl", rows)), "test": 0.3},
+        "method": {"name": "lora", "r": 2, "target_modules": "all-linear"},
+        "training": {"max_steps": 1, "batch_size": 4},
+        "output": str(tmp_path / "run"),
+    }
+    train(parse(values), measure=look, say=lambda _: None)
+    assert len(seen) == 2
+    assert float(torch.stack(seen).abs().max()) < 1e-4

@@ -153,6 +153,18 @@ CHATML = (
 )
 
 
+@pytest.mark.filterwarnings("ignore:`label_smoothing_factor` is deprecated in `SFTTrainer`")
+@pytest.mark.parametrize("task", ["classification", "language_model"])
+def test_the_loss_of_rows_is_not_smoothed(task: str, request: pytest.FixtureRequest):
+    """The trainer makes a smoothed loss itself, of other outputs, and keeps the labels from the model."""
+    values = request.getfixturevalue(task)
+    plain, smooth = (
+        train(change(values, "training.epochs=null", "training.max_steps=1", extra), say=silent, overwrite=True)
+        for extra in ("training.extra={}", "training.extra={label_smoothing_factor: 0.2}")
+    )
+    assert smooth.before == plain.before
+
+
 def test_chat(language_model: Values, llama: Path, tmp_path: Path):
     """The assistant's turns alone are learnt, whether the template marks them (TRL) or not (ours)."""
     chats = [[{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": f"{i}!"}] * 2 for i in range(16)]

@@ -80,11 +80,10 @@ def measure(line: TrialLine, folder: Path, until: float) -> TrialLine:
     """
     from accelerate.utils import gather_object
 
-    from rankfold.compare.scores import RowScores, row_scores
     from rankfold.runfile.load import parse
-    from rankfold.tasks import table as tasks
     from rankfold.train.callbacks import StopAt
     from rankfold.train.run import evaluate, train
+    from rankfold.train.scores import RowScores
     from rankfold.train.trainers import DivergedError
 
     run = parse(line.run)
@@ -102,8 +101,8 @@ def measure(line: TrialLine, folder: Path, until: float) -> TrialLine:
             gather_object([before.read() is not None])
         ):  # of every process: another trial may just write it
             return {}
-        with row_scores(trainer, tasks.get(run.task), run.metric) as scores:
-            metrics = evaluate(trainer, split, rows)
+        metrics = evaluate(trainer, split, rows)
+        scores = trainer.row_scores[run.metric]
         if first:
             before.write(scores.mean)
         else:

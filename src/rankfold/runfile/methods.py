@@ -97,4 +97,5 @@ def scheduled(name: str, fields: Mapping[str, Any]) -> bool:
 
 def cannot_resume(name: str, fields: Mapping[str, Any]) -> bool:
     """Whether a checkpoint lacks what the method chooses its ranks by, so that nothing can go on from one."""
-    return name in SCHEDULED and (SCHEDULED[name] is None or bool(fields.get(SCHEDULED[name])))
+    switch = SCHEDULED.get(name)
+    return name in SCHEDULED and (switch is None or bool(fields.get(switch)))

@@ -97,5 +97,6 @@ def _entry(key: str, description: str, values: dict[str, Any], default: Any) -> 
 def _yaml(value: Any) -> str:
     if isinstance(value, dict) and value:
         return "{" + ", ".join(f"{k}: {_yaml(v)}" for k, v in value.items()) + "}"
-    plain = isinstance(value, str) and value.replace("-", "").isalnum() and read(value)[0] == value
-    return value if plain else json.dumps(value, default=str)
+    if isinstance(value, str) and value.replace("-", "").isalnum() and read(value)[0] == value:
+        return value
+    return json.dumps(value, default=str)

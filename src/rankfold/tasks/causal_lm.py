@@ -33,6 +33,7 @@ class CausalLm(Task):
         "loss": Metric(greater_is_better=False, bounds=LOSS),
         "token_accuracy": Metric(greater_is_better=True, logged_as="mean_token_accuracy", bounds=SHARE),
     }
+    fused_head = True
     loss_of_labels = True
     weighted = True
     # The rows come as tokens with their labels, so TRL would not look at these.

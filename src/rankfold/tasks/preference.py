@@ -35,6 +35,7 @@ class Preference(Task):
             greater_is_better=False, of_rows=False, bounds=LOSS
         ),  # some of TRL's losses are not a mean over rows
     }
+    fused_head = True
     passes = 2  # the model, then the reference
     pipeline = "text-generation"
     start = {  # noqa: RUF012
@@ -173,7 +174,11 @@ output: runs/compare-preferences
         probability. TRL's `ld_alpha` is left out."""
         import torch
 
-        model, reference = (output.log_probs.detach().double().sum(1) for output in outputs)
+        if len(outputs) == 1:  # training.extra: {precompute_ref_log_probs: true}; summed as TRL summed those
+            model = outputs[0].log_probs.detach().sum(1)
+            reference = torch.cat([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]])
+        else:
+            model, reference = (output.log_probs.detach().double().sum(1) for output in outputs)
         chosen, rejected = (trainer.args.beta * (model - reference)).chunk(2)
         value = (chosen > rejected).double() if metric == "accuracy" else chosen - rejected
         return value, torch.ones_like(value)

@@ -80,6 +80,8 @@ class Task(ABC):
     # --- training
     metrics: ClassVar[dict[str, Metric]]
     """By name; the first one is the default."""
+    fused_head: ClassVar[bool] = False
+    """The trainer is one of TRL's that score labels with a head fused with the loss."""
     loss_of_labels: ClassVar[bool] = False
     """The trainer reads nothing but the labels' scores off TRL's fused head, so the others need not be computed."""
     loss_of_batch: ClassVar[bool] = False
@@ -245,7 +247,7 @@ class Task(ABC):
         """The score of each row of a batch and what it counts, or the two values of which the metric's `by_row` makes scores.
 
         Args:
-            outputs: of the model's `passes` in evaluation. inputs: what it was called with.
+            outputs: of the model's last `passes` in evaluation. inputs: the batch as the trainer gets it.
             metric: one that is `of_rows`.
         """
 

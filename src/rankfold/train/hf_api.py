@@ -15,6 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, SequentialSampler
 from transformers import Trainer
@@ -46,17 +47,9 @@ require("transformers", Trainer, "_run_epoch", "_save_checkpoint", "_get_eval_sa
 class StepwiseTrainer(Trainer):
     """Trainer with two of its inner steps open, which measures every row and in its order, whatever `extra` says of training."""
 
-    labels: Tensor | None = None
-    """Of the last batch."""
-
     def around_checkpoint(self, folder: Path) -> AbstractContextManager[None]:
         """What a checkpoint is written in."""
         return nullcontext()
-
-    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        # Label smoothing takes the labels out of the batch before the model is called.
-        self.labels = inputs.get("labels")
-        return super().compute_loss(model, inputs, *args, **kwargs)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         # transformers asks only after a step whether to stop; a run that resumes where it had stopped has none to make.
@@ -109,6 +102,22 @@ def loss_is_of_its_batch(trainer: Trainer) -> None:
     else it would multiply it by the accumulated batches or the processes."""
     require("transformers", trainer, "model_accepts_loss_kwargs")
     trainer.model_accepts_loss_kwargs = False
+
+
+def log_means(trainer: Trainer, metrics: dict[str, float], prefix: str, means: dict[str, float]) -> None:
+    """Puts means over rows or tokens where an evaluation has means over batches: Trainer's loss, and what TRL's trainers add when
+    they log. What `compute_metrics` made is of all rows already.
+
+    Args:
+        metrics: of the evaluation, before it is logged.
+        means: by their names without prefix.
+    """
+    added: dict[str, list[float]] = getattr(trainer, "_metrics", {}).get("eval", {})
+    for name, mean in means.items():
+        if name in added:
+            added[name] = [mean]
+        elif name == "loss" or f"{prefix}_{name}" not in metrics:
+            metrics[f"{prefix}_{name}"] = mean
 
 
 def make_optimizer_by(trainer: Trainer, factory: Any, keywords: dict[str, Any]) -> None:
@@ -167,6 +176,49 @@ def score_labels_with(
             entropy=log_probs.new_zeros(mask.shape),  # TRL logs it, rankfold does not
             is_top1=is_top1,
             label_mask=mask,
+        )
+
+    model.forward = types.MethodType(forward, model)
+
+
+def score_own_logits(model: Any) -> None:
+    """Has TRL's `model(..., fused_lm_head=True)` of a language model computed from the logits of the model's own forward.
+
+    Args:
+        model: the base model, after TRL gave it the fused head.
+    """
+    import trl.trainer.utils as theirs
+
+    require("trl", theirs, "FusedCausalLMOutput")
+    require("trl", theirs.FusedCausalLMOutput, *_FUSED, "mean_logits", "log_sum_sq_probs", "aux_loss")
+    forward_of_model = model.forward
+
+    @functools.wraps(type(model).forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not kwargs.pop("fused_lm_head", False):
+            return forward_of_model(*args, **kwargs)
+        labels, shifted, items = (kwargs.pop(key, None) for key in ("labels", "shift_labels", "num_items_in_batch"))
+        found = forward_of_model(*args, **kwargs | {"use_cache": False})
+        logits, targets = (found.logits[:, :-1], labels[:, 1:]) if shifted is None else (found.logits, shifted)
+        targets = targets.to(logits.device)
+        mask = targets != -100
+        picked, own = logits[mask].float(), targets[mask]
+        log_p = picked.log_softmax(-1)
+
+        def placed(values: Tensor) -> Tensor:
+            return values.new_zeros(mask.shape).masked_scatter(mask, values)
+
+        log_probs = placed(log_p.gather(-1, own[:, None])[:, 0])
+        with torch.no_grad():
+            others = {
+                "entropy": placed(-(log_p.exp() * log_p).sum(-1)),
+                "log_sum_sq_probs": placed((2 * log_p).logsumexp(-1)),
+                "mean_logits": placed(picked.mean(-1)),
+                "is_top1": placed(picked.argmax(-1) == own),
+            }
+        loss = -log_probs.sum() / (mask.sum().clamp(min=1) if items is None else items)
+        return theirs.FusedCausalLMOutput(
+            loss=loss, log_probs=log_probs, label_mask=mask, aux_loss=getattr(found, "aux_loss", None), **others
         )
 
     model.forward = types.MethodType(forward, model)

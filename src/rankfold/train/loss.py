@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from rankfold.kernel.matmul import linear, product
-from rankfold.train.hf_api import Scored, score_labels_with
+from rankfold.train.hf_api import Scored, score_labels_with, score_own_logits
 
 #: Logits held at a time: 64 MB of them in float32.
 CHUNK = 2**24
@@ -27,6 +27,32 @@ def score_labels_only(model: Any) -> None:
         model: the base model, after TRL gave it the fused head.
     """
     score_labels_with(model, _plain, scored)
+
+
+def score_as_the_model_does(model: Any, example: dict[str, Tensor]) -> None:
+    """Has the loss made of the model's own logits where those of the fused head are others: it knows a few of the biases, caps
+    and scales that models put behind their heads.
+
+    Args:
+        model: the base model, after TRL gave it the fused head.
+        example: two rows of what it takes.
+    """
+    inputs = {key: value.to(model.device) for key, value in example.items()}
+    labels, trained = inputs["input_ids"], model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            logits = model(**inputs, use_cache=False).logits[:, :-1].float()
+            fused = model(**inputs, labels=labels, fused_lm_head=True).log_probs
+    finally:
+        model.train(trained)
+    own = logits.log_softmax(-1).gather(-1, labels[:, 1:, None].to(logits.device))[..., 0]
+    kinds = [p.dtype for p in model.parameters() if p.is_floating_point()]
+    if torch.is_autocast_enabled(labels.device.type):
+        kinds.append(torch.get_autocast_dtype(labels.device.type))
+    rounding = 1e-3 + 2 * max(torch.finfo(kind).eps for kind in kinds) * float(logits.abs().max())
+    if float((own - fused.to(own.device)).abs().max()) > rounding:
+        score_own_logits(model)
 
 
 def _plain(head: nn.Module) -> bool:

@@ -12,16 +12,25 @@ import torch
 from peft import PeftModel
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_utils import EvalLoopOutput
 
 from rankfold.control import AdapterCallback
 from rankfold.errors import RankfoldError
 from rankfold.tasks.task import Task
 from rankfold.train.callbacks import NoStepTooMany, Progress, RankAllocation
 from rankfold.train.folder import saving
-from rankfold.train.hf_api import StepwiseTrainer, loss_is_of_its_batch, make_arguments, make_optimizer_by, require
-from rankfold.train.loss import score_labels_only
+from rankfold.train.hf_api import (
+    StepwiseTrainer,
+    log_means,
+    loss_is_of_its_batch,
+    make_arguments,
+    make_optimizer_by,
+    require,
+)
+from rankfold.train.loss import score_as_the_model_does, score_labels_only
 from rankfold.train.optimizer import RunOptimizer
 from rankfold.train.prepare import Prepared
+from rankfold.train.scores import Collector, RowScores
 
 
 class DivergedError(RankfoldError):
@@ -30,6 +39,20 @@ class DivergedError(RankfoldError):
 
 class CarefulTrainer(StepwiseTrainer):
     task: Task
+    row_scores: dict[str, RowScores]
+    """Of the rows evaluated last, by metric."""
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
+        self._rows = Collector(self.task, self)
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        self.row_scores = self._rows.scores()
+        means = {self.task.logged_as(name): scores.mean for name, scores in self.row_scores.items()}
+        log_means(self, output.metrics, metric_key_prefix, means)
+        return output
+
+    def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        with self._rows.batch(inputs):
+            return super().prediction_step(model, inputs, *args, **kwargs)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss = super().training_step(*args, **kwargs)
@@ -94,6 +117,12 @@ def make_trainer(
         loss_is_of_its_batch(trainer)
     if task.loss_of_labels:
         score_labels_only(model.get_base_model())
+    if task.fused_head and not (
+        trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
+    ):  # whose weights are not whole here
+        with trainer.compute_loss_context_manager():
+            base = model.get_base_model()
+            score_as_the_model_does(base, task.example(base.config))
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(Progress())
