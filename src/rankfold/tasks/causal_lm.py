@@ -10,7 +10,7 @@ from rankfold.errors import short
 from rankfold.tasks.chats import carried, not_a_chat, tidy_all, token_ids, turns
 from rankfold.tasks.completions import options_of, pairs_of_chats, pairs_of_texts, same_beginning, whole_texts
 from rankfold.tasks.formats import advice, as_ours, refuse_undesired
-from rankfold.tasks.rows import DataError, Encoded, Rows
+from rankfold.tasks.rows import DataError, Encoded, Rows, mapped
 from rankfold.tasks.task import LOSS, SHARE, Metric, Task
 
 if TYPE_CHECKING:
@@ -121,7 +121,7 @@ output: runs/compare-phonemes
                 labels.append([token if yes else -100 for token, yes in zip(row, learnt, strict=True)])
             return {"input_ids": ids, "labels": labels, "length": [len(row) for row in ids]}
 
-        made = table.map(encode, batched=True, with_indices=True, remove_columns=table.column_names)
+        made = mapped(table, encode, batched=True, with_indices=True, remove_columns=table.column_names)
         return Encoded(made.remove_columns("length"), made["length"][:])
 
     def learnable(self, rows: Dataset, kept: slice) -> Sequence[int]:

@@ -8,7 +8,7 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from rankfold.errors import nearest, short
-from rankfold.tasks.rows import DataError
+from rankfold.tasks.rows import DataError, mapped
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -66,7 +66,7 @@ def tidy(chat: Chat) -> Chat:
 def tidy_all(split: Dataset, columns: Iterable[str]) -> Dataset:
     """The rows with those of the columns that hold chats tidied."""
     chats = [column for column in columns if isinstance(split[0][column], list)]
-    return split.map(lambda row: {column: tidy(row[column]) for column in chats}) if chats else split
+    return mapped(split, lambda row: {column: tidy(row[column]) for column in chats}) if chats else split
 
 
 def carried(split: Dataset, column: str) -> tuple[str, ...]:

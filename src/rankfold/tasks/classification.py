@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rankfold.errors import short
 from rankfold.tasks.classes import index_of
 from rankfold.tasks.macro_f1 import macro_f1_by_row
-from rankfold.tasks.rows import DataError, Encoded, Rows
+from rankfold.tasks.rows import DataError, Encoded, Rows, mapped
 from rankfold.tasks.task import LOSS, SHARE, Metric, Task
 from rankfold.tasks.texts import tokens_of
 
@@ -66,7 +66,7 @@ output: runs/compare-movie-reviews
             return {**found, "labels": batch["label"], "length": lengths}
 
         table = rows.splits[split]
-        made = table.map(encode, batched=True, remove_columns=table.column_names)
+        made = mapped(table, encode, batched=True, remove_columns=table.column_names)
         return Encoded(made.remove_columns("length"), made["length"][:])
 
     def options(self, processor: Any, labels: list[str]) -> dict[str, Any]:

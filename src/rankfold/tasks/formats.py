@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
-from rankfold.tasks.rows import DataError
+from rankfold.tasks.rows import DataError, mapped
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -24,7 +24,7 @@ def as_ours(split: Dataset) -> Dataset:
     if "conversations" in columns:  # ShareGPT
         return split.rename_column("conversations", "messages")
     if {"instruction", "output"} <= columns:  # Alpaca
-        return split.map(_of_alpaca, remove_columns=[c for c in ("instruction", "input", "output") if c in columns])
+        return mapped(split, _of_alpaca, remove_columns=[c for c in ("instruction", "input", "output") if c in columns])
     if {"chosen", "rejected"} <= columns:
         chats = isinstance(split[0]["chosen"], list)
         use = "{messages: chosen}" if chats else "{completion: chosen}" if "prompt" in columns else "{text: chosen}"

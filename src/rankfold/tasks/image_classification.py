@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from rankfold.tasks.classification import Classification
 from rankfold.tasks.images import class_folders, content, note_converted, opened, problem
-from rankfold.tasks.rows import SPLITS, Encoded, Rows
+from rankfold.tasks.rows import SPLITS, Encoded, Rows, mapped
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -55,7 +55,7 @@ output: runs/compare-digits
         column = names["image"]
         if getattr(split.features.get(column), "dtype", None) != "string":
             return split
-        return split.map(lambda row: {column: row[column] and str(folder / row[column])})
+        return mapped(split, lambda row: {column: row[column] and str(folder / row[column])})
 
     def as_ours(self, split: Dataset, names: dict[str, str]) -> Dataset:
         from datasets import Image

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rankfold.errors import short
 from rankfold.tasks.chats import Chat, carried, not_a_chat, tidy_all, without_nulls
 from rankfold.tasks.completions import options_of, pairs_of_chats, pairs_of_texts, same_beginning
-from rankfold.tasks.rows import DataError, Encoded, Rows
+from rankfold.tasks.rows import DataError, Encoded, Rows, mapped
 from rankfold.tasks.task import LOSS, SHARE, Metric, Task
 from rankfold.text import examples
 
@@ -71,7 +71,7 @@ output: runs/compare-preferences
         # The prompt as text beside whole chats: they begin with it, or it is their first message.
         if len(split[0][chosen]) > 1:
             return split.remove_columns(prompt)
-        return split.map(lambda row: {prompt: row[prompt] and [{"role": "user", "content": row[prompt]}]})
+        return mapped(split, lambda row: {prompt: row[prompt] and [{"role": "user", "content": row[prompt]}]})
 
     def carried(self, split: Dataset, names: dict[str, str], kind: tuple[str, ...]) -> tuple[str, ...]:
         return carried(split, names.get("chosen", "chosen"))
@@ -108,7 +108,7 @@ output: runs/compare-preferences
             split = split.select(sorted(set(range(len(split))) - set(same)))
         if kind == ASKED:
             return split
-        split = split.map(_parted)
+        split = mapped(split, _parted)
         if isinstance(split[0]["prompt"], list) and [] in (prompts := split["prompt"][:]):
             raise DataError(
                 f"{name}, row {prompts.index([]) + 1}: chosen and rejected do not begin with the same message"
@@ -145,7 +145,7 @@ output: runs/compare-preferences
                 made["rejected_ids"].append(r[begins:])
             return made | {"first": [len(c) for c in better], "second": [len(r) for r in worse]}
 
-        made = table.map(encode, batched=True, with_indices=True, remove_columns=table.column_names)
+        made = mapped(table, encode, batched=True, with_indices=True, remove_columns=table.column_names)
         return Encoded(made.remove_columns(["first", "second"]), made["first"][:], made["second"][:])
 
     def learnable(self, rows: Dataset, kept: slice) -> Sequence[int]:

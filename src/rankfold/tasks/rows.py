@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import hashlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from rankfold.errors import RankfoldError
 
@@ -81,3 +85,25 @@ class Encoded:
         return Encoded(
             self.rows.select(rows), *([part[i] for i in rows] for part in (self.lengths, self.second) if part)
         )
+
+
+def mapped(table: Dataset, function: Callable[..., dict[str, Any]], **options: Any) -> Dataset:
+    """`table.map`, whose result `datasets` keeps on the disk, until what makes it changes.
+
+    `datasets` looks at the function itself. What it calls of this package or of transformers is known to it by name alone.
+
+    Args:
+        options: of `Dataset.map`.
+    """
+    return table.map(_called, fn_kwargs={"function": function, "made_by": made_by()}, **options)
+
+
+@functools.cache
+def made_by() -> str:
+    """What rows are made by: this folder's files, and the packages that they call."""
+    files = hashlib.sha256(b"".join(file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py"))))
+    return " ".join([files.hexdigest(), *(f"{name} {version(name)}" for name in ("transformers", "tokenizers"))])
+
+
+def _called(*rows: Any, function: Callable[..., dict[str, Any]], made_by: str) -> dict[str, Any]:
+    return function(*rows)

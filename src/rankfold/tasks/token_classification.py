@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rankfold.errors import short
 from rankfold.tasks.classes import index_of
 from rankfold.tasks.entities import are_marked, entities, precision_recall_f1
-from rankfold.tasks.rows import DataError, Encoded, Rows
+from rankfold.tasks.rows import DataError, Encoded, Rows, mapped
 from rankfold.tasks.task import LOSS, SHARE, Metric, Task
 from rankfold.tasks.texts import tokens_of
 
@@ -110,7 +110,7 @@ output: runs/compare-tweet-entities
             return {**found, "labels": [_of_first_tokens(*row) for row in rows], "length": lengths}
 
         table = rows.splits[split]
-        made = table.map(encode, batched=True, remove_columns=table.column_names)
+        made = mapped(table, encode, batched=True, remove_columns=table.column_names)
         lengths = made["length"][:]
         whole = [i for i, length in enumerate(lengths) if max_length is None or length <= max_length]
         lost = sum(len(table[i]["words"]) - sum(tag != -100 for tag in made[i]["labels"]) for i in whole)
