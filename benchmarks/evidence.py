@@ -34,9 +34,9 @@ TASKS = {
     "chains": "Chains beside LoRA: all-MiniLM-L6-v2 and the film reviews again",
     "structures": "Few examples: all-MiniLM-L6-v2 and 160 film reviews",
     "vowels": "Rank 1: all-MiniLM-L6-v2 and the first vowel of a spelt word",
-    "capacity-1": "Where capacity matters: reading words aloud at the budget of LoRA r = 1",
-    "capacity-2": "Where capacity matters: reading words aloud at the budget of LoRA r = 2",
-    "capacity-8": "Where capacity matters: reading words aloud at the budget of LoRA r = 8",
+    "capacity-1": "Does rank matter? Reading words aloud at the budget of LoRA r = 1",
+    "capacity-2": "Does rank matter? Reading words aloud at the budget of LoRA r = 2",
+    "capacity-8": "Does rank matter? Reading words aloud at the budget of LoRA r = 8",
 }
 #: The budgets of one task, which `across` puts beside each other: what LoRA has there as r.
 BUDGETS = {"capacity-1": 1, "capacity-2": 2, "capacity-8": 8}
@@ -201,7 +201,7 @@ def errors(name: str) -> str:
     if not path.exists():
         return ""
     lines: list[dict[str, Any]] = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    rows = [f"On {lines[0]['words']:,} test words, mean over seeds; the phonemes are decoded greedily. *Reviews*: the loss on film reviews, plain English that no run has trained on; what it rises above the model's own is forgotten (`benchmarks/phoneme_errors.py`).\n", "| contender | seeds | phoneme error | each seed | loss | token accuracy | reviews |", "|---|---|---|---|---|---|---|"]  # fmt: skip
+    rows = [f"On {lines[0]['words']:,} test words, mean over seeds; the phonemes are decoded greedily. Loss and token accuracy are the trials' own, on their test rows. *Reviews*: the loss on film reviews, plain English that no run has trained on; what it rises above the model's own is forgotten (`benchmarks/phoneme_errors.py`).\n", "| contender | seeds | phoneme error | each seed | loss | token accuracy | reviews |", "|---|---|---|---|---|---|---|"]  # fmt: skip
     means = {
         label: [line for line in lines if line["label"] == label] for label in dict.fromkeys(t["label"] for t in lines)
     }
