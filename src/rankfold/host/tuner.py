@@ -79,9 +79,9 @@ class LowRankTuner(PlanningTuner):
         if adapter_name in stale:
             forget(stale, adapter_name)
         planned = {*self._plan.sites, *self._plan.parameters}
-        for name, layer in model.named_modules():
-            left = isinstance(layer, AdaptedLayer) and adapter_name in layer.lowrank_adapters
-            if left and not {plain_name(name), name} & planned:
+        layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, AdaptedLayer)]
+        for name, layer in layers:
+            if adapter_name in layer.lowrank_adapters and not {plain_name(name), name} & planned:
                 layer.delete_adapter(adapter_name)  # it would stay active, and be saved with the new one
         with warnings.catch_warnings():
             if (

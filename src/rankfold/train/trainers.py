@@ -46,6 +46,7 @@ class CarefulTrainer(StepwiseTrainer):
         self._rows = Collector(self.task, self)
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         self.row_scores = self._rows.scores()
+        assert output.metrics is not None
         means = {self.task.logged_as(name): scores.mean for name, scores in self.row_scores.items()}
         log_means(self, output.metrics, metric_key_prefix, means)
         return output
