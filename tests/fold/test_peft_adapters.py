@@ -432,7 +432,7 @@ KEY = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "missing": (rewritten(lambda t: {k: v for k, v in t.items() if k != KEY}), "lacks 1 of"),
     "missing layer": (rewritten(lambda t: {k: v for k, v in t.items() if ".1." not in k}), "lacks 14 of"),
-    "foreign": (rewritten(lambda t: {**t, "other.weight": torch.ones(3)}), "such as other.weight"),
+    "foreign": (rewritten(lambda t: {**t, "other.weight": torch.ones(3)}), r"such as base_model\.model\.other\.weight"),
     "shape": (rewritten(lambda t: {**t, KEY: torch.ones(4, 31)}), r"is \(4, 31\), and on this base it would be \(4, 32\)"),
     "nan": (rewritten(lambda t: {**t, KEY: t[KEY] * float("nan")}), "NaN or infinity in base_model"),
     "truncated": (
