@@ -130,6 +130,17 @@ def test_what_was_computed_without_gradients_is_not_used_with_them():
     assert all(p.grad is not None for p in k.lowrank_adapters.parameters())
 
 
+def test_what_was_computed_in_one_precision_is_not_used_in_another():
+    model = adapted()
+    q, k = layers(model)[0], layers(model)[1]
+    x = torch.randn(2, 3, 16)
+    expected = k(x)
+    with inside(q):
+        with torch.autocast("cpu", torch.bfloat16):
+            q(x)
+        assert_close(k(x), expected)
+
+
 @torch.no_grad()
 def _scale_up(layer: AdaptedLinear) -> None:
     layer.lowrank_adapters["default"].up.mul_(2)  # type: ignore[union-attr]

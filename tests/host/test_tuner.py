@@ -210,16 +210,3 @@ def test_a_pool_of_an_offloaded_model_is_fetched():
     cpu_offload(model, execution_device=torch.device("cpu"))
     assert all(p.is_meta for p in model.parameters())
     assert_close(model(IDS).logits, expected)
-
-
-def test_a_second_injection_leaves_nothing_of_the_first(tmp_path: Path):
-    """A notebook's cell that is run again with fewer targets: what is left out must not stay active and be saved."""
-    base = llama()
-    get_peft_model(base, rasa())
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PEFT's, about a second time
-        model = get_peft_model(base, rasa(target_modules=["q_proj"]))
-    assert not any("v_proj" in name and p.requires_grad for name, p in model.named_parameters())
-    expected = model(IDS).logits
-    model.save_pretrained(tmp_path)
-    assert_close(PeftModel.from_pretrained(llama(), tmp_path)(IDS).logits, expected)

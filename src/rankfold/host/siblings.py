@@ -32,6 +32,8 @@ TOGETHER = (
     ("DenseReluDense", ("wi_0", "wi_1")),
 )
 
+State = tuple[int, bool, torch.dtype | None]
+
 
 class Sibling(Protocol):
     """What an adapted linear layer tells of itself."""
@@ -59,7 +61,7 @@ class Siblings:
 
     def __init__(self, count: int) -> None:
         self._layers: list[Callable[[], Sibling | None]] = [_nobody] * count
-        self._waiting: dict[int, tuple[Tensor, tuple[int, bool], Tensor]] = {}  # index → input, its state, output
+        self._waiting: dict[int, tuple[Tensor, State, Tensor]] = {}  # index → input, its state, output
         self._inside = False  # whether the parent's forward runs
         self._hooks: list[RemovableHandle] = []
 
@@ -179,9 +181,11 @@ def _groups(model: nn.Module, layer_cls: type) -> Iterator[tuple[nn.Module, list
                         yield parent, alike
 
 
-def _state(x: Tensor) -> tuple[int, bool]:
-    """Its version, which a change in place raises, and whether what is computed now will have gradients."""
-    return x._version, torch.is_grad_enabled()
+def _state(x: Tensor) -> State:
+    """Its version, which a change in place raises, whether what is computed now will have gradients, and in which precision."""
+    device = x.device.type
+    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    return x._version, torch.is_grad_enabled(), autocast
 
 
 def sharing_allowed(x: Tensor) -> bool:

@@ -1,7 +1,8 @@
 """The modules of one type in depth order, and what each hands to those behind it while a forward runs: ResLoRA's shortcuts.
 
 A chain is cut where the shape changes: only neighbours of equal (in, out) are linked. Nothing outlives a forward: what is handed on
-lies in a `Pass`, which begins and ends with the forward of the module around them all, also when that raises.
+lies in a `Pass`, which begins and ends with the forward of the module around them all, also when that raises. Every thread has
+passes of its own: servers, and nn.DataParallel, run forwards beside each other.
 
 Non-reentrant gradient checkpointing recomputes a layer in the backward, when its pass is long over. Where autograd's saved tensors are
 hooked, as they are inside a checkpoint, every linked layer therefore keeps what it received in a `Receipt`, which lives as long as
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from threading import local
 from typing import Any
 from weakref import ref
 
@@ -41,6 +43,17 @@ class Pass:
     values: dict[int, Tensor] = field(default_factory=dict)
 
 
+class Passes(local):
+    """The passes that run in this thread, the innermost last."""
+
+    def __init__(self) -> None:
+        self.running: list[Pass] = []
+
+    def __reduce__(self) -> tuple[type[Passes], tuple[()]]:
+        """Copies and pickles begin outside any forward."""
+        return Passes, ()
+
+
 class Receipt:
     """What a layer received in one forward, for the time when it is computed again."""
 
@@ -67,13 +80,13 @@ class Chain(Shared):
         self.places = {site.name: place for place, site in enumerate(sites)}
         self.starts = _starts(sites)  # by place, where the run of equal shapes begins that it is in
         self.members: list[Adapter | None] = [None] * len(sites)
-        self.passes: list[Pass] = []
+        self.passes = Passes()
         self.receipts: list[list[ref[Receipt]]] = [[] for _ in sites]
         self._hooks: list[RemovableHandle] = []
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles begin outside any forward."""
-        return {**self.__dict__, "passes": [], "receipts": [[] for _ in self.places]}
+        """Receipts belong to a graph, which a copy does not have."""
+        return {**self.__dict__, "receipts": [[] for _ in self.places]}
 
     def join(self, adapter: Adapter) -> None:
         self.members[self.places[adapter.site.name]] = adapter
@@ -108,11 +121,11 @@ class Chain(Shared):
             hook.remove()
 
     def _begin(self, module: nn.Module, args: Any) -> None:
-        self.passes.append(Pass(_backward()))
+        self.passes.running.append(Pass(_backward()))
 
     def _end(self, module: nn.Module, args: Any, output: Any) -> None:
-        if self.passes:
-            self.passes.pop()
+        if self.passes.running:
+            self.passes.running.pop()
 
     # What a layer asks ---------------------------------------------------------------------------------------------------
 
@@ -132,7 +145,8 @@ class Chain(Shared):
         place, first, backward = self.places[name], self.first_of(name, count), _backward()
         if backward >= 0 and (receipt := self._receipt(place, own)) is not None:
             return receipt.received, False
-        now = self.passes[-1] if self.passes and self.passes[-1].backward == backward else None
+        running = self.passes.running
+        now = running[-1] if running and running[-1].backward == backward else None
         if now is None:
             if place > first:
                 raise RankfoldError(_cut_off(name) if backward >= 0 else _alone(name))
