@@ -230,7 +230,7 @@ def test_a_chain_is_cut_where_the_shape_changes() -> None:
     for shortcut in ("is", "ms"):
         model = random(shortcut, shapes)
         model([torch.randn(3, i, dtype=torch.float64) for _, i in shapes])
-        assert not model.base_model.model.lowrank_shared["default"]["lin"].passes
+        assert not model.base_model.model.lowrank_shared["default"]["lin"].passes.running
 
 
 def test_ranks_that_differ_cannot_meet_in_the_middle() -> None:

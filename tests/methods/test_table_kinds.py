@@ -191,6 +191,18 @@ def test_an_untied_head_and_its_embedding_on_a_llama(tmp_path: Path) -> None:
 
 
 @methods
+def test_a_table_is_saved_as_it_was_before_a_merge(row: Row, tmp_path: Path) -> None:
+    """PEFT saves it beside the adapter and loads it under it, where a merged update would count twice."""
+    model = adapt(LLAMA, row, target_modules=["embed_tokens", "q_proj"], allow_unscheduled=True)
+    wanted = LLAMA.out(model)
+    model.merge_adapter()
+    with pytest.warns(UserWarning, match="save_embedding_layers"):
+        model.save_pretrained(tmp_path)
+    read = PeftModel.from_pretrained(LLAMA.build(), tmp_path).eval()  # pyright: ignore[reportArgumentType]
+    torch.testing.assert_close(LLAMA.out(read), wanted)
+
+
+@methods
 def test_a_tied_head_shares_the_embeddings_adapter(row: Row, tmp_path: Path) -> None:
     """PEFT adds the update twice when it merges (peft 0.21.2); here it lies in the one weight once."""
     fields: dict[str, Any] = {"target_modules": ["q_proj", "embed_tokens"], "ensure_weight_tying": True}
@@ -244,6 +256,12 @@ def test_a_method_of_linear_layers_refuses_before_anything_is_touched() -> None:
         with pytest.raises(RankfoldError, match=rf"{name} is of the kind .* cora adapts linear layers alone"):
             get_peft_model(model, config)  # pyright: ignore[reportArgumentType]
         assert_same(snapshot(model), before)
+
+
+def test_a_table_that_its_forward_changes_is_refused() -> None:
+    model = nn.Sequential(nn.Embedding(9, 4, max_norm=1.0), nn.Linear(4, 4))
+    with pytest.raises(TypeError, match=r"0 has max_norm=1.0, .* leave it out of target_modules"):
+        get_peft_model(model, PlainLoraConfig(target_modules=["0", "1"]))  # pyright: ignore[reportArgumentType]
 
 
 @methods

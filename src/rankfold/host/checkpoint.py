@@ -89,6 +89,15 @@ def grown(model: nn.Module, adapter_name: str) -> dict[str, int]:
     return {name: size for name, size in sizes.items() if size}
 
 
+def weights_before_merging(model: nn.Module) -> dict[str, Tensor]:
+    """By state-dict key, the base weights of layers that are merged now, as they were before."""
+    return {
+        f"{name}.base_layer.weight": before
+        for name, module in model.named_modules()
+        if isinstance(module, AdaptedLayer) and (before := module.base_weight.before) is not None
+    }
+
+
 def check_whole(config: LowRankConfig, own: set[str], found: dict[str, Tensor]) -> None:
     """Raises RankfoldError where an adapter would be saved without some of its tensors, or with shards of them."""
     missing = own - found.keys()

@@ -153,7 +153,7 @@ def site_of(name: str, module: Any) -> Site:
     """Where an adapter of this module would sit.
 
     Raises:
-        TypeError: nothing here adapts such a module.
+        TypeError: nothing here adapts such a module, or it changes its own weight.
     """
     base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
     kind = kind_of(base)
@@ -166,6 +166,11 @@ def site_of(name: str, module: Any) -> Site:
         raise TypeError(
             f"target_modules: {name} is a {type(module).__name__}, and only linear layers (torch.nn.Linear, transformers' Conv1D, "
             "quantised linears), convolutions and embeddings can be adapted; leave it out of target_modules"
+        )
+    if getattr(base, "max_norm", None) is not None:
+        raise TypeError(
+            f"target_modules: {name} has max_norm={base.max_norm}, so it shortens rows of its table in the forward, and a merged "
+            "update with them; leave it out of target_modules"
         )
     return Site(name, *kind.features(base), kind.name, tuple(getattr(base, "kernel_size", ())))
 

@@ -33,6 +33,7 @@ from rankfold.host.checkpoint import (
     grown,
     owned,
     plain_name,
+    weights_before_merging,
 )
 from rankfold.host.config import LowRankConfig
 from rankfold.host.fused_mlp import fuse_mlps, unfuse_mlps
@@ -320,6 +321,9 @@ class LowRankTuner(PlanningTuner):
         if not kept and dist.is_available() and dist.is_initialized() and dist.get_rank():
             return kept  # a state that was gathered on the first process alone
         check_whole(config, own, kept)
+        # PEFT takes the tables of adapted embeddings from here too, and loads them under the adapter: an update merged into them would
+        # count twice
+        state_dict |= {k: v for k, v in weights_before_merging(model).items() if k in state_dict}
         config.grown = grown(model, adapter_name) or None
         return kept
 
