@@ -448,3 +448,12 @@ def test_a_basis_of_another_model_is_refused(bases: dict[str, Path]) -> None:
     other = CoraConfig(basis=bases["t5"], r=4, target_modules=["q_proj"])
     with pytest.raises(ValueError, match="no basis for"):
         get_peft_model(LLAMA.build(), other)  # pyright: ignore[reportArgumentType]
+
+
+def test_a_basis_of_one_of_two_towers_is_refused_for_both(bases: dict[str, Path]) -> None:
+    towers = nn.ModuleDict({"one": BERT.build(), "two": BERT.build()})
+    fields = {"basis": bases["bert"], "r": 4, "approach": 1}
+    with pytest.raises(RankfoldError, match=r"fits one\..*layer\.0 and two\..*layer\.0 alike"):
+        get_peft_model(towers, CoraConfig(**fields, target_modules=["query"]))  # pyright: ignore[reportArgumentType]
+    model = get_peft_model(towers, CoraConfig(**fields, target_modules=r"one\..*query"))  # pyright: ignore[reportArgumentType]
+    assert {n.partition(".")[0] for n in layers(model)} == {"one"}

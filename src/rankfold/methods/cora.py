@@ -212,6 +212,16 @@ class Cora(Adapter):
         return None if subspace is None or config.approach == 2 else f"basis:{subspace.key_for(site)}"
 
     @classmethod
+    def check_group(cls, config: CoraConfig, group: Group) -> None:
+        subspace = config.subspace()
+        places = sorted({subspace.place_of(site) for site in group.sites}) if subspace else []
+        if len(places) > 1:
+            raise RankfoldError(
+                f"CoraConfig: basis={config.basis!r} fits {places[0]} and {places[1]} alike, and is of one of them; name the modules "
+                "of one in target_modules or exclude_modules, by a pattern"
+            )
+
+    @classmethod
     def make_shared(cls, config: CoraConfig, group: Group) -> Basis:
         widest = max(group.sites, key=lambda site: config.rank_at(site.name))
         return Basis(partial(config.basis_at, widest))  # pyright: ignore[reportArgumentType]  (never None in approach 1)

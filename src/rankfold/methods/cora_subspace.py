@@ -68,7 +68,7 @@ class Subspace:
         Raises:
             ValueError: there is none, or it is of another size.
         """
-        key = self._find(_key(site.name, self.scope)) if is_target(site.name, self.targets) else None
+        key = self._find(self.place_of(site)) if is_target(site.name, self.targets) else None
         if key is None:
             raise RankfoldError(
                 f"the subspace has no basis for {site.name}: it was built from {', '.join(self.targets)} of "
@@ -81,6 +81,10 @@ class Subspace:
                 "this is a basis of another model"
             )
         return key
+
+    def place_of(self, site: Site) -> str:
+        """What shares a basis with the site in its own model: the name of its module, of its layer, or "global"."""
+        return _key(site.name, self.scope)
 
     def basis_for(self, site: Site) -> Tensor:
         """out × rank, float32. Its first r columns are the basis of rank r. Raises ValueError as `key_for`."""
