@@ -201,7 +201,7 @@ def errors(name: str) -> str:
     if not path.exists():
         return ""
     lines: list[dict[str, Any]] = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    rows = [f"On {lines[0]['words']:,} test words, mean over seeds; the phonemes are decoded greedily. Loss and token accuracy are the trials' own, on their test rows. *Reviews*: the loss on film reviews, plain English that no run has trained on; what it rises above the model's own is forgotten (`benchmarks/phoneme_errors.py`).\n", "| contender | seeds | phoneme error | each seed | loss | token accuracy | reviews |", "|---|---|---|---|---|---|---|"]  # fmt: skip
+    rows = [f"On {lines[0]['words']:,} test words, mean over seeds; the phonemes are decoded greedily. Loss: of the true phonemes on the same words. Token accuracy: the trials' own, on their test rows. *Reviews*: the loss on film reviews, plain English that no run has trained on; what it rises above the model's own is forgotten (`benchmarks/phoneme_errors.py`).\n", "| contender | seeds | phoneme error | each seed | loss | token accuracy | reviews |", "|---|---|---|---|---|---|---|"]  # fmt: skip
     means = {
         label: [line for line in lines if line["label"] == label] for label in dict.fromkeys(t["label"] for t in lines)
     }

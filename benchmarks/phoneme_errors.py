@@ -2,7 +2,7 @@
 
     python benchmarks/phoneme_errors.py 1 2 8          # of runs/evidence-capacity-N; what is measured already is not repeated
 
-Learnt: the phoneme error on 1,000 test words, beside the loss and the token accuracy that the trial itself measured on its test rows.
+Learnt: the phoneme error and the loss on 1,000 test words, beside the token accuracy that the trial itself measured on its test rows.
 Forgotten: the loss on 300 film reviews, which are plain English and not in the training, beside the loss of the model without an
 adapter. One line per adapter, and one without, in results/evidence-capacity-N-errors.jsonl, which the page of evidence reads.
 """
@@ -18,13 +18,12 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from rankfold.compare.statistics import analyse
 from rankfold.compare.trial_file import TrialLine, read
 from rankfold.io import assets
 from rankfold.io.files import append_line, read_json_lines
-from rankfold.train.metrics import read_metrics
 
 HERE = Path(__file__).parent
 MODEL, WORDS, REVIEWS, BATCH, LONGEST = "smollm2-135m-instruct", 1000, 300, 100, 32
@@ -38,7 +37,8 @@ class Errors:
     Args:
         label: the contender's; `BASE` for the model without an adapter.
         phoneme_error: edit distance between spoken (greedy) and true phonemes, over the number of true ones.
-        loss, token_accuracy: of the true phonemes' tokens, as the trial measured them on its test rows.
+        loss: mean over the true phonemes' tokens and the end of each word.
+        token_accuracy: as the trial measured it on its test rows.
         reviews_loss: mean over the tokens of the film reviews.
     """
 
@@ -74,12 +74,16 @@ def phoneme_error(model: Any, tokenizer: Any, rows: dict[str, list[str]]) -> flo
 
 
 @torch.no_grad()
-def reviews_loss(model: Any, tokenizer: Any, reviews: list[str]) -> float:
-    """Mean over all tokens that have one before them."""
+def mean_loss(model: Any, tokenizer: Any, texts: list[str], prompts: list[str] | None = None) -> float:
+    """Mean over all tokens that have one before them, without those of the prompts that texts begin with."""
     total, count = 0.0, 0
-    for i in range(0, len(reviews), BATCH):
-        batch = tokenizer(reviews[i : i + BATCH], padding=True, truncation=True, max_length=64, return_tensors="pt")
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+    for i in range(0, len(order), BATCH):
+        of = order[i : i + BATCH]
+        batch = tokenizer([texts[j] for j in of], padding=True, truncation=True, max_length=64, return_tensors="pt")
         asked = batch["attention_mask"][:, 1:].bool()
+        for row, j in enumerate(of if prompts else ()):
+            asked[row, : len(tokenizer(prompts[j])["input_ids"]) - 1] = False  # pyright: ignore[reportOptionalSubscript]
         logits = model(**batch).logits[:, :-1][asked]
         total += float(
             torch.nn.functional.cross_entropy(logits.float(), batch["input_ids"][:, 1:][asked], reduction="sum")
@@ -90,10 +94,23 @@ def reviews_loss(model: Any, tokenizer: Any, reviews: list[str]) -> float:
 
 @torch.no_grad()
 def spoken(model: Any, tokenizer: Any, prompts: list[str]) -> list[list[str]]:
-    """The phonemes that greedy decoding says, up to the end of the line."""
+    """The phonemes that greedy decoding says, up to the end of the line; nothing is computed of a row that has ended."""
     batch = tokenizer(prompts, padding=True, padding_side="left", return_tensors="pt")
-    out = model.generate(**batch, max_new_tokens=LONGEST, do_sample=False, pad_token_id=tokenizer.eos_token_id)
-    texts = tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+    ids, mask, cache = batch["input_ids"], batch["attention_mask"], DynamicCache()
+    going, said = torch.arange(len(prompts)), [[] for _ in prompts]
+    for _ in range(LONGEST):
+        places = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        out = model(input_ids=ids, attention_mask=mask, position_ids=places, past_key_values=cache)
+        tokens = out.logits[:, -1].argmax(-1)
+        for row, token in zip(going.tolist(), tokens.tolist(), strict=True):
+            said[row].append(token)
+        ended = [t == tokenizer.eos_token_id or "\n" in tokenizer.decode(t) for t in tokens.tolist()]
+        left = torch.tensor([i for i, over in enumerate(ended) if not over], dtype=torch.long)
+        if not len(left):
+            break
+        cache.batch_select_indices(left)
+        going, ids, mask = going[left], tokens[left, None], torch.nn.functional.pad(mask[left], (0, 1), value=1)
+    texts = tokenizer.batch_decode(said, skip_special_tokens=True)
     return [text.split("\n")[0].split() for text in texts]
 
 
@@ -112,7 +129,8 @@ def main() -> None:
     base = assets.model_path(MODEL)
     tokenizer = AutoTokenizer.from_pretrained(base, padding_side="right")
     rows = assets.dataset("phonemes")["test"].select(range(WORDS))[:]
-    reviews = assets.dataset("movie-reviews")["test"].select(range(REVIEWS))["text"]
+    spelt = [p + c + tokenizer.eos_token for p, c in zip(rows["prompt"], rows["completion"], strict=True)]
+    reviews = list(assets.dataset("movie-reviews")["test"].select(range(REVIEWS))["text"])
     for n in parser.parse_args().budgets:
         out, results = Path(f"runs/evidence-capacity-{n}"), HERE / "results" / f"evidence-capacity-{n}-errors.jsonl"
         done = {values["id"] for _, values in read_json_lines(results) if isinstance(values, dict)}
@@ -124,21 +142,19 @@ def main() -> None:
                 model = PeftModel.from_pretrained(model, str(out / str(line.adapter)))
             with torch.autocast("cpu", torch.bfloat16):  # as it was trained
                 error = phoneme_error(model.eval(), tokenizer, rows)
-                forgotten = reviews_loss(model, tokenizer, list(reviews))
+                loss = mean_loss(model, tokenizer, spelt, rows["prompt"])
+                forgotten = mean_loss(model, tokenizer, reviews)
             named = (line.id, line.label, line.rate, line.seed) if line else (BASE, BASE, None, None)
-            found = Errors(*named, WORDS, error, *logged(out, line), forgotten)
+            found = Errors(*named, WORDS, error, loss, token_accuracy(out, line), forgotten)
             append_line(results, json.dumps(dataclasses.asdict(found)))
             print(found, flush=True)
 
 
-def logged(out: Path, line: TrialLine | None) -> tuple[float, float]:
-    """Loss and token accuracy on the comparison's test rows: of the trial, or of the model before any training."""
-    for trial in [line] if line else [t for t in read(out) if t.status == "done"]:
-        tests = [row for row in read_metrics(Path(trial.run["output"], "metrics.jsonl")) if "test_loss" in row]
-        found = tests[-1] if line else tests[0]
-        if line or found["step"] == 0:
-            return found["test_loss"], float((trial.test if line else trial.before) or 0.0)
-    raise ValueError(f"no trial in {out} measured the model before training")
+def token_accuracy(out: Path, line: TrialLine | None) -> float:
+    """On the comparison's test rows: of the trial, or of the model before any training."""
+    if line:
+        return float(line.test or 0.0)
+    return float(next(t.before for t in read(out) if t.status == "done") or 0.0)
 
 
 if __name__ == "__main__":
