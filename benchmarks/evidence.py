@@ -12,6 +12,7 @@ import argparse
 import json
 import shutil
 import statistics
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -66,10 +67,9 @@ def write(results: Path, docs: Path) -> list[Path]:
     written[0].write_text(page(results, analyses), encoding="utf-8")
     for path in sorted([*docs.glob("methods/*.md"), *docs.glob("optimisers/*.md")]):
         text = path.read_text(encoding="utf-8")
-        parts = [part for name, analysis in analyses.items() if (part := measured(name, analysis, path))]
-        if BEGIN in text and parts:
+        if BEGIN in text and (found := measured(analyses, path)):
             head, _, rest = text.partition(BEGIN)
-            path.write_text(head + BEGIN + "\n\n".join(parts) + "\n" + END + rest.partition(END)[2], encoding="utf-8")
+            path.write_text(head + BEGIN + found + "\n" + END + rest.partition(END)[2], encoding="utf-8")
             written.append(path)
     return written
 
@@ -83,12 +83,39 @@ def analysed(results: Path) -> dict[str, Analysis]:
 def page(results: Path, analyses: dict[str, Analysis]) -> str:
     parts = [
         "# Evidence: the methods on real tasks\n\nWritten by `python benchmarks/evidence.py --page` from the lines in `benchmarks/results/`; nothing here "
-        "is typed by hand. How the intervals are made: [statistics](statistics.md).\n"
+        "is typed by hand. How the intervals are made: [statistics](statistics.md).\n",
+        in_short(analyses),
     ]
     for name, found in analyses.items():
         parts.append(section(name, found, read(results / f"evidence-{name}.jsonl")))
     parts.append(across(analyses))
     return "\n".join([*parts, earlier()])
+
+
+def in_short(analyses: dict[str, Analysis]) -> str:
+    """What was shown at all: how each comparison's contenders stand to its reference, counted."""
+    rows, total = [], Counter[str]()
+    for name, found in analyses.items():
+        held = {c.name: d for c in found.ranked if (d := found.difference(c.name, found.reference or ""))}
+        named = [
+            ", ".join(label for label, d in held.items() if d.verdict == verdict) or "–"
+            for verdict in ("better", "worse")
+        ]
+        counted = Counter(d.verdict for d in held.values())
+        total += counted
+        open_, seeds = counted["no difference shown"], max((len(c.tests) for c in found.ranked), default=0)
+        rows.append(
+            f"| {TASKS[name]} | {found.reference} | {seeds} | {len(held)} | {named[0]} | {named[1]} | {open_} |"
+        )
+    return f"""## In short
+
+{total.total()} contenders were held against the reference of their comparison, each at its best learning rate: {total["better"]} are shown to be better, {total["worse"]} worse. For {total["no difference shown"]} no
+difference is shown, which is not the same as none: with three seeds the intervals are wide. For {total["not tested"]} there were too few seeds to tell.
+
+| comparison | reference | seeds | contenders | better | worse | no difference shown |
+|---|---|---|---|---|---|---|
+{chr(10).join(rows)}
+"""
 
 
 def settings(name: str) -> dict[str, Any]:
@@ -135,30 +162,33 @@ def table(found: Analysis) -> str:
     return "\n".join(rows)
 
 
-def measured(name: str, found: Analysis, path: Path) -> str:
-    """What came out for the method or optimiser that `path` is the page of, beside the plain LoRAs; "" where it took no part."""
-    plain = [c for c in found.ranked if page_of(c) == ("methods", "lora")]
-    plain.sort(key=lambda c: c.name != found.reference)
-    own = [c for c in found.ranked if c not in plain and page_of(c) == (path.parent.name, path.stem)]
-    if not own:
-        return ""
-    file = settings(name)
-    steps, batch, seeds = file["training"]["max_steps"], file["training"]["batch_size"], file["seeds"]
-    heads = "".join(f" against {c.name} |" for c in plain)
+def measured(analyses: dict[str, Analysis], path: Path) -> str:
+    """What came out for the method or optimiser that `path` is the page of, beside each plain LoRA; "" where it took no part."""
     rows = []
-    for c in [*plain, *own]:
-        tried = ", ".join(f"{p.rate:g}" + (" (did not finish)" if p.failed else "") for p in c.sensitivity.points)
-        held = "".join(f" {against(found, c, other.name)} |" for other in plain)
-        rows.append(f"| {c.name} | {tried} | {c.rate:g} | {spread(found, c)} | {wording.count(c.trained)} |{held}")
-    edges = [
-        f"{c.name}'s is the {c.sensitivity.edge}" for c in [*plain, *own] if c.sensitivity.edge in ("lowest", "highest")
-    ]
-    edge = f" The best rate may lie outside of what was tried: {', '.join(edges)}." if edges else ""
-    return f"""{TASKS[name]}, {steps} steps of {batch}, test {wording.words(found.metric)} as mean ± standard deviation over the seeds {", ".join(map(str, seeds))}. The rate
-is the best on validation rows, with seed {", ".join(map(str, file["search_seeds"]))}. Differences have a 95 % interval that holds for all contenders together ([all of them](../evidence.md), `benchmarks/evidence-{name}.yaml`).{edge}
+    for name, found in analyses.items():
+        plain = [
+            c
+            for c in found.ranked
+            if page_of(c) == ("methods", "lora") and not {"use_dora", "use_rslora"} & {*c.config}
+        ]
+        plain.sort(key=lambda c: c.name != found.reference)
+        own = [c for c in found.ranked if page_of(c) == (path.parent.name, path.stem) != ("methods", "lora")]
+        about = f"{TASKS[name]}: {wording.words(found.metric)}, {settings(name)['training']['max_steps']} steps"
+        for c in own:
+            edge = c.sensitivity.edge if c.sensitivity.edge in ("lowest", "highest") else None
+            rate = f"{c.rate:g}" + (f" ({edge} tried)" if edge else "")
+            for other in plain:
+                rows.append(
+                    f"| {about} | {c.name} | {wording.count(c.trained)} | {wording.count(c.kept)} | {rate} | {spread(found, c)} | {other.name} | "
+                    f"{spread(found, other)} | {against(found, c, other.name)} |"
+                )
+    if not rows:
+        return ""
+    return f"""The mean over the seeds ± their standard deviation, on test rows, at the best learning rate of each on validation rows. Where that is the lowest or highest one that was tried, a better one may lie
+outside. *Kept* is what a plain LoRA of the components left after training has. Differences have a 95 % interval that holds for all contenders of a comparison together ([all of them, with the settings](../evidence.md)).
 
-| contender | rates tried | rate | test {wording.words(found.metric)} | trained |{heads}
-|---|---|---|---|---|{"---|" * len(plain)}
+| task | contender | trained | kept | rate | test | beside | its test | difference |
+|---|---|---|---|---|---|---|---|---|
 {chr(10).join(rows)}"""
 
 

@@ -152,9 +152,8 @@ def main() -> None:
 
 def token_accuracy(out: Path, line: TrialLine | None) -> float:
     """On the comparison's test rows: of the trial, or of the model before any training."""
-    if line:
-        return float(line.test or 0.0)
-    return float(next(t.before for t in read(out) if t.status == "done") or 0.0)
+    found = [line.test] if line else [t.before for t in read(out)]
+    return next(value for value in found if value is not None)
 
 
 if __name__ == "__main__":

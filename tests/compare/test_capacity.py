@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 import yaml
 from synthetic import METHODS, lines
 from tiny import byte_tokenizer
@@ -98,13 +99,37 @@ def test_phoneme_errors(llama: Path):
     tokenizer = byte_tokenizer()
     model = AutoModelForCausalLM.from_pretrained(llama).eval()
     rows = {"prompt": ["d o g s :", "c a t :"], "completion": [" D AO G Z", " K AE T"]}
-    reviews = ["a film", "the film is long"]
     assert measure.phoneme_error(model, tokenizer, rows) > 0
-    # The loss of plain texts is per token, whatever is padded beside them
-    counts = [len(tokenizer(text)["input_ids"]) - 1 for text in reviews]
-    each = [measure.reviews_loss(model, tokenizer, [text]) for text in reviews]
+    # The loss is per token, whatever is padded beside it, and of a text that begins with a prompt it is that of the rest
+    texts, prompts = ["a film", "the film is long"], ["a f", "the"]
+    counts = [len(tokenizer(text)["input_ids"]) - 1 for text in texts]
+    each = [measure.mean_loss(model, tokenizer, [text]) for text in texts]
     mean = sum(n * loss for n, loss in zip(counts, each, strict=True)) / sum(counts)
-    assert measure.reviews_loss(model, tokenizer, reviews) == pytest.approx(mean, rel=1e-5)
+    assert measure.mean_loss(model, tokenizer, texts) == pytest.approx(mean, rel=1e-5)
+    before = [len(tokenizer(prompt)["input_ids"]) - 1 for prompt in prompts]
+    of_prompts = [measure.mean_loss(model, tokenizer, [prompt]) for prompt in prompts]
+    rest = sum(n * loss for n, loss in zip(counts, each, strict=True)) - sum(
+        n * loss for n, loss in zip(before, of_prompts, strict=True)
+    )
+    expected = rest / (sum(counts) - sum(before))
+    assert measure.mean_loss(model, tokenizer, texts, prompts) == pytest.approx(expected, rel=1e-5)
+
+
+def test_what_is_spoken_is_what_transformers_generates(llama: Path):
+    """Rows that end at different places are no longer computed, and the others go on as if alone."""
+    measure = module("phoneme_errors")
+    tokenizer = byte_tokenizer()
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(llama).eval()
+    with torch.no_grad():
+        model.lm_head.weight[tokenizer("\n")["input_ids"][0]] *= 3  # so that some rows soon end
+    prompts = ["d o g s :", "c a t :", "a :", "x y z z y :"]
+    found = measure.spoken(model, tokenizer, prompts)
+    for prompt, said in zip(prompts, found, strict=True):
+        batch = tokenizer(prompt, return_tensors="pt")
+        options = {"max_new_tokens": measure.LONGEST, "do_sample": False, "pad_token_id": tokenizer.eos_token_id}
+        out = model.generate(**batch, **options)[0, batch["input_ids"].shape[1] :]
+        assert said == tokenizer.decode(out, skip_special_tokens=True).split("\n")[0].split()
 
 
 def test_a_speaker_that_knows_the_words(monkeypatch: pytest.MonkeyPatch):
@@ -117,12 +142,8 @@ def test_a_speaker_that_knows_the_words(monkeypatch: pytest.MonkeyPatch):
 
 def test_what_the_trials_measured(tmp_path: Path):
     measure = module("phoneme_errors")
-    done = [replace(t, before=0.1) for t in lines(METHODS[:1], rates=(1e-3,), seeds=(0, 1), rows=20)]
-    for number, line in enumerate(done):
-        line.run["output"] = str(tmp_path / str(number))
-        (tmp_path / str(number)).mkdir()
-        rows = [{"step": 0, "test_loss": 5.0}, {"step": 8, "loss": 1.0}, {"step": 8, "test_loss": 0.5}]
-        (tmp_path / str(number) / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows[1 - number :]))
+    done = lines(METHODS[:1], rates=(1e-3,), seeds=(0, 1), rows=20)
+    done = [replace(t, before=before) for t, before in zip(done, (None, 0.1), strict=True)]
     (tmp_path / "trials.jsonl").write_text("".join(t.to_json() + "\n" for t in done))
-    assert measure.logged(tmp_path, done[0]) == (0.5, done[0].test)
-    assert measure.logged(tmp_path, None) == (5.0, 0.1)  # the second trial's: the first did not measure it again
+    assert measure.token_accuracy(tmp_path, done[0]) == done[0].test
+    assert measure.token_accuracy(tmp_path, None) == 0.1
