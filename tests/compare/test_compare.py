@@ -166,6 +166,10 @@ def test_the_folder_of_another_comparison(values: Values, here: list[str], tmp_p
         run(values, f"output={tmp_path / 'reviews'}")
     with pytest.raises(ValueError, match="'LoRA' and 'twin' are the same method"):
         run(values | {"methods": [values["methods"][0], {**values["methods"][0], "label": "twin"}]})
+    test = tmp_path / "reviews" / "test.jsonl"
+    test.write_text(test.read_text().replace("film", "movie"))
+    with pytest.raises(FolderError, match=r"reviews' has other test rows than when the work in '.*out' began"):
+        run(values | {"seeds": [0, 1]})
     assert len(here) == 2
 
 

@@ -225,6 +225,12 @@ def _other_tasks_are_refused(values: Values, tmp_path: Path) -> None:
         learn(values, training=values["training"] | {"learning_rate": 0.02})
     with pytest.raises(FolderError, match=r"loss_over was '(task|seen)', is 'all'"):
         learn(values, loss_over="all")
+    train_rows = Path(values["data"]["source"], "train.jsonl")
+    before = train_rows.read_text()
+    train_rows.write_text(before.replace("film", "movie"))
+    with pytest.raises(FolderError, match=r"has other train rows than when the work in '.*task-1' began"):
+        learn(values)
+    train_rows.write_text(before)
     more = tmp_path / "more.jsonl"
     write_jsonl(more, [{"text": f"{c} {i}", "label": c} for c in ("new", "newer") for i in range(4)])
     new = {"classes": ["new", "newer"], "train": str(more), "test": str(more)}

@@ -69,6 +69,8 @@ def test_folders_of_splits(tmp_path: Path):
     assert "test: 1 of 1 rows also occur in train; scores on them show memory, not learning" in rows.notes
     apart = load(tmp_path / "all" / "train", test=str(tmp_path / "all" / "test"))
     assert len(apart.splits["test"]) == 1
+    folder_of(tmp_path / "all", test__b__1=BLUE)  # under the name that it had
+    assert [name for name, digest in load(tmp_path / "all").digests.items() if digest != rows.digests[name]] == ["test"]
 
 
 def test_hidden_files_are_no_images(tmp_path: Path):

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny import sentiment, write_jsonl
 from transformers import TrainerCallback
 
 from rankfold.runfile.load import parse
@@ -60,6 +61,25 @@ def test_what_a_checkpoint_decides_is_refused(classification: Values, tmp_path: 
     with pytest.raises(FolderError, match=rf"training\.{name}.* may change\)"):
         train(parse(classification, [*options, f"training.{override}"]), resume=True, say=silent)
     assert (tmp_path / "run" / "run.yaml").read_text() == saved
+
+
+def test_replaced_rows_are_refused(classification: Values, reviews: Path, tmp_path: Path):
+    train(parse(classification, ["data.max_test=4"]), say=silent)
+
+    def resume() -> Any:
+        return train(parse(classification, ["data.max_test=4"]), resume=True, say=silent)
+
+    for split in ("train", "validation"):
+        path = reviews / f"{split}.jsonl"
+        rows = path.read_text()
+        path.write_text("".join(line.replace("film", "Film") for line in rows.splitlines(keepends=True)))
+        with pytest.raises(FolderError, match=rf"data: '{reviews}' has other {split} rows than when .* put the old"):
+            resume()
+        path.write_text(rows)  # another file with the same rows
+    assert resume().resumed_at == 8
+    write_jsonl(reviews / "train.jsonl", sentiment(32, 1000))
+    (tmp_path / "run" / "rows.json").unlink()  # a run of an earlier version
+    assert resume().resumed_at == 8
 
 
 def test_a_schedule_cannot_be_made_longer(classification: Values):

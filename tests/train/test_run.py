@@ -68,7 +68,7 @@ def test_classification(classification: Values, tmp_path: Path):
 
     folder = tmp_path / "run"
     assert {p.name for p in folder.iterdir()} == {
-        "adapter", "checkpoints", "run.yaml", "metrics.jsonl", "result.json", "metrics.png", "metrics.svg",
+        "adapter", "checkpoints", "run.yaml", "rows.json", "metrics.jsonl", "result.json", "metrics.png", "metrics.svg",
     }  # fmt: skip
     assert json.loads((folder / "result.json").read_text())["after"] == result.after
     assert result.measured_on == "test"
@@ -529,7 +529,7 @@ def test_disk_full_at_the_end(classification: Values, tmp_path: Path, monkeypatc
     with pytest.raises(SaveError, match=r"cannot save .*adapter: .*No space left"):
         train(change(classification), say=silent)
     left = {path.name for path in (tmp_path / "run").iterdir()}
-    assert left == {"checkpoints", "run.yaml", "metrics.jsonl"}
+    assert left == {"checkpoints", "run.yaml", "rows.json", "metrics.jsonl"}
     monkeypatch.undo()
     assert train(change(classification), resume=True, say=silent).after["accuracy"] == 1.0
 

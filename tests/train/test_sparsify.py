@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny import sentiment, write_jsonl
 
 from rankfold.io.models import ModelError
 from rankfold.runfile.load import parse
@@ -16,6 +17,7 @@ from rankfold.runfile.problems import RunFileError
 from rankfold.runfile.schema import RunFile
 from rankfold.tasks.rows import DataError
 from rankfold.train import sparsify as module
+from rankfold.train.folder import FolderError
 from rankfold.train.run import train
 from rankfold.train.sparsify import sparsify, thresholds
 
@@ -66,6 +68,9 @@ def test_a_killed_schedule_goes_on(classification: Values, monkeypatch: pytest.M
     sparsify(whole, [0.0, 0.1], say=silent)
     one, two = (load_file(Path(r.output, "stage-1/adapter/adapter_model.safetensors")) for r in (run, whole))
     assert all(torch.equal(one[k], two[k]) for k in one)
+    write_jsonl(Path(classification["data"]["source"], "train.jsonl"), sentiment(32, 1000))
+    with pytest.raises(FolderError, match=r"has other train rows than when the work in .*stage-0' began"):
+        sparsify(run, [0.0, 0.1, 0.2], resume=True, say=silent)
 
 
 def test_start_from_needs_the_same_shapes(classification: Values, tmp_path: Path):

@@ -62,13 +62,14 @@ class Lineup:
     Args:
         budget: in trained parameters of the adapter, or None.
         steps: of a whole trial.
-        rows: by split.
+        rows, digests: by split; as `Rows.digests`.
     """
 
     entries: list[Entry]
     budget: int | None
     steps: int
     rows: dict[str, int]
+    digests: dict[str, str]
     notes: list[str]
 
 
@@ -99,7 +100,7 @@ def resolve(file: CompareFile) -> Lineup:
             names = f"'{other.name()}' and '{entry.name()}'"
             raise RankfoldError(f"methods: {names} are the same method with the same fields; remove one")
     rows = {split: len(prepared.rows.splits[split]) for split in ("train", "validation", "test")}
-    return Lineup(entries, limit, plan.steps, rows, plan.notes)
+    return Lineup(entries, limit, plan.steps, rows, prepared.rows.digests, plan.notes)
 
 
 class _Bench:

@@ -21,7 +21,7 @@ from rankfold.errors import RankfoldError
 from rankfold.io.files import write_whole
 from rankfold.runfile.optimizers import CLIP
 from rankfold.text import changes, duration
-from rankfold.train.folder import FolderError
+from rankfold.train.folder import FolderError, check_rows, write_rows
 
 COPY = "compare.yaml"
 SHARED = ("model", "task", "data", "training")
@@ -55,6 +55,7 @@ def compare(
     out = Path(file.output)
     check_folder(file)
     lineup = resolve(file)
+    check_rows(out, lineup.digests, file.data)
     check_labels(lineup, file, read(out / FILE))
     for sentence in [*lineup.notes, *refusals(lineup)]:
         say(sentence)
@@ -66,6 +67,7 @@ def compare(
         raise FolderError(f"output: another `rankfold compare` is at work in '{out}'") from None
     try:
         write_whole(out / COPY, file.to_yaml(command or "rankfold.compare.experiment.compare"))
+        write_rows(out, lineup.digests)
         with executor(kind, workers, file.launch) as submit:
             _Comparison(file, lineup, out, workers, command, say, submit).run(retry_failed)
     finally:

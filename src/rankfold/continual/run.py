@@ -31,6 +31,7 @@ from rankfold.io.files import to_json, write_whole
 from rankfold.runfile.load import load, parse
 from rankfold.runfile.schema import RunFile
 from rankfold.train import folder
+from rankfold.train.data import load_rows
 from rankfold.train.folder import FolderError
 from rankfold.train.prepare import processes
 from rankfold.train.run import train
@@ -105,6 +106,7 @@ def _task(
     others = [_name(j) for j in range(number)]
     if saved.is_file():
         folder.check(run, resume=True, overwrite=False)  # the same run, not another that has the name
+        folder.check_rows(Path(run.output), load_rows(run).digests, run.data)
         if not Path(run.output, "adapter").is_dir():
             raise FolderError(
                 f"output: task {number + 1} is done, but its adapter is not in '{run.output}'; restore it, or remove that folder and "

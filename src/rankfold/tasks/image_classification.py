@@ -78,6 +78,9 @@ output: runs/compare-digits
     def key(self, row: Any, inputs: tuple[str, ...]) -> str:
         return hashlib.sha256(content(row["image"])).hexdigest()
 
+    def content(self, row: Any) -> str:
+        return super().content(row | {"image": self.key(row, ())})
+
     def encode(self, rows: Rows, split: str, processor: Any, max_length: int | None, data: Any) -> Encoded:
         """Images as they were found: pixels are made when a batch is."""
         made = rows.splits[split].rename_column("label", "labels")

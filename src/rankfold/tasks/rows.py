@@ -35,6 +35,7 @@ class Rows:
         labels: the classes in order of their index, where the task has classes.
         class_counts: what there is of each class in training.
         counted: what that is, in words.
+        digests: by split, the sha256 of all its rows before their targets became numbers.
         notes: sentences for the reader.
     """
 
@@ -46,6 +47,7 @@ class Rows:
     labels: list[str] = field(default_factory=list)
     class_counts: dict[str, int] = field(default_factory=dict)
     counted: str = "rows"
+    digests: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     def __getitem__(self, split: str) -> Dataset | None:

@@ -193,6 +193,10 @@ class Task(ABC):
         texts = [row[column] if isinstance(row[column], str) else json.dumps(row[column]) for column in inputs]
         return "\0".join(" ".join(text.casefold().split()) for text in texts)
 
+    def content(self, row: Any) -> str:
+        """All that is in a row, files that it names included."""
+        return json.dumps(row, sort_keys=True, default=str)
+
     def finish(self, rows: Rows, data: Any) -> None:
         """Checks and replaces the targets once the splits are made.
 

@@ -54,6 +54,7 @@ def load_rows(run: RunFile, known: Sequence[str] = ()) -> Rows:
         if most is not None and most < len(split):
             rows.splits[name] = split.shuffle(seed=run.rows_seed).select(range(most))
     _note_duplicates(rows, task)
+    rows.digests = {name: _digest(split, task) for name, split in rows.splits.items()}
     task.finish(rows, run.data)
     return rows
 
@@ -195,6 +196,14 @@ def _hold_out(rows: Rows, run: RunFile, task: Task) -> None:
                 f"data.{name}: a share of {share:g} of {len(train)} rows leaves none; give more rows or a file"
             )
         rows.splits[name] = train.select(indices)
+
+
+def _digest(split: Dataset, task: Task) -> str:
+    """Of the rows and their order."""
+    made = hashlib.sha256()
+    for row in split:
+        made.update(f"{task.content(row)}\n".encode())
+    return made.hexdigest()
 
 
 def _note_duplicates(rows: Rows, task: Task) -> None:

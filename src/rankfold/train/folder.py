@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,12 +12,14 @@ from typing import Any
 from safetensors import SafetensorError
 
 from rankfold.errors import RankfoldError
+from rankfold.io.files import to_json, write_whole
 from rankfold.runfile.load import load
 from rankfold.runfile.methods import config_class, config_fields
 from rankfold.runfile.optimizers import clip_norm
 from rankfold.runfile.problems import RunFileError
-from rankfold.runfile.schema import RunFile
+from rankfold.runfile.schema import Data, RunFile
 from rankfold.text import changes
+from rankfold.train.datafile import is_data_file
 
 MAY_CHANGE = (
     "epochs",
@@ -28,7 +31,9 @@ MAY_CHANGE = (
 )
 """What `--resume` takes up of the training section. The rest lies in the checkpoint, or would make of one run two."""
 
-OURS = ("adapter", "checkpoints", "run.yaml", "metrics.jsonl", "result.json", "metrics.png", "metrics.svg")
+ROWS = "rows.json"
+
+OURS = ("adapter", "checkpoints", "run.yaml", ROWS, "metrics.jsonl", "result.json", "metrics.png", "metrics.svg")
 
 
 class FolderError(RankfoldError):
@@ -95,6 +100,33 @@ def _check_same_run(run: RunFile, saved: Path) -> None:
 def _settings(run: RunFile) -> dict[str, Any]:
     values = run.model_dump()
     return values | {"training": values["training"] | {"max_grad_norm": clip_norm(run.training)}}  # what null means
+
+
+def write_rows(folder: Path, digests: dict[str, str]) -> None:
+    """Writes down what `check_rows` knows the rows by; as `Rows.digests`."""
+    write_whole(folder / ROWS, to_json(digests))
+
+
+def check_rows(folder: Path, digests: dict[str, str], data: Data) -> None:
+    """Are the rows those that the work in a folder began with? Earlier versions wrote nothing down; then any are.
+
+    Args:
+        digests: of the rows as they are now, as `Rows.digests`. data: where they were found.
+
+    Raises:
+        FolderError: a split has other rows.
+    """
+    if not (folder / ROWS).is_file():
+        return
+    before = json.loads((folder / ROWS).read_text(encoding="utf-8"))
+    for split in before | digests:
+        if before.get(split) != digests.get(split):
+            named = getattr(data, split)
+            source = named if isinstance(named, str) and is_data_file(named) else data.source or data.train
+            raise FolderError(
+                f"data: '{source}' has other {split} rows than when the work in '{folder}' began; put the old ones back to go on, or "
+                "name another output"
+            )
 
 
 def clear(folder: Path) -> None:

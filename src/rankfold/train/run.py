@@ -94,6 +94,8 @@ def train(
     if checkpoint and cannot_resume(run.method.name, run.method.fields):
         say(f"{checkpoint.name} is left alone: PEFT keeps in none what '{run.method.name}' chooses its ranks by")
         checkpoint = None
+    if checkpoint:
+        folder.check_rows(output, rows.digests, run.data)
     if resume:
         say(f"resuming from {checkpoint}" if checkpoint else "no whole checkpoint to resume from: starting at step 0")
 
@@ -122,6 +124,7 @@ def train(
             folder.clear(output)
         output.mkdir(parents=True, exist_ok=True)
         write_whole(output / "run.yaml", run.to_yaml(command or "rankfold.train.run.train"))
+        folder.write_rows(output, rows.digests)
         metrics_file = MetricsFile(output / "metrics.jsonl", resume_at)
         trainer.add_callback(metrics_file)
     state.wait_for_everyone()

@@ -112,7 +112,8 @@ def sparsify(
         raise RunFileError([Problem(("method", "name"), f"'{run.method.name}' has no threshold to raise; use {able}")])
     if list(schedule) != sorted(set(schedule)):
         raise RankfoldError(f"sparsify: the thresholds must increase: {', '.join(f'{xi:g}' for xi in schedule)}")
-    if load_rows(run)["validation"] is None:
+    rows = load_rows(run)
+    if rows["validation"] is None:
         raise DataError("sparsify needs validation rows for its curve; hold some out with data.validation: 0.1")
     output = Path(run.output)
     stages: list[Stage] = []
@@ -134,6 +135,7 @@ def sparsify(
             )
         else:
             folder.check(stage, resume=True, overwrite=False)  # the same run, not another that has the name
+            folder.check_rows(Path(stage.output), rows.digests, stage.data)
         stages.append(_read(stage, xi, json.loads(done.read_text(encoding="utf-8"))))
         say(_words(stages[-1], run.metric))
         write_whole(output / "stages.jsonl", "".join(json.dumps(asdict(s)) + "\n" for s in stages))
