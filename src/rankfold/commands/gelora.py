@@ -49,11 +49,10 @@ def run(options: Options) -> int:
     if options.json:
         print(plan.to_json(), end="")
         return 0
-    from rich.console import Console
-
     from rankfold.gelora import show
+    from rankfold.text import terminal
 
-    Console().print(show.table(plan))
+    terminal().print(show.table(plan))
     for name in filter(None, (options.out, options.picture)):
         print(f"wrote {name}")
     return 0

@@ -30,7 +30,7 @@ def table(plan: GeloraPlan) -> Group:
             f"{block.d_in:.1f} ±{block.sd_in:.1f}",
             f"{block.d_out:.1f} ±{block.sd_out:.1f}",
             f"{block.d_out - block.d_in:+.1f}",
-            f"[bold]{block.rank}[/] [{RANK}]{'█' * math.ceil(block.rank * bar / most):<{bar}}[/]",
+            Text.assemble((f"{block.rank} ", "bold"), (f"{'█' * math.ceil(block.rank * bar / most):<{bar}}", RANK)),
             str(block.low) if block.low == block.high else f"{block.low}–{block.high}",
             f"{block.parameters:,}",
         )
