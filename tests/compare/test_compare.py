@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from rankfold.cli import main
 from rankfold.commands.compare import print_plan
-from rankfold.compare import contenders
+from rankfold.compare import contenders, selection
 from rankfold.compare import trial_process as trial_module
 from rankfold.compare.contenders import Entry, resolve
 from rankfold.compare.experiment import compare
@@ -307,6 +307,17 @@ def test_the_smaller_loss_wins_and_a_rate_that_fails_once_does_not(values: Value
     lines = [fake(file, rate, seed, v, 0.5) for rate, pair in scores.items() for seed, v in enumerate(pair)]
     trials, _ = wanted(ENTRY, file, {line.id: line for line in lines})
     assert {t.line.rate for t in trials[8:]} == {5e-3, 1e-3}
+
+
+def test_the_other_seeds_run_at_the_rate_that_the_report_chooses(values: Values):
+    file = parse(values | {"rates": [1e-3, 2e-3], "seeds": [0, 1, 2, 3], "search_seeds": [0, 1, 2]})
+    scores = {1e-3: (0.3, 0.2, 0.1), 2e-3: (0.1, 0.2, 0.3)}  # a tie, of which sum() makes 0.6 and 0.6000000000000001
+    lines = [fake(file, rate, seed, v) for rate, some in scores.items() for seed, v in enumerate(some)]
+    trials, _ = wanted(ENTRY, file, {line.id: line for line in lines})
+    (group,) = selection.contenders(lines)
+    chosen = selection.choose(group, greater_is_better=True)
+    assert chosen is not None
+    assert [(t.line.rate, t.line.seed) for t in trials[6:]] == [(chosen.best, 3)] == [(1e-3, 3)]
 
 
 def test_when_all_rates_fail_nothing_follows(values: Values):

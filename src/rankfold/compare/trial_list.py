@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from rankfold.compare.contenders import Entry
@@ -133,13 +134,16 @@ def _later(file: CompareFile, rates: int, until: float) -> int:
 
 def _ranked(lines: Sequence[TrialLine]) -> list[float]:
     """The rates from best to worst by mean validation; one that failed with some seed behind those that did not, one that
-    failed with all left out. The smaller of equals comes first."""
+    failed with all left out. The smaller of equals comes first.
+
+    By the same mean as `selection.choose`: a sum that depends on the order of the seeds would break ties otherwise.
+    """
     scores: dict[float, list[float]] = {line.rate: [] for line in lines}
     for line in lines:
         if line.status == "done" and line.validation is not None:
             scores[line.rate].append(line.validation if line.greater_is_better else -line.validation)
     kept = {rate: values for rate, values in scores.items() if values}
-    return sorted(kept, key=lambda rate: (-len(kept[rate]), -sum(kept[rate]) / len(kept[rate]), rate))
+    return sorted(kept, key=lambda rate: (-len(kept[rate]), -fmean(kept[rate]), rate))
 
 
 def relabelled(trials: Sequence[Trial], done: Mapping[str, TrialLine]) -> Iterator[tuple[Trial, TrialLine]]:
