@@ -158,6 +158,9 @@ def test_the_folder_of_another_comparison(values: Values, here: list[str], tmp_p
     run(values)
     with pytest.raises(FolderError, match=r"other settings: training.max_steps was 8, is 9. Undo"):
         run(values, "training.max_steps=9")
+    # Two processes take twice the rows a step, and the labels would be the same
+    with pytest.raises(FolderError, match=r"other settings: launch was None, is 'accelerate launch'. Undo"):
+        run(values, "launch=accelerate launch")
     with pytest.raises(
         FolderError, match=r"'LoRA' was another one .*\(r was 2, is 4\); give the new one another label"
     ):

@@ -24,7 +24,7 @@ from rankfold.text import changes, duration
 from rankfold.train.folder import FolderError
 
 COPY = "compare.yaml"
-SHARED = ("model", "task", "data", "training")
+SHARED = ("model", "task", "data", "training", "launch")
 
 
 def compare(
