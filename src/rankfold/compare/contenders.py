@@ -94,7 +94,7 @@ def resolve(file: CompareFile) -> Lineup:
     plan = make_plan(dataclasses.replace(prepared, run=run, peft_config=peft_config(run)))
     same: dict[str, Entry] = {}
     for entry in entries:
-        other = same.setdefault(_key(entry.method, entry.training), entry)
+        other = same.setdefault(identity(entry.method, entry.training), entry)
         if other is not entry:
             names = f"'{other.name()}' and '{entry.name()}'"
             raise RankfoldError(f"methods: {names} are the same method with the same fields; remove one")
@@ -124,7 +124,7 @@ class _Bench:
 
     def count(self, method: dict[str, Any], training: dict[str, Any] | None = None) -> budget.Budget:
         """What the optimiser trains; counted once per method, optimiser and fields."""
-        key = _key(method, training or {})
+        key = identity(method, training or {})
         if key not in self.counted:
             adapted = self.adapted(method)
             RunOptimizer.of(self.run(method, training), adapted)  # refuses and freezes, as in a trial
@@ -159,7 +159,7 @@ class _Bench:
 
     def first_rate(self, method: dict[str, Any], training: dict[str, Any]) -> float:
         """Where the search for a learning rate begins; measured once per method, optimiser and fields."""
-        run, key = self.run(method, training), _key(method, training)
+        run, key = self.run(method, training), identity(method, training)
         if key not in self.first_rates:
             text = self.prepared.config.get_text_config()
             self.first_rates[key] = first_rate(
@@ -212,7 +212,8 @@ class _Bench:
         return wanted
 
 
-def _key(method: dict[str, Any], training: dict[str, Any]) -> str:
+def identity(method: dict[str, Any], training: dict[str, Any]) -> str:
+    """What tells contenders apart, whatever they are called."""
     return json.dumps([method, training], sort_keys=True, default=str)
 
 

@@ -142,9 +142,9 @@ class _Comparison:
 
     def _relabel(self, done: dict[str, TrialLine]) -> None:
         trials, _ = self.wanted(done)
-        for trial, old in relabelled(trials, done):
-            done[trial.id] = replace(old, label=trial.line.label, where=trial.line.where)
-            append(self.out / FILE, done[trial.id])
+        for old, label, where in list(relabelled(trials, self.lineup.entries, done)):
+            done[old.id] = replace(old, label=label, where=where)
+            append(self.out / FILE, done[old.id])
 
 
 def result(line: TrialLine) -> str:

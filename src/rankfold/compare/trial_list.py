@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from rankfold.compare.contenders import Entry
+from rankfold.compare.contenders import Entry, identity
 from rankfold.compare.file import CompareFile
 from rankfold.compare.rates import given
 from rankfold.compare.trial_file import TrialLine
@@ -146,9 +146,13 @@ def _ranked(lines: Sequence[TrialLine]) -> list[float]:
     return sorted(kept, key=lambda rate: (-len(kept[rate]), -fmean(kept[rate]), rate))
 
 
-def relabelled(trials: Sequence[Trial], done: Mapping[str, TrialLine]) -> Iterator[tuple[Trial, TrialLine]]:
-    """Finished trials that the compare file calls otherwise by now."""
-    for trial in trials:
-        old = done.get(trial.id)
-        if old and (old.label, old.where) != (trial.line.label, trial.line.where):
-            yield trial, old
+def relabelled(
+    trials: Sequence[Trial], entries: Sequence[Entry], done: Mapping[str, TrialLine]
+) -> Iterator[tuple[TrialLine, str, str]]:
+    """Finished trials that the compare file calls otherwise by now, with label and where; also those that it no longer asks for."""
+    asked = {t.id: (t.line.label, t.line.where) for t in trials}
+    same = {identity(e.method, e.training): (e.label, e.where) for e in entries}
+    for old in done.values():
+        names = asked.get(old.id) or same.get(identity({"name": old.method, **old.config}, old.training))
+        if names and names != (old.label, old.where):
+            yield old, *names
