@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AlbertConfig, AlbertModel, AutoTokenizer
 
 from rankfold.cli import main
 from rankfold.commands.compare import print_plan
@@ -453,6 +454,24 @@ def test_a_contender_is_counted_once(budget: Any, built: int, values: Values, mo
 def test_layers_beside_a_regex(values: Values):
     file = parse(values | {"targets": ".*query", "where": {"first": {"layers": [0]}}})
     with pytest.raises(ValueError, match=r"layers cannot be chosen beside the regex '\.\*query'"):
+        resolve(file)
+
+
+def test_no_layer_is_not_all_layers(sums: Values):
+    """Of two layers; PEFT takes an empty list for all."""
+    methods = [{"name": "peft:lora", "label": "LoRA", "r": 2}]
+    with pytest.raises(ValueError, match=r"LoRA, middle: where: layers: of 2 layers the middle third is empty; give"):
+        resolve(parse(sums | {"methods": methods, "where": {"middle": {"layers": "middle third"}}}))
+
+
+def test_layers_that_share_their_modules(values: Values, bert: Path, tmp_path: Path):
+    """ALBERT's first third would be all of its layers."""
+    sizes = {"hidden_size": 16, "embedding_size": 8, "intermediate_size": 32, "num_attention_heads": 2}
+    AutoTokenizer.from_pretrained(bert).save_pretrained(tmp_path / "albert")
+    vocabulary = len(AutoTokenizer.from_pretrained(bert))
+    AlbertModel(AlbertConfig(vocab_size=vocabulary, **sizes, num_hidden_layers=3)).save_pretrained(tmp_path / "albert")
+    file = parse(values | {"model": str(tmp_path / "albert"), "where": {"first": {"layers": "first third"}}})
+    with pytest.raises(ValueError, match=r"where: layers: the 3 layers of the model share modules; none can be chosen"):
         resolve(file)
 
 

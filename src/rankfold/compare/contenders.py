@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from rankfold.compare.file import THIRDS, CompareFile, ContenderSpec, Extension, Place, SameAs, number, with_targets
 from rankfold.compare.rates import RateGrid, given
 from rankfold.errors import RankfoldError
+from rankfold.inspect import grid as layout
 from rankfold.plan.first_rate import LAYERS, first_rate, lora_rate_of
 from rankfold.plan.match import solve
 from rankfold.runfile.checks import peft_config
@@ -204,9 +205,15 @@ class _Bench:
         count = getattr(self.prepared.config.get_text_config(), "num_hidden_layers", None)
         if count is None:
             raise RankfoldError("where: layers: the model's config does not say how many layers it has")
+        numbered = {layer for name, _ in self.skeleton.named_modules() if (layer := layout.place(name)[1]) is not None}
+        if not numbered.issuperset(range(count)):
+            raise RankfoldError(f"where: layers: the {count} layers of the model share modules; none can be chosen")
         if isinstance(wanted, str):
             part = THIRDS.index(wanted)
-            return list(range(round(part * count / 3), round((part + 1) * count / 3)))
+            found = list(range(round(part * count / 3), round((part + 1) * count / 3)))
+            if not found:  # to PEFT no layer means all of them
+                raise RankfoldError(f"where: layers: of {count} layers the {wanted} is empty; give their numbers")
+            return found
         if outside := [layer for layer in wanted if not 0 <= layer < count]:
             raise RankfoldError(f"where: layers: {outside[0]} is not a layer; the model has layers 0 to {count - 1}")
         return wanted
