@@ -86,7 +86,11 @@ def _run_file(options: Options) -> RunFile:
         {
             "model": options.model,
             "task": "classification" if options.pair else "causal-lm",
-            "data": {"source": options.data, "columns": {**columns, "text_pair": options.pair}},
+            "data": {
+                "source": options.data,
+                "columns": {**columns, "text_pair": options.pair},
+                "max_length": options.max_length,
+            },
             "method": "lora",
             "output": "unused",
         },
@@ -116,7 +120,7 @@ def _plan(run: RunFile, options: Options) -> GeloraPlan:
         network,
         tokenizer,
         texts,
-        max_length=options.max_length or tokens.longest_row(run, config, tokenizer) or tokenizer.model_max_length,
+        max_length=tokens.longest_row(run, config, tokenizer),
         data=str(run.data.source),
         points=options.points,
         seed=options.seed,
