@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 
 from rankfold import text
+from rankfold.commands.terminal import print_table
 
 
 @pytest.mark.parametrize(
@@ -49,3 +53,17 @@ def test_short_repr_and_examples() -> None:
     assert text.examples(["a"]) == "a"
     assert text.one_line(ValueError(" a\n b")) == "a b"
     assert text.first_line(ValueError("")) == "ValueError"
+
+
+def test_names_are_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
+    odd = [("classes", "[neg], [/INST], :x:"), ("targets", ".*[qv]_proj")]
+    print_table("runs/[abc]", odd)
+    shown = capsys.readouterr().out
+    assert all(part in shown for pair in odd for part in pair)
+    assert "runs/[abc]" in shown
+
+
+def test_tables_go_to_that_terminal_alone() -> None:
+    source = Path(text.__file__).parent
+    makers = [file for file in source.rglob("*.py") if re.search(r"\bConsole\(", file.read_text(encoding="utf-8"))]
+    assert {file.name for file in makers} == {"text.py", "docs.py"}  # the pages of docs are Markdown

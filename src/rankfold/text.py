@@ -1,4 +1,4 @@
-"""Values for people: numbers, short representations, changed settings, and the one style of tables."""
+"""Values for people: numbers, short representations, changed settings, and the one style of tables and where they go."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.table import Table
 
 
@@ -125,3 +126,15 @@ def table(*columns: str, title: str | None = None, gap: int = 2) -> Table:
         pad_edge=False,
         padding=(0, gap, 0, 0),
     )
+
+
+def terminal(least: int = 0) -> Console:
+    """Where a command prints its tables. What stands in square brackets or between colons is a part of a name, and no markup.
+
+    Args:
+        least: columns, where nobody watches.
+    """
+    from rich.console import Console
+
+    found = Console(markup=False, emoji=False)
+    return found if found.is_terminal or found.width >= least else Console(width=least, markup=False, emoji=False)

@@ -15,10 +15,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AlbertConfig, AlbertModel, AutoTokenizer
 
 from rankfold.cli import main
 from rankfold.commands.compare import print_plan
-from rankfold.compare import contenders
+from rankfold.compare import contenders, selection
 from rankfold.compare import trial_process as trial_module
 from rankfold.compare.contenders import Entry, resolve
 from rankfold.compare.experiment import compare
@@ -158,6 +159,9 @@ def test_the_folder_of_another_comparison(values: Values, here: list[str], tmp_p
     run(values)
     with pytest.raises(FolderError, match=r"other settings: training.max_steps was 8, is 9. Undo"):
         run(values, "training.max_steps=9")
+    # Two processes take twice the rows a step, and the labels would be the same
+    with pytest.raises(FolderError, match=r"other settings: launch was None, is 'accelerate launch'. Undo"):
+        run(values, "launch=accelerate launch")
     with pytest.raises(
         FolderError, match=r"'LoRA' was another one .*\(r was 2, is 4\); give the new one another label"
     ):
@@ -273,6 +277,10 @@ def test_halving_ends_as_the_whole_run(values: Values, here: list[str], tmp_path
     )  # fmt: skip
     assert grid.curve["loss"] == best.curve["loss"]
     assert same_weights(weights(grid, str(tmp_path / "grid")), weights(best, values["output"]))
+    # Its trial has ended, and at the rung it would be held against others that are at a quarter of their steps
+    halved = values | {"search": {"halving": {"keep": 0.5, "rungs": 3}}, "output": str(tmp_path / "grid")}
+    with pytest.raises(FolderError, match=r"search: trials in '.*grid' may be past the rungs that it asks for now"):
+        run(halved)
 
 
 def test_a_rung_whose_line_was_lost(values: Values, here: list[str]):
@@ -311,6 +319,17 @@ def test_the_smaller_loss_wins_and_a_rate_that_fails_once_does_not(values: Value
     lines = [fake(file, rate, seed, v, 0.5) for rate, pair in scores.items() for seed, v in enumerate(pair)]
     trials, _ = wanted(ENTRY, file, {line.id: line for line in lines})
     assert {t.line.rate for t in trials[8:]} == {5e-3, 1e-3}
+
+
+def test_the_other_seeds_run_at_the_rate_that_the_report_chooses(values: Values):
+    file = parse(values | {"rates": [1e-3, 2e-3], "seeds": [0, 1, 2, 3], "search_seeds": [0, 1, 2]})
+    scores = {1e-3: (0.3, 0.2, 0.1), 2e-3: (0.1, 0.2, 0.3)}  # a tie, of which sum() makes 0.6 and 0.6000000000000001
+    lines = [fake(file, rate, seed, v) for rate, some in scores.items() for seed, v in enumerate(some)]
+    trials, _ = wanted(ENTRY, file, {line.id: line for line in lines})
+    (group,) = selection.contenders(lines)
+    chosen = selection.choose(group, greater_is_better=True)
+    assert chosen is not None
+    assert [(t.line.rate, t.line.seed) for t in trials[6:]] == [(chosen.best, 3)] == [(1e-3, 3)]
 
 
 def test_when_all_rates_fail_nothing_follows(values: Values):
@@ -443,6 +462,24 @@ def test_a_contender_is_counted_once(budget: Any, built: int, values: Values, mo
 def test_layers_beside_a_regex(values: Values):
     file = parse(values | {"targets": ".*query", "where": {"first": {"layers": [0]}}})
     with pytest.raises(ValueError, match=r"layers cannot be chosen beside the regex '\.\*query'"):
+        resolve(file)
+
+
+def test_no_layer_is_not_all_layers(sums: Values):
+    """Of two layers; PEFT takes an empty list for all."""
+    methods = [{"name": "peft:lora", "label": "LoRA", "r": 2}]
+    with pytest.raises(ValueError, match=r"LoRA, middle: where: layers: of 2 layers the middle third is empty; give"):
+        resolve(parse(sums | {"methods": methods, "where": {"middle": {"layers": "middle third"}}}))
+
+
+def test_layers_that_share_their_modules(values: Values, bert: Path, tmp_path: Path):
+    """ALBERT's first third would be all of its layers."""
+    sizes = {"hidden_size": 16, "embedding_size": 8, "intermediate_size": 32, "num_attention_heads": 2}
+    AutoTokenizer.from_pretrained(bert).save_pretrained(tmp_path / "albert")
+    vocabulary = len(AutoTokenizer.from_pretrained(bert))
+    AlbertModel(AlbertConfig(vocab_size=vocabulary, **sizes, num_hidden_layers=3)).save_pretrained(tmp_path / "albert")
+    file = parse(values | {"model": str(tmp_path / "albert"), "where": {"first": {"layers": "first third"}}})
+    with pytest.raises(ValueError, match=r"where: layers: the 3 layers of the model share modules; none can be chosen"):
         resolve(file)
 
 

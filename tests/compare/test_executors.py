@@ -12,11 +12,13 @@ import pytest
 import torch
 from filelock import FileLock
 
+from rankfold.compare.contenders import resolve
 from rankfold.compare.executors import executor, run_process
 from rankfold.compare.experiment import compare
 from rankfold.compare.file import parse
 from rankfold.compare.trial_file import TrialLine, read
-from rankfold.compare.trial_process import JOB
+from rankfold.compare.trial_list import make
+from rankfold.compare.trial_process import JOB, measure
 from rankfold.train.folder import FolderError
 
 Values = dict[str, Any]
@@ -95,6 +97,17 @@ def test_one_comparison_a_folder(values: Values, tmp_path: Path):
         pytest.raises(FolderError, match="another `rankfold compare` is at work"),
     ):
         compare(parse(values), say=lambda _: None)
+
+
+def test_a_relative_output_by_its_absolute_path(values: Values, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """As Ray's tasks are given the folder."""
+    monkeypatch.chdir(tmp_path)
+    file = parse(values | {"output": "out", "methods": values["methods"][:1]})
+    trial = make(resolve(file).entries[0], file, 0.01, 0, 1.0, 0.0)
+    trial.folder.mkdir(parents=True)
+    line = measure(trial.line, trial.folder.absolute(), 1.0)
+    assert line.adapter == f"trials/{trial.id}/run/adapter"
+    assert Path("out", line.adapter).is_dir()
 
 
 def test_output_that_a_node_does_not_see(tmp_path: Path):

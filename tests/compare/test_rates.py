@@ -145,6 +145,16 @@ def test_each_contender_begins_at_a_rate_of_its_own(values: Values):
     assert "'sgd' is neither AdamW nor one of `rankfold optimizers`" in str(entries[4].reason)
 
 
+def test_a_new_label_is_that_of_rates_that_are_no_longer_asked_for(values: Values, trials: Any):
+    values = one(values, rates=[1e-3, 2e-3, 5e-3])
+    trials(values, peak(2e-3))
+    again = values | {"methods": [{**values["methods"][0], "label": "LoRA, r 8"}], "rates": [1e-3, 2e-3]}
+    assert trials(again, peak(2e-3)) == []
+    lines = read(values["output"])
+    assert {(line.label, line.rate) for line in lines} == {("LoRA, r 8", rate) for rate in (1e-3, 2e-3, 5e-3)}
+    assert [c.name for c in analyse(lines).contenders] == ["LoRA, r 8"]
+
+
 def test_the_file(values: Values):
     file = parse(one(values))
     assert file.rates == Extension(extend="auto")

@@ -22,7 +22,7 @@ from rankfold.compare.report.charts import _apart, _limits
 from rankfold.compare.report.svg import SERIES
 from rankfold.compare.trial_file import TrialLine, append
 
-HOSTILE = '<script>alert("x")</script> & "Ω" '
+HOSTILE = r'$\w$ <script>alert("x")</script> & "Ω" '
 LONG = "a contender whose name is far longer than a phone is wide · and its place"
 
 

@@ -223,6 +223,11 @@ def _other_tasks_are_refused(values: Values, tmp_path: Path) -> None:
     """In a folder where tasks of plain LoRA are done."""
     with pytest.raises(FolderError, match=r"training\.learning_rate was 0\.01, is 0\.02"):
         learn(values, training=values["training"] | {"learning_rate": 0.02})
+    # Which a run that goes on may change; here the tasks of one row would be trained for different lengths
+    with pytest.raises(
+        FolderError, match=r"task-1' is done, and was trained otherwise: training\.max_steps was 4, is 6"
+    ):
+        learn(values, training=values["training"] | {"max_steps": 6})
     with pytest.raises(FolderError, match=r"loss_over was '(task|seen)', is 'all'"):
         learn(values, loss_over="all")
     train_rows = Path(values["data"]["source"], "train.jsonl")

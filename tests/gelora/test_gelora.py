@@ -530,7 +530,13 @@ def test_the_command_takes_pairs(place: Path) -> None:
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"text": "txet"}, "text"), ({"picture": "plan.gif"}, "must end in"), ({"model": "./nothing"}, "nothing")],
+    [
+        ({"text": "txet"}, "text"),
+        ({"picture": "plan.gif"}, "must end in"),
+        ({"model": "./nothing"}, "nothing"),
+        ({"max_length": 0}, "data.max_length: 0 is not allowed, should be greater than 0"),
+        ({"max_length": 33}, "data.max_length: 33 tokens do not fit the model, which takes 32"),
+    ],
 )
 def test_the_command_refuses_before_it_measures(place: Path, options, message: str) -> None:
     arguments = {"model": str(place / "bert"), "data": str(place / "rows.jsonl"), **options}

@@ -168,6 +168,7 @@ def test_bars() -> None:
     assert len(bars(range(1000), 10)) == 10
     assert bars([0, 0], 8) == "  "
     assert bars([], 8) == ""
+    assert bars([1, 2, 3], 0) == bars([1, 2, 3], -20) == "█"  # in a terminal of 40 columns or fewer
 
 
 def printed(table) -> str:

@@ -78,6 +78,14 @@ def test_lines_and_half_a_line(tmp_path: Path) -> None:
     assert read_json_lines(path, skip_damaged=True) == [(1, {"a": 1}), (3, {"a": 2})]
 
 
+def test_a_whole_last_line_without_its_break_stays(tmp_path: Path) -> None:
+    path = tmp_path / "lines.jsonl"
+    path.write_text('{"a": 1}\n{"a": 2}')
+    assert [row for _, row in read_json_lines(path)] == [{"a": 1}, {"a": 2}]
+    append_line(path, '{"a": 3}')
+    assert path.read_text() == '{"a": 1}\n{"a": 2}\n{"a": 3}\n'
+
+
 def test_half_a_first_line_goes(tmp_path: Path) -> None:
     path = tmp_path / "lines.jsonl"
     path.write_text('{"a"')

@@ -64,16 +64,14 @@ def run(options: Options) -> int:
 
 def print_report(out: Path) -> None:
     """Writes report.html of the trials in `out` and prints its verdicts."""
-    from rich.console import Console
-
     from rankfold.compare.report import write_report
     from rankfold.compare.statistics import analyse
     from rankfold.compare.table import show
     from rankfold.compare.trial_file import FILE, read
+    from rankfold.text import terminal
 
     page = write_report(out)
-    console = Console()
-    (console if console.is_terminal else Console(width=max(console.width, 120))).print(show(analyse(read(out / FILE))))
+    terminal(least=120).print(show(analyse(read(out / FILE))))
     print(f"wrote {page}")
 
 
@@ -85,11 +83,11 @@ def _rates(grid: RateGrid | None) -> dict[str, str]:
 
 def print_plan(lineup: Lineup, file: CompareFile) -> None:
     """Prints contenders, trials and rows."""
-    from rich.console import Console
     from rich.table import Table
 
     from rankfold.compare.trial_file import FILE, read
     from rankfold.compare.trial_list import wanted
+    from rankfold.text import terminal
 
     done = {line.id: line for line in read(Path(file.output, FILE))}
     table = Table(title="comparison (nothing was trained)", title_justify="left", box=None, pad_edge=False)
@@ -104,7 +102,7 @@ def print_plan(lineup: Lineup, file: CompareFile) -> None:
         given = {**e.method, **own, **_rates(e.grid)}
         fields = ", ".join(f"{k} {v}" for k, v in given.items() if k != "name")
         table.add_row(e.label, e.where, *numbers, f"cannot be trained: {e.reason}" if e.reason else fields)
-    console = Console()
+    console = terminal()
     console.print(table)
     known = [wanted(e, file, done) for e in lineup.entries]
     trials = [t for found, _ in known for t in found]

@@ -31,12 +31,11 @@ def run(options: Options) -> int:
         print_table("tasks", [(str(i), task.words()) for i, task in enumerate(tasks, 1)])
         print(f"next_task: {file.rule}", *plan.notes, sep="\n")
         return 0
-    from rich.console import Console
-
     from rankfold.continual.run import continual
+    from rankfold.text import terminal
 
     result = continual(file, command=command_line())
-    Console().print(result.table())
+    terminal().print(result.table())
     print_table(result.output, result.lines())
     print(*result.notes, sep="\n")
     return 0

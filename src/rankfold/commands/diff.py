@@ -24,9 +24,9 @@ def run(options: Options) -> int:
     if options.json:
         print(found.to_json(), end="")
         return 0
-    from rich.console import Console
+    from rankfold.text import terminal
 
-    console = Console()
+    console = terminal()
     console.print(found.table())
     for note in found.notes:
         console.print(f"note: {note}")

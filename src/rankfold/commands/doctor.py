@@ -48,11 +48,10 @@ def run(options: Options) -> int:
     if options.json:
         print(found.to_json(), end="")
     else:
-        from rich.console import Console
-
         from rankfold.doctor.show import show
+        from rankfold.text import terminal
 
         for sentence in mended:
             print(f"mended: {sentence}")
-        Console().print(show(found))
+        terminal().print(show(found))
     return 0 if found.healthy else 1

@@ -49,11 +49,10 @@ def run(options: Options) -> int:
     if options.json:
         print(plan.to_json(), end="")
         return 0
-    from rich.console import Console
-
     from rankfold.gelora import show
+    from rankfold.text import terminal
 
-    Console().print(show.table(plan))
+    terminal().print(show.table(plan))
     for name in filter(None, (options.out, options.picture)):
         print(f"wrote {name}")
     return 0
@@ -87,7 +86,11 @@ def _run_file(options: Options) -> RunFile:
         {
             "model": options.model,
             "task": "classification" if options.pair else "causal-lm",
-            "data": {"source": options.data, "columns": {**columns, "text_pair": options.pair}},
+            "data": {
+                "source": options.data,
+                "columns": {**columns, "text_pair": options.pair},
+                "max_length": options.max_length,
+            },
             "method": "lora",
             "output": "unused",
         },
@@ -117,7 +120,7 @@ def _plan(run: RunFile, options: Options) -> GeloraPlan:
         network,
         tokenizer,
         texts,
-        max_length=options.max_length or tokens.longest_row(run, config, tokenizer) or tokenizer.model_max_length,
+        max_length=tokens.longest_row(run, config, tokenizer),
         data=str(run.data.source),
         points=options.points,
         seed=options.seed,

@@ -57,11 +57,10 @@ def run(options: Options) -> int:
         found = {"adapter": adapter, "run": history}
         print(json.dumps({key: json.loads(one.to_json()) for key, one in found.items() if one}, indent=2))
         return 0
-    from rich.console import Console
-
     from rankfold.inspect.terminal import show_adapter, show_history
+    from rankfold.text import terminal
 
-    console = Console()
+    console = terminal()
     if history:
         console.print(show_history(history, console.width))
     if adapter:

@@ -26,13 +26,14 @@ def run(options: Options) -> int:
         keys = ("name", "title", "paper", "summary", "foldable", "config")
         print(json.dumps([{key: getattr(row, key) for key in keys} for row in found], indent=2))
     elif found:
-        from rich.console import Console
         from rich.table import Table
+
+        from rankfold.text import terminal
 
         table = Table("name", "method", "paper", "folds", "summary", box=None, pad_edge=False, header_style="bold")
         for row in found:
             table.add_row(row.name, row.title, row.paper, "exactly" if row.foldable else "no", row.summary)
-        Console().print(table)
+        terminal().print(table)
     if not found:
         print(f"error: no method matches '{options.pattern}'; `rankfold methods` lists them all", file=sys.stderr)
     return 0 if found else 1

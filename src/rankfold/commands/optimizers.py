@@ -30,14 +30,12 @@ def run(options: Options) -> int:
     if options.json:
         print(json.dumps([vars(row) for row in found], indent=2))
         return 0
-    from rich.console import Console
-
-    from rankfold.text import table
+    from rankfold.text import table, terminal
 
     listing = table("name", "optimiser", "paper", "summary")
     for row in found:
         listing.add_row(row.name, row.title, row.paper, row.summary)
-    Console().print(listing)
+    terminal().print(listing)
     print(
         "In a run file: training: {optimizer: NAME, optimizer_options: {...}}; `rankfold optimizers NAME` lists the options."
     )
@@ -61,13 +59,11 @@ def _options(row: ListedOptimizer, as_json: bool) -> int:
         named = [{"name": name, "default": default, "help": help} for name, default, help in found]
         print(json.dumps({**vars(row), "options": named}, indent=2))
         return 0
-    from rich.console import Console
-
-    from rankfold.text import table
+    from rankfold.text import table, terminal
 
     listing = table("option", "default", "meaning", title=f"{row.title}: {row.summary}")
     for name, default, help in found:
         listing.add_row(name, json.dumps(default), help)
-    Console().print(listing)
+    terminal().print(listing)
     print("Learning rate and weight decay are training.learning_rate and training.weight_decay.")
     return 0

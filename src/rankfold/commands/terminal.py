@@ -9,15 +9,16 @@ from collections.abc import Sequence
 
 def print_table(title: str, lines: Sequence[tuple[str, str]]) -> None:
     """One line per name and value."""
-    from rich.console import Console
     from rich.table import Table
+
+    from rankfold.text import terminal
 
     table = Table(title=title, title_justify="left", title_style="bold", show_header=False, box=None, pad_edge=False)
     table.add_column(style="cyan", no_wrap=True)
     table.add_column()
     for name, value in lines:
         table.add_row(name, value)
-    Console().print(table, soft_wrap=False)
+    terminal().print(table, soft_wrap=False)
 
 
 def command_line() -> str:

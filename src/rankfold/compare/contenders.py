@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from rankfold.compare.file import THIRDS, CompareFile, ContenderSpec, Extension, Place, SameAs, number, with_targets
 from rankfold.compare.rates import RateGrid, given
 from rankfold.errors import RankfoldError
+from rankfold.inspect import grid as layout
 from rankfold.plan.first_rate import LAYERS, first_rate, lora_rate_of
 from rankfold.plan.match import solve
 from rankfold.runfile.checks import peft_config
@@ -95,7 +96,7 @@ def resolve(file: CompareFile) -> Lineup:
     plan = make_plan(dataclasses.replace(prepared, run=run, peft_config=peft_config(run)))
     same: dict[str, Entry] = {}
     for entry in entries:
-        other = same.setdefault(_key(entry.method, entry.training), entry)
+        other = same.setdefault(identity(entry.method, entry.training), entry)
         if other is not entry:
             names = f"'{other.name()}' and '{entry.name()}'"
             raise RankfoldError(f"methods: {names} are the same method with the same fields; remove one")
@@ -125,7 +126,7 @@ class _Bench:
 
     def count(self, method: dict[str, Any], training: dict[str, Any] | None = None) -> budget.Budget:
         """What the optimiser trains; counted once per method, optimiser and fields."""
-        key = _key(method, training or {})
+        key = identity(method, training or {})
         if key not in self.counted:
             adapted = self.adapted(method)
             RunOptimizer.of(self.run(method, training), adapted)  # refuses and freezes, as in a trial
@@ -160,7 +161,7 @@ class _Bench:
 
     def first_rate(self, method: dict[str, Any], training: dict[str, Any]) -> float:
         """Where the search for a learning rate begins; measured once per method, optimiser and fields."""
-        run, key = self.run(method, training), _key(method, training)
+        run, key = self.run(method, training), identity(method, training)
         if key not in self.first_rates:
             text = self.prepared.config.get_text_config()
             self.first_rates[key] = first_rate(
@@ -205,15 +206,22 @@ class _Bench:
         count = getattr(self.prepared.config.get_text_config(), "num_hidden_layers", None)
         if count is None:
             raise RankfoldError("where: layers: the model's config does not say how many layers it has")
+        numbered = {layer for name, _ in self.skeleton.named_modules() if (layer := layout.place(name)[1]) is not None}
+        if not numbered.issuperset(range(count)):
+            raise RankfoldError(f"where: layers: the {count} layers of the model share modules; none can be chosen")
         if isinstance(wanted, str):
             part = THIRDS.index(wanted)
-            return list(range(round(part * count / 3), round((part + 1) * count / 3)))
+            found = list(range(round(part * count / 3), round((part + 1) * count / 3)))
+            if not found:  # to PEFT no layer means all of them
+                raise RankfoldError(f"where: layers: of {count} layers the {wanted} is empty; give their numbers")
+            return found
         if outside := [layer for layer in wanted if not 0 <= layer < count]:
             raise RankfoldError(f"where: layers: {outside[0]} is not a layer; the model has layers 0 to {count - 1}")
         return wanted
 
 
-def _key(method: dict[str, Any], training: dict[str, Any]) -> str:
+def identity(method: dict[str, Any], training: dict[str, Any]) -> str:
+    """What tells contenders apart, whatever they are called."""
     return json.dumps([method, training], sort_keys=True, default=str)
 
 

@@ -24,7 +24,7 @@ from rankfold.text import changes, duration
 from rankfold.train.folder import FolderError, check_rows, write_rows
 
 COPY = "compare.yaml"
-SHARED = ("model", "task", "data", "training")
+SHARED = ("model", "task", "data", "training", "launch")
 
 
 def compare(
@@ -144,9 +144,9 @@ class _Comparison:
 
     def _relabel(self, done: dict[str, TrialLine]) -> None:
         trials, _ = self.wanted(done)
-        for trial, old in relabelled(trials, done):
-            done[trial.id] = replace(old, label=trial.line.label, where=trial.line.where)
-            append(self.out / FILE, done[trial.id])
+        for old, label, where in list(relabelled(trials, self.lineup.entries, done)):
+            done[old.id] = replace(old, label=label, where=where)
+            append(self.out / FILE, done[old.id])
 
 
 def result(line: TrialLine) -> str:
@@ -179,7 +179,8 @@ def check_folder(file: CompareFile) -> None:
         if out.is_dir() and any(entry.name != ".lock" for entry in out.iterdir()):
             raise FolderError(f"output: '{out}' is not empty and holds no comparison; name another folder")
         return
-    old, new = (f.model_dump(include=set(SHARED)) for f in (load(before), file))
+    earlier = load(before)
+    old, new = (f.model_dump(include=set(SHARED)) for f in (earlier, file))
     # Earlier versions wrote the default as 1; what a contender's trials had, their ids tell
     for values in (old, new):
         if values["training"]["max_grad_norm"] is None:
@@ -188,6 +189,11 @@ def check_folder(file: CompareFile) -> None:
     if changed:
         raise FolderError(
             f"output: the trials in '{out}' had other settings: {'; '.join(changed)}. Undo the change, or name another output"
+        )
+    if not set(file.rungs) <= set(earlier.rungs):
+        raise FolderError(
+            f"output: search: trials in '{out}' may be past the rungs that it asks for now, and could only be measured where they are. "
+            "Undo the change, or name another output"
         )
 
 

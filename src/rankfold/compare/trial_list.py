@@ -9,9 +9,10 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
-from rankfold.compare.contenders import Entry
+from rankfold.compare.contenders import Entry, identity
 from rankfold.compare.file import CompareFile
 from rankfold.compare.rates import given
 from rankfold.compare.trial_file import TrialLine
@@ -133,18 +134,25 @@ def _later(file: CompareFile, rates: int, until: float) -> int:
 
 def _ranked(lines: Sequence[TrialLine]) -> list[float]:
     """The rates from best to worst by mean validation; one that failed with some seed behind those that did not, one that
-    failed with all left out. The smaller of equals comes first."""
+    failed with all left out. The smaller of equals comes first.
+
+    By the same mean as `selection.choose`: a sum that depends on the order of the seeds would break ties otherwise.
+    """
     scores: dict[float, list[float]] = {line.rate: [] for line in lines}
     for line in lines:
         if line.status == "done" and line.validation is not None:
             scores[line.rate].append(line.validation if line.greater_is_better else -line.validation)
     kept = {rate: values for rate, values in scores.items() if values}
-    return sorted(kept, key=lambda rate: (-len(kept[rate]), -sum(kept[rate]) / len(kept[rate]), rate))
+    return sorted(kept, key=lambda rate: (-len(kept[rate]), -fmean(kept[rate]), rate))
 
 
-def relabelled(trials: Sequence[Trial], done: Mapping[str, TrialLine]) -> Iterator[tuple[Trial, TrialLine]]:
-    """Finished trials that the compare file calls otherwise by now."""
-    for trial in trials:
-        old = done.get(trial.id)
-        if old and (old.label, old.where) != (trial.line.label, trial.line.where):
-            yield trial, old
+def relabelled(
+    trials: Sequence[Trial], entries: Sequence[Entry], done: Mapping[str, TrialLine]
+) -> Iterator[tuple[TrialLine, str, str]]:
+    """Finished trials that the compare file calls otherwise by now, with label and where; also those that it no longer asks for."""
+    asked = {t.id: (t.line.label, t.line.where) for t in trials}
+    same = {identity(e.method, e.training): (e.label, e.where) for e in entries}
+    for old in done.values():
+        names = asked.get(old.id) or same.get(identity({"name": old.method, **old.config}, old.training))
+        if names and names != (old.label, old.where):
+            yield old, *names

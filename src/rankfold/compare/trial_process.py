@@ -132,7 +132,8 @@ def measure(line: TrialLine, folder: Path, until: float) -> TrialLine:
         seconds=result.seconds / made * result.steps if made else None,
         tokens_per_second=result.tokens_per_second or None,
         peak_bytes=result.peak_memory,
-        adapter=result.adapter_path.relative_to(folder.parent.parent).as_posix(),
+        # Of a relative output, an executor may give the folder's absolute path
+        adapter=Path(os.path.relpath(result.adapter_path, folder.parent.parent)).as_posix(),
         **_ranks(result.adapter_path, parameters),
         **machine(),
     )

@@ -20,7 +20,7 @@ def draw(result: ContinualResult, folder: Path) -> None:
     what = result.metric.replace("_", " ")
     figure = Figure(figsize=(2.2 + 0.55 * n + 4.6, max(3.4, 1.6 + 0.42 * n)), layout="constrained", facecolor="white")
     title = f"{result.method['name']} ({result.next_task}) on {result.model}, {n} tasks in a row"
-    figure.suptitle(title, fontsize=11, x=0.01, ha="left", color=INK)
+    figure.suptitle(title, fontsize=11, x=0.01, ha="left", color=INK, parse_math=False)
     left, right = figure.subplots(1, 2, width_ratios=[1.4 + 0.55 * n, 4.6])
     heat(left, [[*row, *[math.nan] * (n - len(row))] for row in matrix], "Blues", "{:.3g}")
     left.set_title(f"{result.measured_on} {what}", fontsize=10, color=INK, loc="left")

@@ -30,7 +30,7 @@ def table(plan: GeloraPlan) -> Group:
             f"{block.d_in:.1f} ±{block.sd_in:.1f}",
             f"{block.d_out:.1f} ±{block.sd_out:.1f}",
             f"{block.d_out - block.d_in:+.1f}",
-            f"[bold]{block.rank}[/] [{RANK}]{'█' * math.ceil(block.rank * bar / most):<{bar}}[/]",
+            Text.assemble((f"{block.rank} ", "bold"), (f"{'█' * math.ceil(block.rank * bar / most):<{bar}}", RANK)),
             str(block.low) if block.low == block.high else f"{block.low}–{block.high}",
             f"{block.parameters:,}",
         )
@@ -67,7 +67,7 @@ def picture(plan: GeloraPlan, path: Path) -> None:
     widths = [max(3.4, 0.27 * len(chain.samples)) for chain in chains]
     figure = Figure(figsize=(max(sum(widths) + 1.2, 6.2), 4.8), layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
-    figure.suptitle(f"GeLoRA on {_short(plan.model)}", fontsize=12, x=0.01, ha="left", color=INK)
+    figure.suptitle(f"GeLoRA on {_short(plan.model)}", fontsize=12, x=0.01, ha="left", color=INK, parse_math=False)
     grid = figure.subplots(2, len(chains), squeeze=False, width_ratios=widths, height_ratios=[3, 2], sharey="row")
     for column, chain in enumerate(chains):
         blocks = [b for b in plan.blocks if b.name.rpartition(".")[0] == chain.stack]

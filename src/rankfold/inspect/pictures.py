@@ -207,5 +207,5 @@ def _figure(size: tuple[float, float], title: str) -> Any:
 
     figure = Figure(figsize=size, layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
-    figure.suptitle(title, fontsize=11, x=0.008, ha="left", color=INK)
+    figure.suptitle(title, fontsize=11, x=0.008, ha="left", color=INK, parse_math=False)
     return figure

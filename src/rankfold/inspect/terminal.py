@@ -106,7 +106,8 @@ def show_history(found: RankHistory, width: int = 80) -> Group:
 
 
 def bars(values: Sequence[float], width: int) -> str:
-    """Values as bars from 0 to the largest, the means of neighbours where there are more than `width`."""
+    """Values as bars from 0 to the largest, the means of neighbours where there are more than `width`, or than one."""
+    width = max(width, 1)  # what a terminal of 40 columns leaves
     if len(values) > width:
         edges = [round(i * len(values) / width) for i in range(width + 1)]
         values = [statistics.fmean(values[a:b]) for a, b in pairwise(edges)]

@@ -123,17 +123,33 @@ def read_json_lines(path: Path, *, skip_damaged: bool = False) -> list[tuple[int
 
 
 def append_line(path: Path, line: str) -> None:
-    """Adds a line that is on the disk when this returns; half a line that a kill left before it is cut off."""
+    """Adds a line that is on the disk when this returns; half a line that a kill left before it is cut off.
+
+    A last line that is whole and lacks its line break, as some editors leave it, was read and stays.
+    """
     with Path(path).open("a+b") as file:
         end = file.seek(0, os.SEEK_END)
         if end:
             file.seek(end - 1)
             if file.read(1) != b"\n":
                 file.seek(0)
-                file.truncate(file.read().rfind(b"\n") + 1)
+                content = file.read()
+                last = content.rpartition(b"\n")[2]
+                if _is_json(last):
+                    file.write(b"\n")
+                else:
+                    file.truncate(len(content) - len(last))
         file.write(line.encode() + b"\n")
         file.flush()
         os.fsync(file.fileno())
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except ValueError:
+        return False
+    return True
 
 
 def sha256(path: Path) -> str:

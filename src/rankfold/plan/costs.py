@@ -23,6 +23,7 @@ from rankfold.plan.meta import meta_model
 from rankfold.plan.optimizer import PlannedOptimizer
 from rankfold.plan.ranks import in_words, named, setting
 from rankfold.plan.show import table
+from rankfold.text import terminal
 
 RANK = 8
 """Where neither a rank nor a budget is given."""
@@ -84,11 +85,7 @@ def run_costs(
     if json:
         print(plan.to_json(), end="")
         return plan
-    from rich.console import Console
-
-    console = Console()
-    console = console if console.is_terminal else Console(width=max(console.width, 100))
-    console.print(table(plan))
+    terminal(least=100).print(table(plan))
     if methods:
         for row in rows:
             if row.cost:

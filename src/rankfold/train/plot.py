@@ -27,7 +27,7 @@ def plot_metrics(
     evaluated = any(key.endswith(f"_{metric}") for row in rows for key in row)
     panels = ["loss", metric] if metric != "loss" and evaluated else ["loss"]
     figure = Figure(figsize=(5.2 * len(panels), 3.6), layout="constrained")
-    figure.suptitle(title, fontsize=11, x=0.01, ha="left")
+    figure.suptitle(title, fontsize=11, x=0.01, ha="left", parse_math=False)  # names and paths may hold dollars
     for panel, name in enumerate(panels, 1):
         axes = figure.add_subplot(1, len(panels), panel)
         for key, label, colour, style in (

@@ -266,7 +266,7 @@ def _rows(count: int, labels: Sequence[tuple[str, str]], ticks: bool = True) -> 
         room = LETTERS - 2 - len(number)
         short = name if len(name) <= room else name[: room - 1].rstrip() + "…"
         for x, text, side in ((0.0, short, "left"), (1.0, number, "right")):
-            axes.text(x, row - 0.4, text, ha=side, va="center", fontsize=FONT, color=INK,
+            axes.text(x, row - 0.4, text, ha=side, va="center", fontsize=FONT, color=INK, parse_math=False,
                       transform=axes.get_yaxis_transform())  # fmt: skip
     axes.set_ylim(count - 0.6, -0.72)
     axes.set_yticks([])
