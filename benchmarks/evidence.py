@@ -127,7 +127,7 @@ def section(name: str, found: Analysis, lines: list[TrialLine]) -> str:
     file = settings(name)
     steps, batch = file["training"]["max_steps"], file["training"]["batch_size"]
     seeds, search = (", ".join(f"{x:g}" for x in file[key]) for key in ("seeds", "search_seeds"))
-    rates = rates_tried(file, found)
+    rates = rates_tried(file)
     versions = ", ".join(f"{k} {v}" for k, v in next(line.versions for line in lines if line.versions).items())
     budget = file.get("budget")
     size = (
@@ -152,12 +152,13 @@ needs. Made with {versions}.
 
 def table(found: Analysis) -> str:
     n = wording.digits(found)
-    rows = [f"| contender | rate | test {wording.words(found.metric)} | 95 % interval | each seed | trained | kept | against {found.reference} |", "|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    rows = [f"| contender | rate, of those tried | test {wording.words(found.metric)} | 95 % interval | each seed | trained | kept | against {found.reference} |", "|---|---|---|---|---|---|---|---|"]  # fmt: skip
     for c in found.ranked:
         each = ", ".join(wording.number(t, n) for t in c.tests)
         numbers = [wording.count(x) for x in (c.trained, c.kept)]
+        tried = ", ".join(f"{p.rate:g}" for p in c.sensitivity.points)
         rows.append(
-            f"| {c.name} | {c.rate:g} | {spread(found, c)} | {wording.between(c.interval, n)} | {each} | {numbers[0]} | {numbers[1]} | {against(found, c, found.reference)} |"
+            f"| {c.name} | {c.rate:g} of {tried} | {spread(found, c)} | {wording.between(c.interval, n)} | {each} | {numbers[0]} | {numbers[1]} | {against(found, c, found.reference)} |"
         )
     return "\n".join(rows)
 
@@ -214,10 +215,10 @@ def against(found: Analysis, c: Contender, other: str | None) -> str:
     return f"{wording.signed(d.value, n)}{interval}, {d.verdict}"
 
 
-def rates_tried(file: dict[str, Any], found: Analysis) -> str:
-    """The grid of all contenders, and those of the contenders that have their own or found them."""
+def rates_tried(file: dict[str, Any]) -> str:
+    """The grid of all contenders, and those of the contenders that have their own."""
     if not isinstance(file["rates"], list):
-        return "; ".join(f"{c.name} {wording.grid(c.sensitivity)}" for c in found.contenders)
+        return "of each contender's own, with more until the best lies inside"
     own = [f"{m['label']} {', '.join(f'{x:g}' for x in m['rates'])}" for m in file["methods"] if "rates" in m]
     shared = ", ".join(f"{x:g}" for x in file["rates"])
     if not own:

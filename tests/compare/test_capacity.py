@@ -67,7 +67,8 @@ def test_the_page_before_and_after(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     )
     (tmp_path / "evidence-capacity-1-errors.jsonl").write_text("".join(json.dumps(e) + "\n" for e in errors))
     text = evidence.page(tmp_path, evidence.analysed(tmp_path))
-    assert "learning rates LoRA r=8 (PEFT) 0.001, 0.002, 0.005; RaSA r=8, k=1 0.001, 0.002, 0.005 (chosen on" in text
+    assert "learning rates of each contender's own, with more until the best lies inside (chosen on" in text
+    assert "| 0.002 of 0.001, 0.002, 0.005 |" in text
     assert "| LoRA | 2 | 0.2500 | 0.2000, 0.3000 | 0.6000 | 0.7000 | 3.5000 |" in text
     assert "| no adapter | – | 0.9000 | 0.9000 | 0.6000 | 0.7000 | 3.2000 |" in text
 
