@@ -12,10 +12,19 @@ import pytest
 import torch
 from edits import edit_config, edit_tensors, sound
 from peft import LoraConfig, TaskType, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, ViTConfig, ViTModel
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+    ViTConfig,
+    ViTModel,
+)
 
 from rankfold import PlainLoraConfig, RasaConfig
 from rankfold.doctor import Diagnosis, Status, diagnose
+from rankfold.doctor.base_shapes import read_base
 
 V = "base_model.model.model.layers.1.self_attn.v_proj."
 
@@ -212,6 +221,24 @@ def test_convolutions_and_embeddings_are_in_their_base(config: type, llama: Path
         assert problems(diagnose(tmp_path / target)) == ""
     shutil.copy(llama / "config.json", tmp_path / "vit")
     assert "not in the base" in problems(diagnose(tmp_path / "projection"))
+
+
+def test_an_attention_of_torch(tmp_path: Path):
+    """PEFT writes the factors of in_proj_weight under the attention's name, and those of out_proj under base_layer.out_proj."""
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    base = SiglipVisionModel(SiglipVisionConfig(**small, image_size=8, patch_size=4))
+    base.save_pretrained(tmp_path / "siglip")
+    base.name_or_path = str(tmp_path / "siglip")
+    config = LoraConfig(
+        r=4, target_modules=["head.attention"], rank_pattern={"head.attention": 2}, init_lora_weights=False
+    )
+    get_peft_model(base, config).save_pretrained(tmp_path / "adapter")
+    found = diagnose(tmp_path / "adapter")
+    assert problems(found) == ""
+    assert "2 modules" in found.summary
+    shapes = read_base(tmp_path / "siglip", {})
+    assert shapes.shape("head.attention") == (48, 16)
+    assert shapes.shape("head.attention.base_layer.out_proj") == (16, 16)
 
 
 def test_a_resized_vocabulary(adapter, llama: Path):

@@ -172,14 +172,22 @@ def test_a_classifier_keeps_the_names_of_its_labels(tmp_path: Path) -> None:
     (adapter / "README.md").write_text(
         "model = AutoModelForSequenceClassification.from_pretrained(base, id2label={0: 'no (not)', 1: 'yes'})\n"
     )
+    base = read(tmp_path / "base" / "config.json")  # whose pipeline would answer with sigmoids, each label for itself
+    (tmp_path / "base" / "config.json").write_text(json.dumps(base | {"problem_type": "multi_label_classification"}))
     fold_adapter(adapter, tmp_path / "out", profile="merged", probe=False)
     found = read(tmp_path / "out" / "config.json")
+    assert found["problem_type"] == "single_label_classification"
     assert found["id2label"] == {"0": "no (not)", "1": "yes"}
     assert found["label2id"] == {"no (not)": 0, "yes": 1}
     assert found["architectures"] == ["LlamaForSequenceClassification"]
     model = AutoModelForSequenceClassification.from_pretrained(
-        tmp_path / "base", id2label={0: "a", 1: "b"}, label2id={"a": 0, "b": 1}
+        tmp_path / "base", id2label={0: "a", 1: "b"}, label2id={"a": 0, "b": 1}, problem_type="regression"
     )
     config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, task_type="SEQ_CLS")
     fold_model(get_peft_model(model, config), tmp_path / "live", profile="merged")
-    assert read(tmp_path / "live" / "config.json")["id2label"] == {"0": "a", "1": "b"}
+    found = read(tmp_path / "live" / "config.json")
+    assert (found["id2label"], found["problem_type"]) == ({"0": "a", "1": "b"}, "regression")
+    model.config.save_pretrained(adapter)  # as people who train without us may
+    fold_adapter(adapter, tmp_path / "beside", profile="merged", probe=False)
+    found = read(tmp_path / "beside" / "config.json")
+    assert (found["id2label"], found["problem_type"]) == ({"0": "a", "1": "b"}, "regression")

@@ -118,6 +118,17 @@ def test_one_clear_line(tmp_path, old, new, message):
     assert message in line
 
 
+@pytest.mark.parametrize(
+    ("task", "extra", "fix"),
+    [("preference", "", "use label_smoothing"), ("causal-lm", ", loss_type: dft", "remove it, or loss_type: dft")],
+)
+def test_smoothing_that_the_trainer_would_not_read(tmp_path, task, extra, fix):
+    text = GOOD.replace("task: classification", f"task: {task}")
+    (line,) = complaints(tmp_path, text.replace("epochs: 1", f"extra: {{label_smoothing_factor: 0.1{extra}}}"))
+    assert line == f"run.yaml:7: training.extra: 'label_smoothing_factor' would not be read; {fix}"
+    load_text(tmp_path, text.replace("epochs: 1", "extra: {label_smoothing_factor: 0.0}"))
+
+
 def test_syntax_error_empty_file_and_missing_file(tmp_path):
     assert complaints(tmp_path, "model: a\ndata: [\n")[0].startswith("run.yaml:3: not valid YAML")
     assert complaints(tmp_path, "")[0].startswith("run.yaml: must be a mapping with the keys model, task")

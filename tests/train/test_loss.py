@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,10 +12,18 @@ from tiny import byte_tokenizer, write_jsonl
 from torch import Tensor
 from torch.testing import assert_close
 from transformers import (
+    BambaConfig,
+    BambaForCausalLM,
+    BartConfig,
+    BartForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
+    GraniteMoeHybridConfig,
+    GraniteMoeHybridForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     ModernBertDecoderConfig,
     ModernBertDecoderForCausalLM,
     RecurrentGemmaConfig,
@@ -22,9 +31,11 @@ from transformers import (
 )
 from trl.trainer.utils import add_fused_lm_head
 
+from rankfold.errors import RankfoldError
 from rankfold.runfile.load import parse
 from rankfold.tasks.causal_lm import TASK
 from rankfold.train import loss as loss_module
+from rankfold.train.hf_api import mend_loss_of_routers
 from rankfold.train.loss import score_as_the_model_does, score_labels_only
 from rankfold.train.run import train
 
@@ -180,15 +191,73 @@ def test_rounding_is_not_another_loss(dtype: torch.dtype):
     assert made.forward == before
 
 
+BAMBA = {
+    "mamba_n_heads": 2, "mamba_d_state": 8, "mamba_chunk_size": 8, "attn_layer_indices": [1], "z_loss_coefficient": 0.1,
+}  # fmt: skip
+MOE = {"num_local_experts": 4, "num_experts_per_tok": 2, "output_router_logits": True, "router_aux_loss_coef": 0.1}
+BART = {"d_model": 16, "decoder_layers": 1, "decoder_attention_heads": 2, "decoder_ffn_dim": 16}
+TERMS = {
+    "of the logits": (BambaConfig, BambaForCausalLM, BAMBA),
+    "of routers, which TRL knows": (MixtralConfig, MixtralForCausalLM, MOE),
+    "none, but labels that are not shifted": (BartConfig, BartForCausalLM, BART),
+}
+
+
+@pytest.mark.parametrize("name", TERMS)
+def test_terms_that_models_add_to_their_loss(name: str):
+    config, make, more = TERMS[name]
+    torch.manual_seed(0)
+    made = make(config(**SIZES | more)).eval()
+    add_fused_lm_head(made, outputs=("log_probs", "entropy", "mean_logits", "is_top1", "log_sum_sq_probs"))
+    score_labels_only(made.requires_grad_(False))
+    assert score_as_the_model_does(made, TASK.example(made.config), terms=True) == (name == "of the logits")
+    if name == "of the logits":
+        rows = batch()
+        logits = made(input_ids=rows["input_ids"], attention_mask=rows["attention_mask"]).logits
+        found = made(**rows, fused_lm_head=True, output_router_logits=True)  # which TRL asks for with any term
+        assert_close(found.aux_loss, 0.1 * logits.logsumexp(-1).square().mean())
+
+
+@pytest.mark.parametrize("experts", [0, 4])
+def test_routers_that_trl_does_not_find(experts: int):
+    """Granite 4 has dense models, and the configs of its mixtures do not say `num_experts`."""
+    torch.manual_seed(0)
+    more = {"num_local_experts": experts, "layer_types": ["full_attention"] * 2, "mamba_n_heads": 2}
+    made = GraniteMoeHybridForCausalLM(GraniteMoeHybridConfig(**SIZES | more, shared_intermediate_size=8)).eval()
+    trainer: Any = SimpleNamespace(aux_loss_enabled=True)
+    made.config.output_router_logits = True  # as TRL's trainer does
+    add_fused_lm_head(made)
+    mend_loss_of_routers(trainer, made, TASK.example(made.config))
+    assert trainer.aux_loss_enabled == made.config.output_router_logits == bool(experts)
+    found = made(**batch(), fused_lm_head=True)
+    assert (found.aux_loss is None) == (not experts)
+    if experts:
+        assert_close(found.aux_loss, made(**batch()).aux_loss)
+
+
+BYTES = {"vocab_size": len(byte_tokenizer())}
+
+
+def values_of(base: Any, task: str, folder: Path) -> dict[str, Any]:
+    """A run file's, for one step on a few rows."""
+    base.save_pretrained(folder / "model")
+    byte_tokenizer().save_pretrained(folder / "model")
+    rows = [{"prompt": f"{i}?", "completion": "yes", "chosen": "yes", "rejected": "no"} for i in range(8)]
+    return {
+        "model": str(folder / "model"),
+        "task": task,
+        "data": {"train": str(write_jsonl(folder / "rows.jsonl", rows)), "test": 0.3},
+        "method": {"name": "lora", "r": 2, "target_modules": "all-linear"},
+        "training": {"max_steps": 1, "batch_size": 4},
+        "output": str(folder / "run"),
+    }
+
+
 @pytest.mark.parametrize("task", ["causal-lm", "preference"])
 def test_a_run_learns_from_the_models_own_logits(task: str, tmp_path: Path):
-    tokenizer = byte_tokenizer()
     torch.manual_seed(0)
-    base = ModernBertDecoderForCausalLM(ModernBertDecoderConfig(**SIZES | SPECIAL | {"vocab_size": len(tokenizer)}))
+    base = ModernBertDecoderForCausalLM(ModernBertDecoderConfig(**SIZES | SPECIAL | BYTES))
     torch.nn.init.normal_(base.get_output_embeddings().bias)
-    base.save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    rows = [{"prompt": f"{i}?", "completion": "yes", "chosen": "yes", "rejected": "no"} for i in range(8)]
     seen: list[Tensor] = []
 
     @torch.no_grad()
@@ -200,14 +269,26 @@ def test_a_run_learns_from_the_models_own_logits(task: str, tmp_path: Path):
         seen.append(wanted + made(input_ids=ids, labels=ids, fused_lm_head=True).log_probs)
         return {}
 
-    values = {
-        "model": str(tmp_path / "model"),
-        "task": task,
-        "data": {"train": str(write_jsonl(tmp_path / "rows.jsonl", rows)), "test": 0.3},
-        "method": {"name": "lora", "r": 2, "target_modules": "all-linear"},
-        "training": {"max_steps": 1, "batch_size": 4},
-        "output": str(tmp_path / "run"),
-    }
-    train(parse(values), measure=look, say=lambda _: None)
+    train(parse(values_of(base, task, tmp_path)), measure=look, say=lambda _: None)
     assert len(seen) == 2
     assert float(torch.stack(seen).abs().max()) < 1e-4
+
+
+@pytest.mark.filterwarnings("ignore:`label_smoothing_factor` is deprecated in `SFTTrainer`")
+def test_a_run_trains_what_the_model_adds_to_its_loss(tmp_path: Path):
+    torch.manual_seed(0)
+    values = values_of(BambaForCausalLM(BambaConfig(**SIZES | BAMBA | BYTES)), "causal-lm", tmp_path)
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    @torch.no_grad()
+    def look(trainer: Any, split: str, rows: Any) -> dict[str, float]:
+        trainer.model.eval()
+        seen.append((trainer.compute_loss(trainer.model, batch()), trainer.model.get_base_model()(**batch()).loss))
+        return {}
+
+    with pytest.raises(RankfoldError, match=r"label_smoothing_factor=0\.1 would leave out what BambaForCausalLM adds"):
+        train(parse(values, ["training.extra={label_smoothing_factor: 0.1}"]), say=lambda _: None)
+    train(parse(values), measure=look, say=lambda _: None)
+    assert len(seen) == 2
+    for found, wanted in seen:
+        assert_close(found, wanted)

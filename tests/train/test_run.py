@@ -165,6 +165,27 @@ def test_the_loss_of_rows_is_not_smoothed(task: str, request: pytest.FixtureRequ
     assert smooth.before == plain.before
 
 
+@pytest.mark.filterwarnings("ignore:`label_smoothing_factor` is deprecated in `SFTTrainer`")
+def test_a_smoothed_loss_is_trained(language_model: Values):
+    """Of all tokens of a step's batches, as long as they are: 1 - e of the labels' loss and e of the mean over all words."""
+    options = ["training.max_steps=1", "training.gradient_accumulation=12", "training.batch_size=2"]
+    run = change(language_model, *options, "training.extra={label_smoothing_factor: 0.2}")
+    train(run, say=silent)
+    (loss,) = [row["loss"] for row in read_metrics(Path(run.output, "metrics.jsonl")) if "loss" in row]
+    rows = prepare(run).encoded["train"].rows
+    assert len(rows) <= 24  # one step sees them all
+    base = AutoModelForCausalLM.from_pretrained(run.model.name)
+    parts = []
+    for row in rows:
+        labels = torch.tensor(row["labels"])[1:]
+        with torch.no_grad():
+            found = base(torch.tensor([row["input_ids"]])).logits[0, :-1].double().log_softmax(-1)[labels != -100]
+        own = found.gather(1, labels[labels != -100, None])[:, 0]
+        parts.append(-0.8 * own - 0.2 * found.mean(1))
+    assert len({len(part) for part in parts}) > 1
+    assert loss == pytest.approx(float(torch.cat(parts).mean()), rel=1e-5)
+
+
 def test_chat(language_model: Values, llama: Path, tmp_path: Path):
     """The assistant's turns alone are learnt, whether the template marks them (TRL) or not (ours)."""
     chats = [[{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": f"{i}!"}] * 2 for i in range(16)]

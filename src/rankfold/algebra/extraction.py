@@ -20,6 +20,7 @@ from rankfold.fold.sites import of_adapted_types, siblings
 from rankfold.fold.source import Source, output_head
 from rankfold.host.adapter import module_type
 from rankfold.host.planning import site_of
+from rankfold.io.adapters import classes_in
 from rankfold.io.weights import FLOATS
 from rankfold.text import examples
 
@@ -107,6 +108,7 @@ def extracted(pair: ModelPair, progress: bool = False) -> Source:
         heads={f"base_model.model.{name}": tensor for name, tensor in heads.items()},
         dtype=dtype if dtype in FLOATS else next(model.parameters()).dtype,
         transposed=any(isinstance(body[name], Conv1D) for name in adapted),
+        classes=classes_in(pair.configs[1]),
         notes=list(_notes(pair, left, heads)),
         left_out=left,
     )

@@ -40,7 +40,8 @@ class BaseShapes:
     name_of: ToModel = lambda name: (name, False)
 
     def shape(self, module: str) -> tuple[int, int] | None:
-        """(out, in) of a module by its name or by one that it once had."""
+        """(out, in) of a module by its name, by one that it once had, or by that inside an adapted nn.MultiheadAttention."""
+        module = module.replace(".base_layer.", ".")
         return self.shapes.get(module) or self.shapes.get(self.name_of(f"{module}.weight")[0].removesuffix(".weight"))
 
     def has(self, module: str) -> bool:
@@ -98,7 +99,7 @@ def _shape(module: nn.Module) -> tuple[int, int] | None:
     if kind := kind_of(module):
         into, out = kind.features(module)
         return out, into
-    weight = getattr(module, "weight", None)
+    weight = module.in_proj_weight if isinstance(module, nn.MultiheadAttention) else getattr(module, "weight", None)
     return (len(weight), weight.shape[1]) if isinstance(weight, torch.Tensor) and weight.ndim == 2 else None
 
 
@@ -109,6 +110,6 @@ def _headers(folder: Path) -> dict[str, tuple[int, int]]:
     shapes = {}
     for file in files:
         for name, header in read_headers(file).items():
-            if name.endswith(".weight") and len(header.shape) >= 2:
-                shapes[name.removesuffix(".weight")] = header.shape[0], math.prod(header.shape[1:])
+            if name.endswith((".weight", ".in_proj_weight")) and len(header.shape) >= 2:
+                shapes[name.rpartition(".")[0]] = header.shape[0], math.prod(header.shape[1:])
     return shapes

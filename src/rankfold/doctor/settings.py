@@ -38,10 +38,10 @@ class Settings:
 
     def rank(self, module: str) -> int:
         """The rank that the config gives a module, by PEFT's rule: the first pattern that matches the end of its name."""
-        return _first(self.rank_pattern, module, self.r)
+        return _first(self.rank_pattern, _adapted(module), self.r)
 
     def alpha(self, module: str) -> float:
-        return _first(self.alpha_pattern, module, self.lora_alpha)
+        return _first(self.alpha_pattern, _adapted(module), self.lora_alpha)
 
     def scale(self, module: str) -> float:
         """The factor of up · down with which the adapter was trained."""
@@ -50,10 +50,16 @@ class Settings:
     def targets(self, module: str) -> bool:
         """Whether the config names the module, by PEFT's own rule: target_modules, less exclusions and other layers."""
         # PEFT has put the names of the linear layers in the place of "all-linear" before it asks
+        module = _adapted(module)
         given = [module] if self.target_modules == "all-linear" else self.target_modules or []
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # as in _regex
             return bool(check_target_module_exists(replace(self, target_modules=given, modules_to_save=[]), module))
+
+
+def _adapted(module: str) -> str:
+    """The module whose adapter holds the factors: PEFT adapts an nn.MultiheadAttention as a whole, and its out_proj inside."""
+    return module.partition(".base_layer.")[0]
 
 
 def scale(alpha: float, rank: int, rslora: bool = False) -> float:

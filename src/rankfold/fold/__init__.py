@@ -33,7 +33,7 @@ from rankfold.fold.proof import FoldReport, LayerProof, prove, prove_sum
 from rankfold.fold.source import Source, Update, base_config
 from rankfold.host.config import LowRankConfig
 from rankfold.host.kinds import kind_named
-from rankfold.io.adapters import read_labels
+from rankfold.io.adapters import read_classes
 from rankfold.io.files import sha256, whole_folder
 from rankfold.io.formats import SavedAdapter, read_adapter
 from rankfold.kernel.factors import Factors
@@ -190,7 +190,7 @@ def _approximated(
     known = base_config(base or adapter.config.base_model_name_or_path, adapter.config.revision)
     dtype = getattr(known, "dtype", None) or source.dtype
     source.notes.extend(adapter.notes)
-    return replace(source, dtype=dtype, folder=adapter.folder, labels=read_labels(adapter.folder)), near
+    return replace(source, dtype=dtype, folder=adapter.folder, classes=read_classes(adapter.folder)), near
 
 
 def _batches(model: nn.Module, texts: list[str] | None, config: PeftConfig | None) -> list[dict[str, Tensor]]:

@@ -35,7 +35,7 @@ from rankfold.host.layer import AdaptedLayer
 from rankfold.host.parameter_layer import AdaptedParameters
 from rankfold.host.planning import site_of
 from rankfold.io.adapter_names import without_copies
-from rankfold.io.adapters import labels_of, read_labels
+from rankfold.io.adapters import classes_in, read_classes
 from rankfold.io.formats import SavedAdapter
 from rankfold.kernel.factors import Factors
 
@@ -86,7 +86,7 @@ def from_model(model: nn.Module, adapter_name: str = "default", heads: dict[str,
         dtype=getattr(base, "dtype", first.dtype),
         transposed=any(getattr(layer, "transposed", False) for layer in layers.values()),
         output_head=output_head(base, layers),
-        labels=labels_of(base),
+        classes=classes_in(getattr(base, "config", None)),
         parameters=[name.replace(".base_layer.", ".") for name, _ in base.named_parameters()]
         if config.target_parameters
         else [],
@@ -114,7 +114,7 @@ def from_files(adapter: SavedAdapter, base: str | None = None) -> Source:
         dtype=dtype,
         vocabulary=whole,
         folder=adapter.folder,
-        labels=read_labels(adapter.folder),
+        classes=read_classes(adapter.folder),
     )
 
 

@@ -40,7 +40,7 @@ from rankfold.host.kinds import kind_named, kind_of
 from rankfold.host.peft_api import BaseTunerLayer, ParamWrapper, in_out_features
 from rankfold.host.targets import sites_of_parameter
 from rankfold.io.adapter_names import PREFIX, is_saved, mended, without_copies, wrapped
-from rankfold.io.adapters import labels_of, read_labels
+from rankfold.io.adapters import classes_in, read_classes
 from rankfold.io.formats import SavedAdapter
 from rankfold.io.weight_names import to_model
 from rankfold.io.weights import weight_reader
@@ -142,7 +142,7 @@ def from_files(adapter: SavedAdapter, base: str | None = None) -> Source:
     stored = weight_reader(named, config.revision, skeleton)
     whole = vocabulary_of(skeleton, heads, _kept(config))
     source = _source(skeleton, config, "default", places, stored, {k: v for k, v in heads.items() if k not in whole})
-    return _noted(replace(source, dtype=dtype, folder=folder, vocabulary=whole, labels=read_labels(folder)), notes)
+    return _noted(replace(source, dtype=dtype, folder=folder, vocabulary=whole, classes=read_classes(folder)), notes)
 
 
 def _tensors(adapter: SavedAdapter) -> tuple[dict[str, Tensor], list[str]]:
@@ -331,7 +331,7 @@ def _source(
         dtype=dtype,
         transposed=any(isinstance(layer.get_base_layer(), Conv1D) for layer in layers.values()),
         output_head=output_head(base, layers),
-        labels=labels_of(base),
+        classes=classes_in(getattr(base, "config", None)),
         parameters=[name.replace(".base_layer", "") for name, _ in base.named_parameters()] if wrapped else [],
         experts=modules_of_experts(base, wrapped) if wrapped else {},
         notes=[f"training also rounded the rest of the base to {dtype}; the fold is relative to the base itself"]

@@ -19,7 +19,7 @@ from rankfold.host.adapter import Site
 from rankfold.host.kinds import KINDS
 from rankfold.host.peft_api import get_pattern_key
 from rankfold.io.adapter_names import PREFIX, is_saved
-from rankfold.io.adapters import read_labels
+from rankfold.io.adapters import read_classes
 from rankfold.kernel.factors import Factors
 
 #: What ends the keys of `down` and `up`: of linear layers and convolutions, and of embeddings.
@@ -126,7 +126,7 @@ def from_tensors(
         transposed=bool(config.fan_in_fan_out),
         output_head=next((m for m in modules if m.endswith("lm_head")), None),
         folder=folder,
-        labels=read_labels(folder),
+        classes=read_classes(folder),
         notes=[why],
     )
 

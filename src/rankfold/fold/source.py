@@ -18,6 +18,7 @@ import rankfold.methods  # noqa: F401  (registers the methods with PEFT)
 from rankfold.errors import RankfoldError
 from rankfold.host.adapter import Site
 from rankfold.io.adapter_names import PREFIX, is_saved
+from rankfold.io.adapters import Classes
 from rankfold.io.models import ModelError, input_embeddings, load_base, model_config, named_class, quiet, skeleton
 from rankfold.kernel.factors import Factors
 from rankfold.tasks import table
@@ -49,7 +50,7 @@ class Source:
         transposed: the base's weights are in × out (Conv1D).
         output_head: the adapted module that makes the logits, if there is one; no engine loads its LoRA.
         folder: the adapter's folder, if it comes from one.
-        labels: the classes of a classifier in order of their index, where they are known.
+        classes: of a classifier, as far as they are known.
         notes: what the user of the fold should know.
         unlike_peft: the adapted convolutions of which PEFT's LoRA computes something else.
         left_out: what was trained too and no LoRA holds: the kind of tensor → its share of the whole change, of ‖·‖²_F.
@@ -68,7 +69,7 @@ class Source:
     vocabulary: dict[str, Tensor] = field(default_factory=dict)
     siblings: list[Site] = field(default_factory=list)
     folder: Path | None = None
-    labels: list[str] = field(default_factory=list)
+    classes: Classes = field(default_factory=Classes)
     blocks: Callable[[str], Sequence[Factors]] | None = None
     notes: list[str] = field(default_factory=list)
     unlike_peft: list[str] = field(default_factory=list)

@@ -8,6 +8,7 @@ import pickle
 import re
 import struct
 import warnings
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -166,9 +167,34 @@ def _stated_labels(folder: Path) -> list[str] | None:
     return labels
 
 
-def labels_of(model: Any) -> list[str]:
-    """The classes of a live classifier; [] where they have no names of their own."""
-    return labels_in(getattr(model, "config", None))
+@dataclass(frozen=True)
+class Classes:
+    """What training says of a classifier's head.
+
+    Args:
+        names: in order of their index; [] where they are not known.
+        problem: transformers' `problem_type`, which its loss and its pipeline follow; None where it is not known.
+    """
+
+    names: list[str] = field(default_factory=list)
+    problem: str | None = None
+
+
+def read_classes(folder: Path) -> Classes:
+    """Of an adapter, as far as its folder says them; errors as `read_labels`."""
+    if _stated_labels(folder) is None:
+        try:
+            beside = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            return Classes(read_labels(folder), beside.get("problem_type"))
+        except (OSError, ValueError, AttributeError):
+            pass
+    names = read_labels(folder)
+    return Classes(names, "single_label_classification" if names else None)  # what `rankfold train` trains for
+
+
+def classes_in(config: Any) -> Classes:
+    """Of a model, as its config says them."""
+    return Classes(labels_in(config), getattr(config, "problem_type", None))
 
 
 def labels_in(config: Any) -> list[str]:

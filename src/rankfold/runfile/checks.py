@@ -152,10 +152,13 @@ def _check_training(run: RunFile) -> list[Problem]:
     if t.extra and not problems:
         arguments = task.arguments_class()
         known = {f.name for f in dataclasses.fields(arguments) if f.init}
+        unread = task.unread(t.extra)
         ours = {*trainer_arguments(run, validated=True), *RENAMED.values(), *task.own_arguments}
         for key in t.extra:
             if key in ours:
                 problem("extra", f"'{key}' follows from the run file's own fields; use those")
+            elif key in unread:
+                problem("extra", f"'{key}' would not be read; {unread[key]}")
             elif key not in known:
                 problem("extra", f"{arguments.__name__} has no argument '{key}'{nearest(key, known - ours)}")
     return problems

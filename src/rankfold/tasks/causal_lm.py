@@ -142,6 +142,10 @@ output: runs/compare-phonemes
         # Every row counts once in evaluation.
         return {"max_length": max_length, "packing": data.packing, "eval_packing": False}
 
+    def unread(self, extra: dict[str, Any]) -> dict[str, str]:
+        both = extra.get("label_smoothing_factor") and extra.get("loss_type") == "dft"
+        return {"label_smoothing_factor": "remove it, or loss_type: dft"} if both else {}
+
     def scores(
         self, outputs: Sequence[Any], inputs: dict[str, Any], metric: str, trainer: Any
     ) -> tuple[Tensor, Tensor]:

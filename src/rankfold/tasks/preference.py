@@ -167,6 +167,10 @@ output: runs/compare-preferences
     def arguments(self, data: Any, max_length: int | None) -> dict[str, Any]:
         return {"max_length": max_length}
 
+    def unread(self, extra: dict[str, Any]) -> dict[str, str]:
+        # DPO has a smoothing of its own and no label
+        return {"label_smoothing_factor": "use label_smoothing"} if extra.get("label_smoothing_factor") else {}
+
     def scores(
         self, outputs: Sequence[Any], inputs: dict[str, Any], metric: str, trainer: Any
     ) -> tuple[Tensor, Tensor]:

@@ -240,6 +240,10 @@ class Task(ABC):
         # PEFT wraps the model, so Trainer cannot read the labels' name off its forward.
         return {"label_names": ["labels"]}
 
+    def unread(self, extra: dict[str, Any]) -> dict[str, str]:
+        """Those of `training.extra` that the trainer knows and would not read, and what to do instead."""
+        return {}
+
     def options(self, processor: Any, labels: list[str]) -> dict[str, Any]:
         """What the trainer takes beside its arguments: compute_metrics, data_collator."""
         return {}

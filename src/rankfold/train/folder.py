@@ -53,7 +53,7 @@ def check(run: RunFile, *, resume: bool, overwrite: bool) -> None:
     folder = Path(run.output)
     if folder.exists() and not folder.is_dir():
         raise FolderError(f"output: '{folder}' is a file; name a folder")
-    present = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
+    present = sorted(entry.name for entry in folder.iterdir() if not _is_empty(entry)) if folder.is_dir() else []
     if resume and overwrite:
         raise FolderError("--resume continues a run and --overwrite deletes it; use one of the two")
     if resume and present and "run.yaml" not in present:
@@ -71,6 +71,11 @@ def check(run: RunFile, *, resume: bool, overwrite: bool) -> None:
         raise FolderError(
             f"output: '{folder}' does not look like the folder of a run; --overwrite will not delete in it"
         )
+
+
+def _is_empty(entry: Path) -> bool:
+    """A folder with nothing in it: transformers' trainer makes that of the checkpoints before it can refuse a run."""
+    return entry.is_dir() and not any(entry.iterdir())
 
 
 def _check_same_run(run: RunFile, saved: Path) -> None:

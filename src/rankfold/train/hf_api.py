@@ -181,11 +181,12 @@ def score_labels_with(
     model.forward = types.MethodType(forward, model)
 
 
-def score_own_logits(model: Any) -> None:
+def score_own_logits(model: Any, terms: bool = False) -> None:
     """Has TRL's `model(..., fused_lm_head=True)` of a language model computed from the logits of the model's own forward.
 
     Args:
         model: the base model, after TRL gave it the fused head.
+        terms: `aux_loss` is all that the model's loss has beside the cross-entropy.
     """
     import trl.trainer.utils as theirs
 
@@ -195,10 +196,12 @@ def score_own_logits(model: Any) -> None:
 
     @functools.wraps(type(model).forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not hasattr(self.config.get_text_config(), "output_router_logits"):
+            kwargs.pop("output_router_logits", None)  # TRL asks for it wherever there is an auxiliary loss
         if not kwargs.pop("fused_lm_head", False):
             return forward_of_model(*args, **kwargs)
         labels, shifted, items = (kwargs.pop(key, None) for key in ("labels", "shift_labels", "num_items_in_batch"))
-        found = forward_of_model(*args, **kwargs | {"use_cache": False})
+        found = forward_of_model(*args, **kwargs | ({"labels": labels} if terms else {}) | {"use_cache": False})
         logits, targets = (found.logits[:, :-1], labels[:, 1:]) if shifted is None else (found.logits, shifted)
         targets = targets.to(logits.device)
         mask = targets != -100
@@ -216,12 +219,44 @@ def score_own_logits(model: Any) -> None:
                 "mean_logits": placed(picked.mean(-1)),
                 "is_top1": placed(picked.argmax(-1) == own),
             }
-        loss = -log_probs.sum() / (mask.sum().clamp(min=1) if items is None else items)
+        mean = -log_probs.sum() / mask.sum().clamp(min=1)
         return theirs.FusedCausalLMOutput(
-            loss=loss, log_probs=log_probs, label_mask=mask, aux_loss=getattr(found, "aux_loss", None), **others
+            loss=mean if items is None else -log_probs.sum() / items,
+            log_probs=log_probs,
+            label_mask=mask,
+            aux_loss=found.loss - mean if terms else getattr(found, "aux_loss", None),
+            **others,
         )
 
     model.forward = types.MethodType(forward, model)
+
+
+def mend_loss_of_routers(trainer: Any, model: Any, example: dict[str, Tensor]) -> None:
+    """TRL asks for the loss of the routers wherever a config has its coefficient, and takes `num_experts` from it. Dense models of a
+    family of mixtures have no router (Granite 4), others do not return what it says (Llama 4), and some configs call the experts
+    otherwise (GraniteMoE, PhiMoE; trl#7248).
+
+    Args:
+        model: the base model.
+        example: rows of what it takes, where it is.
+    """
+    require("trl", trainer, "aux_loss_enabled")
+    text: Any = model.config.get_text_config()
+    if not (trainer.aux_loss_enabled or getattr(text, "output_router_logits", False)):
+        return
+    trunk = getattr(model, model.base_model_prefix)
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        routers = getattr(trunk(**example, use_cache=False, output_router_logits=True), "router_logits", None)
+    if not routers:
+        trainer.aux_loss_enabled = text.output_router_logits = False
+    elif not hasattr(text, "num_experts"):
+        text.num_experts = routers[0].shape[-1]
+
+
+def add_terms_of_the_model(trainer: Any) -> None:
+    """Has TRL's trainer of language models add the fused head's `aux_loss` to its loss as it is."""
+    require("trl", trainer, "aux_loss_enabled", "router_aux_loss_coef")
+    trainer.aux_loss_enabled, trainer.router_aux_loss_coef = True, 1.0
 
 
 _FUSED = ("loss", "log_probs", "entropy", "is_top1", "label_mask")

@@ -29,30 +29,47 @@ def score_labels_only(model: Any) -> None:
     score_labels_with(model, _plain, scored)
 
 
-def score_as_the_model_does(model: Any, example: dict[str, Tensor]) -> None:
+def score_as_the_model_does(model: Any, example: dict[str, Tensor], terms: bool = False) -> bool:
     """Has the loss made of the model's own logits where those of the fused head are others: it knows a few of the biases, caps
-    and scales that models put behind their heads.
+    and scales that models put behind their heads, and one loss of routers among the terms that models add to their loss.
 
     Args:
         model: the base model, after TRL gave it the fused head.
-        example: two rows of what it takes.
+        example: rows of what it takes, where it is.
+        terms: ask for terms of the loss too.
+
+    Returns:
+        Whether `aux_loss` of the fused head is now all that the model adds to the cross-entropy, weighted as it does.
     """
-    inputs = {key: value.to(model.device) for key, value in example.items()}
-    labels, trained = inputs["input_ids"], model.training
+    if hasattr(model, "router_aux_loss_coef"):  # TRL's trainer has set the config's
+        text = model.config.get_text_config()
+        model.router_aux_loss_coef = getattr(text, "router_aux_loss_coef", model.router_aux_loss_coef)
+    labels, trained = example["input_ids"], model.training
+    others = labels.flip(1)
     model.eval()
     try:
         with torch.no_grad():
-            logits = model(**inputs, use_cache=False).logits[:, :-1].float()
-            fused = model(**inputs, labels=labels, fused_lm_head=True).log_probs
+            found, other = (model(**example, labels=ids, use_cache=False) for ids in (labels, others))
+            fused = model(**example, labels=labels, fused_lm_head=True)
     finally:
         model.train(trained)
-    own = logits.log_softmax(-1).gather(-1, labels[:, 1:, None].to(logits.device))[..., 0]
+    own, own_of_others = _log_probs(found, labels), _log_probs(other, others)
     kinds = [p.dtype for p in model.parameters() if p.is_floating_point()]
     if torch.is_autocast_enabled(labels.device.type):
         kinds.append(torch.get_autocast_dtype(labels.device.type))
-    rounding = 1e-3 + 2 * max(torch.finfo(kind).eps for kind in kinds) * float(logits.abs().max())
-    if float((own - fused.to(own.device)).abs().max()) > rounding:
-        score_own_logits(model)
+    rounding = 1e-3 + 2 * max(torch.finfo(kind).eps for kind in kinds) * float(found.logits.abs().max())
+    added, again = float(found.loss) + float(own.mean()), float(other.loss) + float(own_of_others.mean())
+    alike = 1e-4 + 0.01 * abs(added)
+    # A term does not depend on the labels; some decoders compare logits with labels that are not shifted
+    adds = terms and abs(added - again) < alike < abs(added - float(fused.loss) - float(fused.log_probs.mean()))
+    if adds or float((own - fused.log_probs.to(own.device)).abs().max()) > rounding:
+        score_own_logits(model, adds)
+    return adds
+
+
+def _log_probs(found: Any, labels: Tensor) -> Tensor:
+    logits = found.logits[:, :-1].float()
+    return logits.log_softmax(-1).gather(-1, labels[:, 1:, None].to(logits.device))[..., 0]
 
 
 def _plain(head: nn.Module) -> bool:

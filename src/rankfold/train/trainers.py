@@ -21,10 +21,12 @@ from rankfold.train.callbacks import NoStepTooMany, Progress, RankAllocation
 from rankfold.train.folder import saving
 from rankfold.train.hf_api import (
     StepwiseTrainer,
+    add_terms_of_the_model,
     log_means,
     loss_is_of_its_batch,
     make_arguments,
     make_optimizer_by,
+    mend_loss_of_routers,
     require,
 )
 from rankfold.train.loss import score_as_the_model_does, score_labels_only
@@ -116,14 +118,23 @@ def make_trainer(
         make_optimizer_by(trainer, *optimizer.for_trainer(model))
     if task.loss_of_batch:
         loss_is_of_its_batch(trainer)
+    base: Any = model.get_base_model()
     if task.loss_of_labels:
-        score_labels_only(model.get_base_model())
+        score_labels_only(base)
     if task.fused_head and not (
         trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
     ):  # whose weights are not whole here
         with trainer.compute_loss_context_manager():
-            base = model.get_base_model()
-            score_as_the_model_does(base, task.example(base.config))
+            example = {key: value.to(base.device) for key, value in task.example(base.config).items()}
+            mend_loss_of_routers(trainer, base, example)
+            if score_as_the_model_does(base, example, terms=task.loss_of_labels):
+                add_terms_of_the_model(trainer)
+    if trainer.label_smoother is not None and getattr(trainer, "aux_loss_enabled", False):
+        raise RankfoldError(
+            f"training.extra: label_smoothing_factor={trainer.args.label_smoothing_factor:g} would leave out what "
+            f"{type(base).__name__} adds to its loss; remove it, or set router_aux_loss_coef: 0 beside it where that "
+            "is the loss of its routers"
+        )
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(Progress())

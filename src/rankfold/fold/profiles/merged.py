@@ -36,7 +36,7 @@ def rounded(exact: Factors, dtype: torch.dtype) -> Factors:
 
 def write(folded: Folded, folder: Path) -> Written:
     """safetensors under the base's names, its config.json with what changed, and every file that belongs to the model."""
-    model = _base(folded)
+    model: Any = _base(folded)
     with torch.no_grad():
         for name in folded.source.adapted:
             module, kind = _adaptable(model, name)
@@ -51,9 +51,12 @@ def write(folded: Folded, folder: Path) -> Written:
             f"profile merged: {broken} is not finite in {folded.dtype}; give --dtype float32, or bfloat16 where float16 is "
             "too narrow"
         )
-    if len(folded.source.labels) == getattr(model.config, "num_labels", None):
-        model.config.id2label = dict(enumerate(folded.source.labels))  # pyright: ignore
-        model.config.label2id = {label: i for i, label in enumerate(folded.source.labels)}  # pyright: ignore
+    config, classes = model.config, folded.source.classes
+    if len(classes.names) == getattr(config, "num_labels", None):
+        config.id2label = dict(enumerate(classes.names))
+        config.label2id = {label: i for i, label in enumerate(classes.names)}
+    if classes.problem is not None:
+        config.problem_type = classes.problem
     with quiet():
         model.save_pretrained(folder, max_shard_size=MAX_SHARD)  # pyright: ignore[reportCallIssue]
     parameters = sum(p.numel() for p in model.parameters())
@@ -63,7 +66,6 @@ def write(folded: Folded, folder: Path) -> Written:
         *write_config(base, revision, folder),
         *copy_files(base, revision, folded.source.folder, folder),
     ]
-    config: Any = model.config
     classifies = type(model).__name__.endswith("ForSequenceClassification")
     if classifies and getattr(config.get_text_config(), "pad_token_id", None) is None:
         notes.append(
