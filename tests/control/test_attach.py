@@ -457,9 +457,11 @@ def test_a_schedule_longer_than_training_is_said_and_recorded(method: str, tmp_p
     assert written == {"step": STEPS, "total_steps": 10 * STEPS, "finished": False}
 
 
-@pytest.mark.parametrize("method", ["adalora", "dynamic_dora"])
-def test_training_longer_than_the_schedule_keeps_the_ranks(method: str) -> None:
-    model = adapted(method, total_step=STEPS)
+@pytest.mark.parametrize(
+    ("method", "changes"), [("adalora", {}), ("adalora", {"tfinal": 0, "deltaT": 5}), ("dynamic_dora", {})]
+)
+def test_training_longer_than_the_schedule_keeps_the_ranks(method: str, changes: dict[str, Any]) -> None:
+    model = adapted(method, total_step=STEPS, **changes)
     optimizer = adamw(model)
     attach(model, optimizer, total_steps=3 * STEPS)
     train(model, optimizer, range(STEPS))
