@@ -654,6 +654,23 @@ def test_one_output_has_no_variance_and_no_nan() -> None:
     assert all(torch.isfinite(p).all() for p in model.parameters())
 
 
+@pytest.mark.parametrize(
+    ("method", "frozen", "changes"),
+    [
+        ("sora", ["gate"], {"preset": "reference"}),
+        ("adalora", ["down", "up"], {}),
+        ("dynamic_dora", ["down", "up"], {}),
+    ],
+)
+def test_what_is_frozen_has_no_penalty(method: str, frozen: list[str], changes: dict[str, Any]) -> None:
+    model = adapted(method, **changes)
+    kept = [getattr(a, name).requires_grad_(False) for a in adapters(model) for name in frozen]
+    optimizer, before = adamw(model), [p.clone() for p in kept]
+    attach(model, optimizer, total_steps=STEPS)
+    train(model, optimizer, range(2))
+    assert_same(kept, before)
+
+
 def test_an_optimiser_without_a_rate_is_refused_before_anything_moves() -> None:
     model = adapted("sora")
     optimizer = adamw(model)
