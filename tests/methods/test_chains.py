@@ -166,7 +166,8 @@ def test_a_chain_of_one_link_is_lora_bit_for_bit() -> None:
 
 
 @pytest.mark.parametrize(
-    "config", [ColaConfig(r=2, links=2), ColaConfig(r=2, preset="beyond_lora"), XgbLoraConfig(r=2), DeltaLoraConfig(r=2)]
+    "config",
+    [ColaConfig(r=2, links=2), ColaConfig(r=2, preset="beyond_lora"), XgbLoraConfig(r=2), DeltaLoraConfig(r=2)],
 )
 def test_an_embedding_starts_as_loras_at_every_link(config: Any) -> None:
     """Only one of its inputs is not zero: a Kaiming `down` would be 1/√rows, and everything learned as much smaller."""

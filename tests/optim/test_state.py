@@ -75,7 +75,9 @@ def test_states_of_half_precision_factors_are_wide() -> None:
 
 @pytest.mark.parametrize(("name", "options"), VARIANTS, ids=str)
 @pytest.mark.parametrize("types", [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)], ids=str)
-def test_a_state_saved_in_another_type_goes_on(name: str, options: dict[str, Any], types: tuple[torch.dtype, ...]) -> None:
+def test_a_state_saved_in_another_type_goes_on(
+    name: str, options: dict[str, Any], types: tuple[torch.dtype, ...]
+) -> None:
     before, now = (adapted(modules_to_save=["lm_head"]).to(dtype) for dtype in types)
     optimizer = create(name, before, 0.01, **options)
     train(before, optimizer, range(2))

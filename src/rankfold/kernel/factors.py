@@ -109,7 +109,8 @@ class Factors:
         down = torch.cat([p.down for p in parts])
         if all(p.gate is None and p.scale == self.scale for p in parts):
             return Factors(down, torch.cat([p.up for p in parts], 1), scale=self.scale)
-        wide = torch.promote_types(self.up.dtype, torch.float32)  # a scale is not rounded to the factors' half precision
+        # Gates are float32 at least: a scale is not rounded to the factors' half precision
+        wide = torch.promote_types(self.up.dtype, torch.float32)
         gates = [p.up.new_ones(p.rank, dtype=wide) if p.gate is None else p.gate for p in parts]
         return Factors(
             down,
