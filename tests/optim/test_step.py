@@ -373,6 +373,26 @@ def test_replaced_parameters_are_noticed() -> None:
         optimizer.step()
 
 
+@pytest.mark.parametrize(("cls", "options"), [rule for rule in RULES if rule[0] is not LoraFa], ids=str)
+@pytest.mark.parametrize("which", ["down", "up"])
+def test_a_factor_that_is_frozen_later_does_not_move(cls: Any, options: dict[str, Any], which: str) -> None:
+    model = adapted()
+    optimizer = cls(model, lr=0.01, **options)
+    train(model, optimizer, range(2))
+    for p in optimizer.pairs:
+        getattr(p, which).requires_grad_(False)
+    before = values(optimizer.pairs)
+    with pytest.raises(RankfoldError, match=rf"q_proj: {which} was frozen after the optimiser was made"):
+        train(model, optimizer, range(2, 4))
+    assert all(torch.equal(a, b) for a, b in zip(values(optimizer.pairs), before, strict=True))
+    for p in optimizer.pairs:  # both of them, as `set_adapter` does: nothing to step, and no error
+        for factor in (p.down, p.up):
+            factor.requires_grad_(False)
+    optimizer.zero_grad()
+    optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(values(optimizer.pairs), before, strict=True))
+
+
 # Options --------------------------------------------------------------------------------------------------------------
 
 
