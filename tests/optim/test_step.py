@@ -317,6 +317,16 @@ def test_lora_fa_freezes_down() -> None:
     assert all(torch.equal(p, trained(twin)[n]) for n, p in trained(model).items())
 
 
+def test_lora_fa_refuses_an_embedding_that_it_would_not_train() -> None:
+    model = adapted(target_modules=["embed_tokens", "q_proj"])
+    with pytest.raises(RankfoldError, match=r"embed_tokens: a new adapter of an embedding starts with down = 0"):
+        LoraFa(model, lr=0.01)
+    assert all(p.requires_grad for n, p in model.named_parameters() if "lora_" in n)
+    with torch.no_grad():
+        model.base_model.model.model.embed_tokens.lora_embedding_A["default"].normal_()
+    assert LoraFa(model, lr=0.01).pairs[0].embedding
+
+
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_controller_runs(name: str) -> None:
     """SoRA's gates are plain, and its controller sees the step of every optimiser."""
