@@ -457,9 +457,11 @@ def test_a_schedule_longer_than_training_is_said_and_recorded(method: str, tmp_p
     assert written == {"step": STEPS, "total_steps": 10 * STEPS, "finished": False}
 
 
-@pytest.mark.parametrize("method", ["adalora", "dynamic_dora"])
-def test_training_longer_than_the_schedule_keeps_the_ranks(method: str) -> None:
-    model = adapted(method, total_step=STEPS)
+@pytest.mark.parametrize(
+    ("method", "changes"), [("adalora", {}), ("adalora", {"tfinal": 0, "deltaT": 5}), ("dynamic_dora", {})]
+)
+def test_training_longer_than_the_schedule_keeps_the_ranks(method: str, changes: dict[str, Any]) -> None:
+    model = adapted(method, total_step=STEPS, **changes)
     optimizer = adamw(model)
     attach(model, optimizer, total_steps=3 * STEPS)
     train(model, optimizer, range(STEPS))
@@ -650,6 +652,23 @@ def test_one_output_has_no_variance_and_no_nan() -> None:
         optimizer.step()
         optimizer.zero_grad()
     assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("method", "frozen", "changes"),
+    [
+        ("sora", ["gate"], {"preset": "reference"}),
+        ("adalora", ["down", "up"], {}),
+        ("dynamic_dora", ["down", "up"], {}),
+    ],
+)
+def test_what_is_frozen_has_no_penalty(method: str, frozen: list[str], changes: dict[str, Any]) -> None:
+    model = adapted(method, **changes)
+    kept = [getattr(a, name).requires_grad_(False) for a in adapters(model) for name in frozen]
+    optimizer, before = adamw(model), [p.clone() for p in kept]
+    attach(model, optimizer, total_steps=STEPS)
+    train(model, optimizer, range(2))
+    assert_same(kept, before)
 
 
 def test_an_optimiser_without_a_rate_is_refused_before_anything_moves() -> None:

@@ -115,6 +115,16 @@ def test_concat_keeps_a_common_scale_out_of_the_tensors():
     assert torch.equal(joined.up, torch.cat([a.up, b.up], 1))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_does_not_round_scales_and_gates(dtype):
+    """A merge widens the sum of an adapter's blocks: the factors are what is rounded, and no more."""
+    a, b = make(2, False, 4 / 3, dtype=dtype), make(3, False, -0.7, dtype=dtype)
+    wanted = dense(a.to(torch.float64)) + dense(b.to(torch.float64))
+    assert_close(a.concat(b).to(torch.float64).delta(), wanted, rtol=1e-6, atol=1e-6)
+    gated = Factors(a.down, a.up, torch.tensor([1.003, 0.997]))
+    assert torch.equal(gated.baked().up, (a.up.double() * gated.gate.double()).to(dtype))
+
+
 @pytest.mark.parametrize("shape", [(OUT, IN + 1), (OUT + 1, IN)])
 def test_concat_of_different_weights(shape):
     with pytest.raises(ValueError, match=r"updates of different weights.*\(7, 5\)"):

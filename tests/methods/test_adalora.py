@@ -80,7 +80,8 @@ def test_budget_golden() -> None:
 @pytest.mark.parametrize("tfinal", [0, 1, 2, 7])
 @pytest.mark.parametrize("deltaT", [1, 4, 50])
 def test_the_last_step_always_cuts_to_the_budget(tfinal: int, deltaT: int) -> None:
-    assert budget(29, 8, 4, 2, tfinal, 30, deltaT) == (4, True)
+    for t in range(29, 40):  # and those behind it, where training is longer than `total_step`
+        assert budget(t, 8, 4, 2, tfinal, 30, deltaT) == (4, True)
 
 
 @pytest.mark.parametrize(
@@ -155,6 +156,14 @@ def test_ema_golden() -> None:
     torch.testing.assert_close(s, 0.019125 * (w * grad) ** 2, rtol=1e-12, atol=0)
     torch.testing.assert_close(i_bar, 0.15 * (w * grad).abs())
     torch.testing.assert_close(u_bar, 0.15 * 0.85 * (w * grad).abs())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_importance_of_half_precision_is_not_rounded_to_zero(dtype: torch.dtype) -> None:
+    w, grad = torch.tensor([0.01, 0.02]).to(dtype), torch.tensor([1e-6, 2e-6]).to(dtype)
+    i_bar = torch.zeros(2)
+    importance(i_bar, torch.zeros(2), w, grad, 0.85, 0.85)
+    torch.testing.assert_close(i_bar, 0.15 * w.float() * grad.float(), rtol=1e-6, atol=0)
 
 
 def test_score_golden() -> None:

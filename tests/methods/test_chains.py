@@ -12,7 +12,7 @@ import torch
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 
-from rankfold import ColaConfig, PlainLoraConfig, RacLoraConfig, attach
+from rankfold import ColaConfig, DeltaLoraConfig, PlainLoraConfig, RacLoraConfig, XgbLoraConfig, attach
 from rankfold.control.attach import KEY, Attached
 from rankfold.fold import fold_model
 from rankfold.kernel.factors import Factors
@@ -163,6 +163,35 @@ def test_a_chain_of_one_link_is_lora_bit_for_bit() -> None:
     lora, *_ = run(PlainLoraConfig(r=2), 5)
     for one, other in zip(cola.parameters(), lora.parameters(), strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [ColaConfig(r=2, links=2), ColaConfig(r=2, preset="beyond_lora"), XgbLoraConfig(r=2), DeltaLoraConfig(r=2)],
+)
+def test_an_embedding_starts_as_loras_at_every_link(config: Any) -> None:
+    """Only one of its inputs is not zero: a Kaiming `down` would be 1/√rows, and everything learned as much smaller."""
+
+    def made(config: Any) -> Any:
+        config.target_modules = {"0"}
+        torch.manual_seed(3)
+        model = get_peft_model(nn.Sequential(nn.Embedding(400, 5), nn.Linear(5, 4)), config)
+        return model, model.base_model.model[0].adapters(["default"])[0]  # pyright: ignore
+
+    (_, lora), (model, adapter) = made(PlainLoraConfig(r=2)), made(config)
+    assert not adapter.down.any()
+    assert torch.equal(adapter.up, lora.up)
+    if isinstance(config, ColaConfig):
+        optimizer = adamw(model)
+        attach(model, optimizer, total_steps=2 * (config.links or 0))
+        ids = torch.arange(6)
+        for _ in range(2):
+            optimizer.zero_grad()
+            model(ids).square().sum().backward()
+            optimizer.step()
+        assert adapter.frozen_rank == 2
+        assert not adapter.down.any()
+        assert 0.2 < adapter.up.std() < 3
 
 
 # The knot -------------------------------------------------------------------------------------------------------------

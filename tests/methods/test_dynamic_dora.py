@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from rankfold import DynamicDoraConfig, attach
 from rankfold.host.linear_layer import AdaptedLinear
 from rankfold.methods.dynamic_dora import DynamicDora, cut
+from rankfold.plan.peft_methods import fields_at
 
 TOTAL = 40
 
@@ -63,6 +64,13 @@ def step(m: nn.Module, optimizer: torch.optim.Optimizer, t: int) -> None:
 
 
 # The schedule --------------------------------------------------------------------------------------------------------
+
+
+def test_the_start_is_one_and_a_half_times_the_target_rounded_up() -> None:
+    """As the authors' code has it; PEFT's AdaLoRA is compared from the same start."""
+    starts = {1: 2, 2: 3, 3: 5, 4: 6, 7: 11, 8: 12}
+    assert {r: DynamicDoraConfig.fields_at(r)["r"] for r in starts} == starts
+    assert {r: fields_at("peft:adalora", r)["init_r"] for r in starts} == starts
 
 
 def test_schedule_golden() -> None:

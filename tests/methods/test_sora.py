@@ -171,6 +171,19 @@ def test_without_threshold_it_is_adamw() -> None:
     torch.testing.assert_close(adapter.gate.detach(), start, rtol=1e-12, atol=0)
 
 
+def test_steps_without_a_gradient_do_not_count() -> None:
+    """As in torch's Adam: an expert that no token went to for 40 steps then moves by one learning rate, and not by three."""
+    adapter, optimizer, _ = driven(threshold=0.0)
+    start, grad = adapter.gate.detach().clone(), torch.tensor([1.0, -2.0, 3.0, -4.0], dtype=torch.float64)
+    for _ in range(40):
+        adapter.gate.grad = None
+        optimizer.step()
+    assert torch.equal(adapter.gate.detach(), start)
+    adapter.gate.grad = grad
+    optimizer.step()
+    torch.testing.assert_close(adapter.gate.detach(), start - 1e-3 * grad.sign(), rtol=1e-4, atol=0)
+
+
 @pytest.mark.parametrize("make", [torch.optim.AdamW, torch.optim.SGD, torch.optim.RMSprop])
 def test_weight_decay_never_touches_gates(make: Any) -> None:
     m = sora(threshold=0.0)

@@ -74,6 +74,23 @@ def test_states_of_half_precision_factors_are_wide() -> None:
 
 
 @pytest.mark.parametrize(("name", "options"), VARIANTS, ids=str)
+@pytest.mark.parametrize("types", [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)], ids=str)
+def test_a_state_saved_in_another_type_goes_on(
+    name: str, options: dict[str, Any], types: tuple[torch.dtype, ...]
+) -> None:
+    before, now = (adapted(modules_to_save=["lm_head"]).to(dtype) for dtype in types)
+    optimizer = create(name, before, 0.01, **options)
+    train(before, optimizer, range(2))
+    resumed = create(name, now, 0.01, **options)
+    resumed.load_state_dict(saved(optimizer))
+    for group in resumed.param_groups:
+        for p in group["params"] if group["kind"] != "pairs" else ():  # as torch's AdamW, which asks for one type
+            assert {t.dtype for k, t in resumed.state[p].items() if k != "step"} == {types[1]}
+    train(now, resumed, range(2, 4))
+    assert all(torch.isfinite(value).all() for value in trained(now).values())
+
+
+@pytest.mark.parametrize(("name", "options"), VARIANTS, ids=str)
 def test_copies_go_on_alike(name: str, options: dict[str, Any]) -> None:
     """deepcopy and pickle of model and optimiser together; the shared memory of a stack must not be."""
     model = model_with_head()

@@ -317,6 +317,16 @@ def test_lora_fa_freezes_down() -> None:
     assert all(torch.equal(p, trained(twin)[n]) for n, p in trained(model).items())
 
 
+def test_lora_fa_refuses_an_embedding_that_it_would_not_train() -> None:
+    model = adapted(target_modules=["embed_tokens", "q_proj"])
+    with pytest.raises(RankfoldError, match=r"embed_tokens: a new adapter of an embedding starts with down = 0"):
+        LoraFa(model, lr=0.01)
+    assert all(p.requires_grad for n, p in model.named_parameters() if "lora_" in n)
+    with torch.no_grad():
+        model.base_model.model.model.embed_tokens.lora_embedding_A["default"].normal_()
+    assert LoraFa(model, lr=0.01).pairs[0].embedding
+
+
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_controller_runs(name: str) -> None:
     """SoRA's gates are plain, and its controller sees the step of every optimiser."""
@@ -371,6 +381,26 @@ def test_replaced_parameters_are_noticed() -> None:
     optimizer.param_groups[0]["params"][0] = nn.Parameter(A0.clone())
     with pytest.raises(RankfoldError, match="were replaced after it was made"):
         optimizer.step()
+
+
+@pytest.mark.parametrize(("cls", "options"), [rule for rule in RULES if rule[0] is not LoraFa], ids=str)
+@pytest.mark.parametrize("which", ["down", "up"])
+def test_a_factor_that_is_frozen_later_does_not_move(cls: Any, options: dict[str, Any], which: str) -> None:
+    model = adapted()
+    optimizer = cls(model, lr=0.01, **options)
+    train(model, optimizer, range(2))
+    for p in optimizer.pairs:
+        getattr(p, which).requires_grad_(False)
+    before = values(optimizer.pairs)
+    with pytest.raises(RankfoldError, match=rf"q_proj: {which} was frozen after the optimiser was made"):
+        train(model, optimizer, range(2, 4))
+    assert all(torch.equal(a, b) for a, b in zip(values(optimizer.pairs), before, strict=True))
+    for p in optimizer.pairs:  # both of them, as `set_adapter` does: nothing to step, and no error
+        for factor in (p.down, p.up):
+            factor.requires_grad_(False)
+    optimizer.zero_grad()
+    optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(values(optimizer.pairs), before, strict=True))
 
 
 # Options --------------------------------------------------------------------------------------------------------------

@@ -107,7 +107,7 @@ def attach(model: nn.Module, optimizer: torch.optim.Optimizer, *, total_steps: i
         for controller in controllers.values():
             with torch.enable_grad():
                 loss = controller.extra_loss()
-            if loss is not None:
+            if loss is not None and loss.requires_grad:  # not where all that it penalises is frozen
                 _add_gradient(loss, controller)
             with torch.no_grad():
                 controller.before_step(opt)

@@ -312,21 +312,24 @@ def group_by_type(config: LowRankConfig, site: Site) -> str:
     return f"{module_type(site.name)}:{site.out_features}x{site.in_features}"
 
 
-def kaiming_(t: Tensor, a: float = math.sqrt(5)) -> Tensor:
+def kaiming_(t: Tensor, a: float = math.sqrt(5), generator: torch.Generator | None = None) -> Tensor:
     """LoRA's first values of `down`: U(−1/√in, +1/√in) at the default a. Nothing to do on an empty factor."""
-    return nn.init.kaiming_uniform_(t, a=a) if t.numel() else t
+    return nn.init.kaiming_uniform_(t, a=a, generator=generator) if t.numel() else t
 
 
-def first_pair_(down: Tensor, up: Tensor, site: Site, random: bool = False) -> None:
+def first_pair_(
+    down: Tensor, up: Tensor, site: Site, random: bool = False, generator: torch.Generator | None = None
+) -> None:
     """LoRA's first values, an update of zero: `down` as `kaiming_`, up = 0. On an embedding, where one input of all is not zero,
     PEFT's: down = 0 and up ~ N(0, 1).
 
     Args:
         random: an update that is not zero, for tests.
+        generator: what draws them; by default torch's own.
     """
     if site.kind == "embedding":
-        nn.init.normal_(up)
-        nn.init.normal_(down) if random else nn.init.zeros_(down)
+        nn.init.normal_(up, generator=generator)
+        nn.init.normal_(down, generator=generator) if random else nn.init.zeros_(down)
     else:
-        kaiming_(down)
-        kaiming_(up) if random else nn.init.zeros_(up)
+        kaiming_(down, generator=generator)
+        kaiming_(up, generator=generator) if random else nn.init.zeros_(up)

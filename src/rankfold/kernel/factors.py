@@ -83,7 +83,7 @@ class Factors:
 
     def baked(self) -> Factors:
         """The same update with gate and scale multiplied into `up`."""
-        up = self.up if self.gate is None else self.up * self.gate.to(self.up.dtype)
+        up = self.up if self.gate is None else (self.up * self.gate).to(self.up.dtype)
         return Factors(self.down, up * self.scale if self.scale != 1.0 else up)
 
     def delta(self) -> Tensor:
@@ -109,7 +109,9 @@ class Factors:
         down = torch.cat([p.down for p in parts])
         if all(p.gate is None and p.scale == self.scale for p in parts):
             return Factors(down, torch.cat([p.up for p in parts], 1), scale=self.scale)
-        gates = [p.up.new_ones(p.rank) if p.gate is None else p.gate for p in parts]
+        # Gates are float32 at least: a scale is not rounded to the factors' half precision
+        wide = torch.promote_types(self.up.dtype, torch.float32)
+        gates = [p.up.new_ones(p.rank, dtype=wide) if p.gate is None else p.gate for p in parts]
         return Factors(
             down,
             torch.cat([p.up for p in parts], 1),

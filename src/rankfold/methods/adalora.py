@@ -82,7 +82,7 @@ def budget(t: int, b0: int, bT: int, tinit: int, tfinal: int, total: int, deltaT
     """(triplets to keep after 0-based step t, whether to mask now): cubic, fast first."""
     if t <= tinit:
         return b0, False
-    if t > total - tfinal or t == total - 1:
+    if t > total - tfinal or t >= total - 1:  # also where training goes on behind `total`
         return bT, True
     m = 1 - (t - tinit) / (total - tfinal - tinit)
     return int(bT + (b0 - bT) * m**3), t % deltaT == 0
@@ -90,7 +90,7 @@ def budget(t: int, b0: int, bT: int, tinit: int, tfinal: int, total: int, deltaT
 
 def importance(i_bar: Tensor, u_bar: Tensor, w: Tensor, grad: Tensor, beta1: float, beta2: float) -> Tensor:
     """s(w) = Ī·Ū after one step of both averages (in place), I = |w·∂L/∂w|."""
-    i = (w * grad).abs().to(i_bar.dtype)
+    i = (w.to(i_bar.dtype) * grad.to(i_bar.dtype)).abs()  # in half precision small products would all be 0
     i_bar.mul_(beta1).add_(i, alpha=1 - beta1)
     u_bar.mul_(beta2).add_((i - i_bar).abs(), alpha=1 - beta2)
     return i_bar * u_bar

@@ -8,7 +8,6 @@ can be switched, served, resumed and folded, and no update is lost to a rounded 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import ClassVar
 
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from rankfold.control.sharded import fill_, whole
-from rankfold.host.adapter import Adapter, Site, kaiming_
+from rankfold.host.adapter import Adapter, Site, first_pair_
 from rankfold.host.config import LowRankConfig
 from rankfold.kernel.factors import Factors
 from rankfold.kernel.layout import Term
@@ -44,8 +43,7 @@ class Chain(Adapter):
 
     def reset_parameters(self, init: bool | str) -> None:
         if init is False:
-            kaiming_(self.down)
-            kaiming_(self.up)
+            first_pair_(self.down, self.up, self.site, random=True)
         else:
             self.start(0)
 
@@ -74,8 +72,9 @@ class Chain(Adapter):
     def fresh(self, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
         """A and B of a new link, on the CPU: LoRA's first values."""
         down = torch.empty(self.r, self.site.in_features, device="cpu")
-        nn.init.kaiming_uniform_(down, a=math.sqrt(5), generator=generator)
-        return down, torch.zeros(self.site.out_features, self.r, device="cpu")
+        up = torch.empty(self.site.out_features, self.r, device="cpu")
+        first_pair_(down, up, self.site, generator=generator)
+        return down, up
 
     def components(self, link: int) -> int:
         """The rank of a link, counted from 0. The pair keeps its shape: what a link has not is zero in both factors, and stays

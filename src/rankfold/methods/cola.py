@@ -71,7 +71,7 @@ class Cola(Chain):
 
     def fresh(self, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
         down, up = super().fresh(generator)
-        if self.config.init_lora_weights == "normal":
+        if self.config.init_lora_weights == "normal" and self.site.kind != "embedding":  # there A is 0, and B random
             nn.init.normal_(down, std=0.02, generator=generator)
         return down, up
 

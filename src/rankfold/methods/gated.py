@@ -5,6 +5,7 @@ They differ in first values and in who zeroes entries of the gate, and when; tha
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Self
@@ -60,7 +61,7 @@ class BudgetConfig(LowRankConfig):
 
     @classmethod
     def fields_at(cls, r: int) -> dict[str, int]:
-        return {"r": max(round(1.5 * r), r), "target_r": r}  # the start that the papers take
+        return {"r": math.ceil(1.5 * r), "target_r": r}  # the start that the papers take
 
     def with_rank(self, n: int) -> Self:
         """The target stays the same share of the start."""

@@ -104,6 +104,7 @@ class SoraController(Controller[Sora, SoraConfig]):
         self.state |= {
             "m": [torch.zeros_like(a.gate) for a in self.adapters],
             "v": [torch.zeros_like(a.gate) for a in self.adapters],
+            "gradients": [0 for _ in self.adapters],  # how many each gate has had: Adam's own count of steps
         }
         self._grads: list[Tensor | None] = []
         self._rates: list[float] = []
@@ -140,16 +141,17 @@ class SoraController(Controller[Sora, SoraConfig]):
         return float(lr)
 
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:
-        (b1, b2), t = self.BETAS, self.step
+        (b1, b2), counts = self.BETAS, self.state["gradients"]
         prox = soft_threshold if self.config.prox == "soft" else reference_threshold
         rows = zip(self.adapters, self._grads, self._rates, self.state["m"], self.state["v"], strict=True)
-        for adapter, grad, lr, m, v in rows:
+        for i, (adapter, grad, lr, m, v) in enumerate(rows):
             gate = adapter.gate
             if not gate.requires_grad:  # frozen by the user: a plain LoRA with a constant gate
                 continue
             xi = self.config.threshold * (lr if self.config.threshold_times_lr else 1.0)
-            size = lr * math.sqrt(1 - b2**t) / (1 - b1**t)
             if grad is not None:
+                counts[i] += 1
+                size = lr * math.sqrt(1 - b2 ** counts[i]) / (1 - b1 ** counts[i])
                 grad = grad.to(m.dtype)
                 m.mul_(b1).add_(grad, alpha=1 - b1)
                 v.mul_(b2).addcmul_(grad, grad, value=1 - b2)
@@ -160,7 +162,7 @@ class SoraController(Controller[Sora, SoraConfig]):
         if not self._all_dead and not any(a.alive() for a in self.adapters):
             self._all_dead = True
             warnings.warn(
-                f"SoRA: every gate is zero after step {t}, so the adapter does nothing; threshold={self.config.threshold} is "
+                f"SoRA: every gate is zero after step {self.step}, so the adapter does nothing; threshold={self.config.threshold} is "
                 f"too high for this many steps (each one shrinks every gate by it)",
                 stacklevel=2,
             )

@@ -12,14 +12,17 @@ Ours: the product is never in bf16; the inverse of the frozen AAᵀ is computed 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from rankfold.errors import RankfoldError
 from rankfold.optim.adam import adam_
 from rankfold.optim.options import Options
 from rankfold.optim.pair_optimizer import PairOptimizer
+from rankfold.optim.pairs import Pair, Split
 from rankfold.optim.registry import OptimizerRow, register
 from rankfold.optim.small import inverse, precise_gram
 from rankfold.optim.stacks import Batch, Shapes
@@ -42,6 +45,17 @@ class LoraFa(PairOptimizer):
 
     Options: ClassVar[type[Options]] = LoraFaOptions
     trains_down = False
+
+    @classmethod
+    def split(cls, model: nn.Module | Sequence[Pair]) -> Split:
+        parts = super().split(model)
+        dead = next((p for p in parts.pairs if p.embedding and not p.down.is_meta and not p.down.any()), None)
+        if dead is not None:
+            raise RankfoldError(
+                f"LoraFa: {dead.name}: a new adapter of an embedding starts with down = 0, and with a frozen down it would learn "
+                "nothing; leave it out of target_modules, or take LoraPlus or AdamW"
+            )
+        return parts
 
     @classmethod
     def remembers(cls, out: int, in_: int, r: int, options: Options) -> Shapes:

@@ -57,9 +57,10 @@ class PairAware(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores a state exactly, types included; raises RankfoldError for that of another model, rank or optimiser."""
-        check_state(self, state_dict, self.expected())
+        expected = self.expected()
+        check_state(self, state_dict, expected)
         super().load_state_dict(state_dict)
-        restore_types(self, state_dict)
+        restore_types(self, state_dict, expected)
 
     def expected(self) -> Mapping[nn.Parameter, Shapes]:
         """Shapes of the state of those parameters that have more than tensors of their own shape."""

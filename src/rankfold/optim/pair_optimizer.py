@@ -119,6 +119,12 @@ class PairOptimizer(PairAware):
                 f"{type(self).__name__}: the parameters in its groups were replaced after it was made (FSDP2 does that), and they "
                 "are not its pairs any more; use DDP, or take LoraPlus or AdamW"
             )
+        half = next((p for p in self.pairs if self.trains_down and p.down.requires_grad != p.up.requires_grad), None)
+        if half is not None:  # its moments would go on moving the frozen factor
+            raise RankfoldError(
+                f"{type(self).__name__}: {half.name}: {'up' if half.down.requires_grad else 'down'} was frozen after the optimiser was "
+                "made, and it steps both factors of a pair together; freeze both, or take torch.optim.AdamW"
+            )
         self.freeze(self.pairs)  # PEFT asks all of an adapter for gradients again after `disable_adapter()`
         todo = self._batches(frozenset())
         finite = [batch.finite() for _, batch, _ in todo]

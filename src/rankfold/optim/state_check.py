@@ -28,12 +28,20 @@ def check_state(
         )
 
 
-def restore_types(optimizer: torch.optim.Optimizer, state_dict: Mapping[str, Any]) -> None:
-    """Puts back the tensors of a state that torch has just loaded, because it has cast them to the parameters' type."""
+def restore_types(
+    optimizer: torch.optim.Optimizer,
+    state_dict: Mapping[str, Any],
+    expected: Mapping[nn.Parameter, Mapping[str, tuple[int, ...]]],
+) -> None:
+    """Puts back the tensors of a state that torch has just loaded, because it has cast them to the parameters' type.
+
+    Args:
+        expected: as in `check_state`. The state of other parameters must have their type, also where it was saved in another.
+    """
     for saved_id, p in _matched(optimizer, state_dict):
-        for name, value in state_dict["state"].get(saved_id, {}).items():
+        for name, value in state_dict["state"].get(saved_id, {}).items() if p in expected else ():
             if isinstance(value, Tensor):
-                optimizer.state[p][name] = value.detach().to("cpu" if value.ndim == 0 else p.device, copy=True)
+                optimizer.state[p][name] = value.detach().to(p.device, copy=True)
 
 
 def _matched(optimizer: torch.optim.Optimizer, state_dict: Mapping[str, Any]) -> Iterator[tuple[int, nn.Parameter]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 #: The best known, which a plan compares ours with.
@@ -32,4 +33,4 @@ RANKS = ("r", "init_r")
 
 def fields_at(name: str, r: int) -> dict[str, int]:
     """The fields that stand for "rank r"; where ranks fall, they end there and start at 1.5 r, as papers do."""
-    return {"init_r": max(round(1.5 * r), r), "target_r": r} if name == "peft:adalora" else {"r": r}
+    return {"init_r": math.ceil(1.5 * r), "target_r": r} if name == "peft:adalora" else {"r": r}
