@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
-from peft import LoHaConfig, LoraConfig, PeftConfig, PeftModel, VeraConfig, get_peft_model
+from peft import LoHaConfig, LoraConfig, PeftConfig, PeftModel, VBLoRAConfig, VeraConfig, get_peft_model
 from shapes import CONFIGS, folder, real
 
 from rankfold import AdaSvdConfig, PlainLoraConfig, RasaConfig
@@ -100,6 +100,25 @@ def test_counts_are_those_of_the_adapter(label: str, arch: str, tmp_path: Path) 
     assert report.parameters == found.folded
 
 
+@pytest.mark.parametrize("config", [PlainLoraConfig, LoraConfig])
+def test_zeros_beside_an_adapter_are_counted(config: type[PeftConfig], tmp_path: Path) -> None:
+    """SGLang wants v_proj beside q_proj, and gate_proj beside up_proj."""
+    base = folder(tmp_path / "base", "llama")
+    made = config(r=8, target_modules=["q_proj", "up_proj"])  # pyright: ignore[reportCallIssue]
+    found = cost(meta_model(str(base)), made)
+    built("llama", made).save_pretrained(str(tmp_path / "adapter"))
+    report = fold_adapter(tmp_path / "adapter", tmp_path / "folded", base=str(base), probe=False)
+    assert found.folded == report.parameters > found.trained
+
+
+def test_a_method_that_looks_at_values_while_it_trains(tmp_path: Path) -> None:
+    made = VBLoRAConfig(r=4, vector_length=8, target_modules=["q_proj"])
+    found = cost(meta_model(str(folder(tmp_path / "base", "llama"))), made)
+    assert found.trained == budget.count(built("llama", made)).adapter
+    assert isinstance(found.fold, Fold)
+    assert found.flops is None  # which take place in training
+
+
 def test_a_real_model_is_counted_and_left_alone(tmp_path: Path) -> None:
     model, config = real("llama"), RasaConfig(r=4, target_modules="all-linear")
     state, fields, draws = dict(model.state_dict()), dict(vars(config)), torch.get_rng_state()
@@ -188,6 +207,9 @@ def test_fused_experts_are_named(tmp_path: Path) -> None:
     spent = cost(base, PlainLoraConfig(target_modules=["q_proj"]))
     share = 100 * experts / base.num_parameters()
     assert f"no adapter on: fused experts, {share:.3g} % of the parameters (" in spent.notes[0]
+    theirs = cost(base, LoraConfig(r=2, target_modules="all-linear"))  # on the router as well, which gives a tuple
+    assert theirs.trained > 0
+    assert theirs.flops is None
 
 
 @pytest.mark.filterwarnings(
@@ -207,6 +229,16 @@ def test_a_lora_of_peft_on_fused_experts_is_counted() -> None:  # peft#3009
     assert spent.trained == sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert spent.flops is None
     assert not any("experts" in note for note in spent.notes)
+
+
+def test_what_peft_cannot_save_is_said() -> None:
+    """An adapter on the head of a speech model, which has no embedding; PEFT saves the two together."""
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    small = {"conv_dim": (8, 8), "conv_kernel": (3, 3), "conv_stride": (2, 2), "num_conv_pos_embeddings": 16}
+    base = hf.Wav2Vec2ForCTC(hf.Wav2Vec2Config(**sizes, **small, num_conv_pos_embedding_groups=2, vocab_size=20))
+    with pytest.raises(ValueError, match=r"^LoraConfig: PEFT cannot save it on this model: .*; leave lm_head out"):
+        cost(base, LoraConfig(r=2, target_modules="all-linear"))
+    assert cost(base, LoraConfig(r=2, target_modules=["q_proj"])).trained == 2 * 2 * 16
 
 
 def test_a_gguf_file_by_its_header(tmp_path: Path) -> None:
