@@ -182,6 +182,14 @@ def test_experts_that_transformers_fuses_are_named_once(tmp_path: Path) -> None:
     experts = "model.layers.*.mlp.experts."
     assert {experts + "gate_up_proj", experts + "down_proj"} <= report.left_out.keys()
     assert not any(".w1" in kind for kind in report.left_out)
+    for folder in (base, after):  # as transformers holds them: three-dimensional
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        model.save_pretrained(tmp_path / f"{folder.name}-fused", save_original_format=False)
+    fused = [tmp_path / f"{folder.name}-fused" for folder in (base, after)]
+    assert "model.layers.0.mlp.experts.gate_up_proj" in load_file(fused[1] / "model.safetensors")
+    again = extract(*fused, tmp_path / "again", rank=2)
+    assert again.left_out == pytest.approx(report.left_out)
+    assert any(f"{experts}gate_up_proj {report.left_out[experts + 'gate_up_proj']:.2%}" in note for note in again.notes)
 
 
 def renamed(folders: tuple[Path, Path], out: Path, change: Callable[[str], str]) -> list[Path]:
