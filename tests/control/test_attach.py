@@ -472,6 +472,20 @@ def test_training_longer_than_the_schedule_keeps_the_ranks(method: str, changes:
         assert_same([a.gate != 0 for a in adapters(model)], final)
 
 
+@pytest.mark.parametrize("method", ["adalora", "dynamic_dora"])
+def test_a_run_that_goes_on_shorter_still_cuts_to_the_budget(method: str) -> None:
+    """At step 8 of 40 hardly any component is out; of 12, all of them should have been."""
+    model = adapted(method)
+    optimizer = adamw(model)
+    attach(model, optimizer, total_steps=40)
+    train(model, optimizer, range(8))
+    assert sum(alive(model)) > 4
+    attached = attach(model, optimizer, total_steps=STEPS)
+    train(model, optimizer, range(8, STEPS))
+    assert attached.controllers["default"].finished()
+    assert sum(alive(model)) == 4
+
+
 @pytest.mark.parametrize(
     ("method", "changes"),
     [

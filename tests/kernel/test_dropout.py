@@ -38,6 +38,14 @@ def test_the_share_that_is_kept(p: float):
     assert 0.5 * sigma < shares.std() < 2 * sigma  # neither too even nor too clustered
 
 
+def test_not_everything_is_dropped_whatever_p_is():
+    """A byte is not below 256: nothing was dropped at p = 0.999, and everything multiplied by 0."""
+    torch.manual_seed(0)
+    x = torch.empty(300, 1001)
+    assert drop_mask(x, 0.999)[1] == 1 / 256
+    assert abs(kept(x, 0.999).mean() - 1 / 256) < 5 * (1 / 256 / x.numel()) ** 0.5
+
+
 @pytest.mark.parametrize("p", [0.05, 0.5])
 def test_elements_are_independent(p: float):
     torch.manual_seed(0)

@@ -31,11 +31,11 @@ def drop_mask(x: Tensor, p: float) -> tuple[Tensor | None, float]:
     Returns:
         The mask: the dropped elements' indices into the flattened x (int64, sorted), or the kept elements (bool, of x's shape),
         or None if all are kept. And the probability; where the mask is drawn as one random byte per element (CUDA, or p above
-        1/8), p is rounded to k/256.
+        1/8), p is rounded to k/256, k ≤ 255.
     """
     if p <= 0.0:
         return None, 1.0
-    k = round(256 * p)
+    k = min(round(256 * p), 255)  # at 256 nothing could be kept, and a byte cannot be compared with it
     if not torch.compiler.is_compiling():
         if x.device.type == "cpu" and p <= SPARSE:
             return _dropped_indices(x.numel(), p), 1.0 - p

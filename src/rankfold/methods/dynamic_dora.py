@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -92,6 +92,12 @@ class DynamicDoraController(Controller[DynamicDora, DynamicDoraConfig]):
             "S": [torch.zeros(a.r, device=a.gate.device) for a in self.adapters],  # smoothed scores
             "final": [torch.zeros(a.r, device=a.gate.device, dtype=torch.bool) for a in self.adapters],  # out for good
         }
+        self._overdue = False
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """As any controller's. Where the run that goes on is shorter, the last cut may be behind it and not made: the next step makes it."""
+        super().load_state(state)
+        self._overdue = self.tau(self.step) >= self.tau_max and not any(final.any() for final in self.state["final"])
 
     def tau(self, t: int) -> int:
         """Steps since cutting began, at 1-based step t."""
@@ -112,7 +118,8 @@ class DynamicDoraController(Controller[DynamicDora, DynamicDoraConfig]):
                 finite(f"Dynamic DoRA: the gradient of gate at {a.site.name}", a.gate.grad)
 
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:
-        c, tau = self.config, self.tau(self.step)
+        c, tau = self.config, self.tau_max if self._overdue else self.tau(self.step)
+        self._overdue = False
         if tau <= self.tau_max:
             for adapter, s in zip(self.adapters, self.state["S"], strict=True):
                 q = finite(f"Dynamic DoRA: the share of components at {adapter.site.name}", adapter.shares())
