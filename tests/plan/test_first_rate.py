@@ -57,6 +57,12 @@ def test_what_is_of_one_model_does_not_count():
     assert rate(config) == rate(PlainLoraConfig(r=8, lora_alpha=16))
 
 
+@pytest.mark.parametrize("cls", [PlainLoraConfig, peft.LoraConfig])
+def test_dropout_does_not_count(cls: type[peft.PeftConfig]):
+    fields = {"r": 8, "lora_alpha": 16}
+    assert rate(cls(**fields, lora_dropout=0.5)) == rate(cls(**fields))  # pyright: ignore[reportCallIssue]
+
+
 def test_the_callers_generator_stays(recwarn: pytest.WarningsRecorder):
     torch.manual_seed(5)
     before = torch.get_rng_state()

@@ -143,6 +143,8 @@ def _placed(config: PeftConfig) -> PeftConfig:
     for name in _PLACE:
         if hasattr(other, name):
             setattr(other, name, {} if name.endswith("_pattern") and name != "layers_pattern" else None)
+    for name in [name for name in vars(other) if name.endswith("dropout")]:
+        setattr(other, name, 0.0)
     setattr(other, "target_modules", {_Block.name})  # noqa: B010  (PeftConfig does not declare it)
     return other
 
