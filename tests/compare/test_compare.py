@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny import sentiment, write_jsonl
 from transformers import AlbertConfig, AlbertModel, AutoTokenizer
 
 from rankfold.cli import main
@@ -170,6 +171,11 @@ def test_the_folder_of_another_comparison(values: Values, here: list[str], tmp_p
         run(values, f"output={tmp_path / 'reviews'}")
     with pytest.raises(ValueError, match="'LoRA' and 'twin' are the same method"):
         run(values | {"methods": [values["methods"][0], {**values["methods"][0], "label": "twin"}]})
+    write_jsonl(tmp_path / "reviews" / "test.jsonl", sentiment(9, 900))
+    with pytest.raises(
+        FolderError, match=r"the rows of data were others when 'LoRA' in '.*' was run, though their names"
+    ):
+        run(values)
     assert len(here) == 2
 
 

@@ -64,12 +64,14 @@ class Lineup:
         budget: in trained parameters of the adapter, or None.
         steps: of a whole trial.
         rows: by split.
+        digest: of the rows' content.
     """
 
     entries: list[Entry]
     budget: int | None
     steps: int
     rows: dict[str, int]
+    digest: str
     notes: list[str]
 
 
@@ -100,7 +102,8 @@ def resolve(file: CompareFile) -> Lineup:
             names = f"'{other.name()}' and '{entry.name()}'"
             raise RankfoldError(f"methods: {names} are the same method with the same fields; remove one")
     rows = {split: len(prepared.rows.splits[split]) for split in ("train", "validation", "test")}
-    return Lineup(entries, limit, plan.steps, rows, plan.notes)
+    digest = " ".join(prepared.encoded[split].digest()[:12] for split in rows)
+    return Lineup(entries, limit, plan.steps, rows, digest, plan.notes)
 
 
 class _Bench:

@@ -55,6 +55,7 @@ def compare(
     out = Path(file.output)
     check_folder(file)
     lineup = resolve(file)
+    check_rows(lineup, file, read(out / FILE))
     check_labels(lineup, file, read(out / FILE))
     for sentence in [*lineup.notes, *refusals(lineup)]:
         say(sentence)
@@ -126,7 +127,7 @@ class _Comparison:
         return list(unique.values()), sum(later for _, later in found)
 
     def _start(self, trial: Trial) -> Future[TrialLine]:
-        line = replace(trial.line, command=self.command)
+        line = replace(trial.line, command=self.command, rows=self.lineup.digest)
         if line.reason is not None:  # known not to work
             future: Future[TrialLine] = Future()
             future.set_result(line)
@@ -187,6 +188,20 @@ def check_folder(file: CompareFile) -> None:
         raise FolderError(
             f"output: the trials in '{out}' had other settings: {'; '.join(changed)}. Undo the change, or name another output"
         )
+
+
+def check_rows(lineup: Lineup, file: CompareFile, lines: list[TrialLine]) -> None:
+    """Checks that files under the same names hold the same rows: trials are compared row by row.
+
+    Raises:
+        FolderError: they held others when a trial was run.
+    """
+    for line in lines:
+        if line.wall_seconds is not None and line.rows not in (None, lineup.digest):
+            raise FolderError(
+                f"output: the rows of data were others when '{line.label}' in '{file.output}' was run, though their names are the "
+                "same. Restore the files, or name another output"
+            )
 
 
 def check_labels(lineup: Lineup, file: CompareFile, lines: list[TrialLine]) -> None:

@@ -33,6 +33,7 @@ class TrialLine:
         config: the method's fields as resolved.
         training: the optimiser and its options, where they are the contender's own.
         run: the whole run file.
+        rows: digest of the rows of all splits; None in lines of earlier versions.
         metric: what `validation`, `test` and `before` are values of.
         validation: chooses the learning rate; of an unfinished rung, at its end.
         test: measured once, after training; `before` is the same before training.
@@ -62,6 +63,7 @@ class TrialLine:
     config: dict[str, Any]
     training: dict[str, Any] = field(default_factory=dict)
     run: dict[str, Any]
+    rows: str | None = None
     metric: str
     greater_is_better: bool
     validation: float | None = None

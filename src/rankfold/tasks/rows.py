@@ -80,6 +80,13 @@ class Encoded:
         """Tokens of the longest sequence of every row."""
         return [max(pair) for pair in zip(self.lengths, self.second, strict=True)] if self.second else self.lengths
 
+    def digest(self) -> str:
+        """Of their content: other rows have another one."""
+        found = hashlib.sha256()
+        for part in self.rows.with_format("arrow").iter(1000):
+            found.update(repr(part.to_pylist()).encode())  # pyright: ignore[reportAttributeAccessIssue]
+        return found.hexdigest()
+
     def select(self, rows: Sequence[int]) -> Encoded:
         """Some rows of it, by their number."""
         return Encoded(
