@@ -279,6 +279,10 @@ def test_halving_ends_as_the_whole_run(values: Values, here: list[str], tmp_path
     )  # fmt: skip
     assert grid.curve["loss"] == best.curve["loss"]
     assert same_weights(weights(grid, str(tmp_path / "grid")), weights(best, values["output"]))
+    # Its trial has ended, and at the rung it would be held against others that are at a quarter of their steps
+    halved = values | {"search": {"halving": {"keep": 0.5, "rungs": 3}}, "output": str(tmp_path / "grid")}
+    with pytest.raises(FolderError, match=r"search: trials in '.*grid' may be past the rungs that it asks for now"):
+        run(halved)
 
 
 def test_a_rung_whose_line_was_lost(values: Values, here: list[str]):

@@ -178,7 +178,8 @@ def check_folder(file: CompareFile) -> None:
         if out.is_dir() and any(entry.name != ".lock" for entry in out.iterdir()):
             raise FolderError(f"output: '{out}' is not empty and holds no comparison; name another folder")
         return
-    old, new = (f.model_dump(include=set(SHARED)) for f in (load(before), file))
+    earlier = load(before)
+    old, new = (f.model_dump(include=set(SHARED)) for f in (earlier, file))
     # Earlier versions wrote the default as 1; what a contender's trials had, their ids tell
     for values in (old, new):
         if values["training"]["max_grad_norm"] is None:
@@ -187,6 +188,11 @@ def check_folder(file: CompareFile) -> None:
     if changed:
         raise FolderError(
             f"output: the trials in '{out}' had other settings: {'; '.join(changed)}. Undo the change, or name another output"
+        )
+    if not set(file.rungs) <= set(earlier.rungs):
+        raise FolderError(
+            f"output: search: trials in '{out}' may be past the rungs that it asks for now, and could only be measured where they are. "
+            "Undo the change, or name another output"
         )
 
 
