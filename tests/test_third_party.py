@@ -131,6 +131,7 @@ def test_a_user_s_method_goes_through_every_command(tmp_path: Path) -> None:
         "fold": ["fold", "run/adapter", "-o", "folded", *of_mine],
         "inspect": ["inspect", "run/adapter", *of_mine],
         "doctor": ["doctor", "folded", "--engine", "vllm,peft", *of_mine],
+        "methods": ["methods", "s[ch]*", *of_mine],
         "fold, nothing imported": ["fold", "run/adapter", "-o", "refused"],
         "inspect, nothing imported": ["inspect", "run/adapter"],
         "train, nothing imported": ["train", "../run.yaml", "imports=[]"],
@@ -138,10 +139,11 @@ def test_a_user_s_method_goes_through_every_command(tmp_path: Path) -> None:
     }
     out, codes = run_commands(tmp_path, list(commands.values()))
     assert len(codes) == len(commands), out
-    assert dict(zip(commands, codes, strict=True)) == {name: int(i > 11) for i, name in enumerate(commands)}, out
+    assert dict(zip(commands, codes, strict=True)) == {name: int(i > 12) for i, name in enumerate(commands)}, out
 
     said = dict(zip(commands, re.split(r"^\$ .*$", out, flags=re.M)[1:], strict=True))
     assert re.search(r"shrinking +r 6 to 4", said["plan"])
+    assert re.search(r"^scaled .*\n(.*\n)*shrinking ", said["methods"], re.M)
     plan = json.loads(said["plan, budget"].split("\n= ")[0])
     assert [row["label"] for row in plan["methods"]] == ["scaled", "shrinking"]
     assert all(1400 < row["trained"] <= 2000 for row in plan["methods"])

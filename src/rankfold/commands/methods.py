@@ -21,7 +21,7 @@ class Options(CommonOptions):
 
 
 def run(options: Options) -> int:
-    found = [row for row in _rows() if fnmatch.fnmatchcase(row.name, options.pattern)]
+    found = [row for row in _rows(options.imports) if fnmatch.fnmatchcase(row.name, options.pattern)]
     if options.json:
         keys = ("name", "title", "paper", "summary", "foldable", "config")
         print(json.dumps([{key: getattr(row, key) for key in keys} for row in found], indent=2))
@@ -39,9 +39,9 @@ def run(options: Options) -> int:
     return 0 if found else 1
 
 
-def _rows() -> list[Listed]:
-    """Ours from their source; with third parties' methods installed, the whole registry, which has to load them."""
-    if not entry_points(group="rankfold.methods"):
+def _rows(imports: list[str]) -> list[Listed]:
+    """Ours from their source; with third parties' methods, the whole registry, which has to load them."""
+    if not imports and not entry_points(group="rankfold.methods"):
         return listed()
     from rankfold.host import registry
 
