@@ -55,8 +55,9 @@ def compare(
     out = Path(file.output)
     check_folder(file)
     lineup = resolve(file)
-    check_rows(lineup, file, read(out / FILE))
-    check_labels(lineup, file, read(out / FILE))
+    lines = read(out / FILE)
+    check_rows(lineup, file, lines)
+    check_labels(lineup, file, lines)
     for sentence in [*lineup.notes, *refusals(lineup)]:
         say(sentence)
     out.mkdir(parents=True, exist_ok=True)
