@@ -100,6 +100,17 @@ def test_counts_are_those_of_the_adapter(label: str, arch: str, tmp_path: Path) 
     assert report.parameters == found.folded
 
 
+@pytest.mark.parametrize("config", [PlainLoraConfig, LoraConfig])
+def test_zeros_beside_an_adapter_are_counted(config: type[PeftConfig], tmp_path: Path) -> None:
+    """SGLang wants v_proj beside q_proj, and gate_proj beside up_proj."""
+    base = folder(tmp_path / "base", "llama")
+    made = config(r=8, target_modules=["q_proj", "up_proj"])  # pyright: ignore[reportCallIssue]
+    found = cost(meta_model(str(base)), made)
+    built("llama", made).save_pretrained(str(tmp_path / "adapter"))
+    report = fold_adapter(tmp_path / "adapter", tmp_path / "folded", base=str(base), probe=False)
+    assert found.folded == report.parameters > found.trained
+
+
 def test_a_real_model_is_counted_and_left_alone(tmp_path: Path) -> None:
     model, config = real("llama"), RasaConfig(r=4, target_modules="all-linear")
     state, fields, draws = dict(model.state_dict()), dict(vars(config)), torch.get_rng_state()

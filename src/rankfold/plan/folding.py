@@ -24,7 +24,7 @@ class Fold:
     Args:
         rank: the largest any module needs, with every component alive.
         served: the rank it is padded to, which engines name in their flags.
-        parameters: of its matrices, padding included.
+        parameters: of its matrices; padding, and zeros that engines want beside them, included.
     """
 
     rank: int
@@ -59,5 +59,5 @@ def forecast(model: PeftModel) -> Fold | str:
                     rank = max(rank, min(update.rank, *update.shape))
     except (ValueError, TypeError) as error:
         return str(error)
-    served = serve_rank(rank)
-    return Fold(rank, served, served * sum(site.in_features + site.out_features for site in source.sites))
+    served, sites = serve_rank(rank), [*source.sites, *source.siblings]
+    return Fold(rank, served, served * sum(site.in_features + site.out_features for site in sites))
