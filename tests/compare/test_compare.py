@@ -476,7 +476,7 @@ def test_no_layer_is_not_all_layers(sums: Values):
 
 def test_layers_that_share_their_modules(values: Values, bert: Path, tmp_path: Path):
     """ALBERT's first third would be all of its layers."""
-    sizes = {"hidden_size": 16, "embedding_size": 8, "intermediate_size": 32, "num_attention_heads": 2}
+    sizes: Values = {"hidden_size": 16, "embedding_size": 8, "intermediate_size": 32, "num_attention_heads": 2}
     AutoTokenizer.from_pretrained(bert).save_pretrained(tmp_path / "albert")
     vocabulary = len(AutoTokenizer.from_pretrained(bert))
     AlbertModel(AlbertConfig(vocab_size=vocabulary, **sizes, num_hidden_layers=3)).save_pretrained(tmp_path / "albert")

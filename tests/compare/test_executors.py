@@ -107,7 +107,7 @@ def test_a_relative_output_by_its_absolute_path(values: Values, tmp_path: Path, 
     trial.folder.mkdir(parents=True)
     line = measure(trial.line, trial.folder.absolute(), 1.0)
     assert line.adapter == f"trials/{trial.id}/run/adapter"
-    assert Path("out", line.adapter).is_dir()
+    assert Path("out", str(line.adapter)).is_dir()
 
 
 def test_output_that_a_node_does_not_see(tmp_path: Path):

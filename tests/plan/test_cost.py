@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
-from peft import LoHaConfig, LoraConfig, PeftConfig, PeftModel, VeraConfig, get_peft_model
+from peft import LoHaConfig, LoraConfig, PeftConfig, PeftModel, VBLoRAConfig, VeraConfig, get_peft_model
 from shapes import CONFIGS, folder, real
 
 from rankfold import AdaSvdConfig, PlainLoraConfig, RasaConfig
@@ -109,6 +109,14 @@ def test_zeros_beside_an_adapter_are_counted(config: type[PeftConfig], tmp_path:
     built("llama", made).save_pretrained(str(tmp_path / "adapter"))
     report = fold_adapter(tmp_path / "adapter", tmp_path / "folded", base=str(base), probe=False)
     assert found.folded == report.parameters > found.trained
+
+
+def test_a_method_that_looks_at_values_while_it_trains(tmp_path: Path) -> None:
+    made = VBLoRAConfig(r=4, vector_length=8, target_modules=["q_proj"])
+    found = cost(meta_model(str(folder(tmp_path / "base", "llama"))), made)
+    assert found.trained == budget.count(built("llama", made)).adapter
+    assert isinstance(found.fold, Fold)
+    assert found.flops is None  # which take place in training
 
 
 def test_a_real_model_is_counted_and_left_alone(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import peft
 import pytest
 import torch
@@ -59,7 +61,7 @@ def test_what_is_of_one_model_does_not_count():
 
 @pytest.mark.parametrize("cls", [PlainLoraConfig, peft.LoraConfig])
 def test_dropout_does_not_count(cls: type[peft.PeftConfig]):
-    fields = {"r": 8, "lora_alpha": 16}
+    fields: dict[str, Any] = {"r": 8, "lora_alpha": 16}
     assert rate(cls(**fields, lora_dropout=0.5)) == rate(cls(**fields))  # pyright: ignore[reportCallIssue]
 
 

@@ -39,7 +39,8 @@ class Fold:
 
 def forecast(model: PeftModel) -> Fold | str:
     """The fold of an adapter on a meta model, or a sentence that says why it cannot be folded."""
-    config = model.peft_config["default"]
+    config, training = model.peft_config["default"], model.training
+    model.eval()  # VB-LoRA asks for values while it trains
     try:
         with torch.device("meta"):
             source: Source = (
@@ -59,5 +60,7 @@ def forecast(model: PeftModel) -> Fold | str:
                     rank = max(rank, min(update.rank, *update.shape))
     except (ValueError, TypeError) as error:
         return str(error)
+    finally:
+        model.train(training)
     served, sites = serve_rank(rank), [*source.sites, *source.siblings]
     return Fold(rank, served, served * sum(site.in_features + site.out_features for site in sites))
