@@ -207,6 +207,9 @@ def test_fused_experts_are_named(tmp_path: Path) -> None:
     spent = cost(base, PlainLoraConfig(target_modules=["q_proj"]))
     share = 100 * experts / base.num_parameters()
     assert f"no adapter on: fused experts, {share:.3g} % of the parameters (" in spent.notes[0]
+    theirs = cost(base, LoraConfig(r=2, target_modules="all-linear"))  # on the router as well, which gives a tuple
+    assert theirs.trained > 0
+    assert theirs.flops is None
 
 
 @pytest.mark.filterwarnings(

@@ -75,8 +75,10 @@ def adapter_flops(model: nn.Module) -> tuple[float, float] | None:
         x.requires_grad_()
         try:
             with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: _addmm}) as counter:
-                y: Tensor = layer(x)
+                y = layer(x)
                 there = counter.get_total_flops()
+                if not isinstance(y, Tensor):  # a router of experts gives several
+                    return None
                 y.backward(torch.empty_like(y))
             back = counter.get_total_flops()
         except RuntimeError:  # torch's, of an operation that needs values
