@@ -231,6 +231,16 @@ def test_a_lora_of_peft_on_fused_experts_is_counted() -> None:  # peft#3009
     assert not any("experts" in note for note in spent.notes)
 
 
+def test_what_peft_cannot_save_is_said() -> None:
+    """An adapter on the head of a speech model, which has no embedding; PEFT saves the two together."""
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    small = {"conv_dim": (8, 8), "conv_kernel": (3, 3), "conv_stride": (2, 2), "num_conv_pos_embeddings": 16}
+    base = hf.Wav2Vec2ForCTC(hf.Wav2Vec2Config(**sizes, **small, num_conv_pos_embedding_groups=2, vocab_size=20))
+    with pytest.raises(ValueError, match=r"^LoraConfig: PEFT cannot save it on this model: .*; leave lm_head out"):
+        cost(base, LoraConfig(r=2, target_modules="all-linear"))
+    assert cost(base, LoraConfig(r=2, target_modules=["q_proj"])).trained == 2 * 2 * 16
+
+
 def test_a_gguf_file_by_its_header(tmp_path: Path) -> None:
     gguf = pytest.importorskip("gguf")
     path = tmp_path / "model.gguf"

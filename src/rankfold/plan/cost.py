@@ -22,6 +22,7 @@ from rankfold.plan.flops import adapter_flops, base_flops
 from rankfold.plan.folding import Fold, forecast
 from rankfold.plan.optimizer import PlannedOptimizer
 from rankfold.plan.ranks import at_the_end
+from rankfold.text import first_line
 from rankfold.train import budget
 from rankfold.train.model import adapter_size
 
@@ -102,10 +103,16 @@ def cost(base: nn.Module, config: PeftConfig, optimizer: PlannedOptimizer | None
 
 def _saved(model: PeftModel) -> dict[str, torch.Tensor]:
     """What `save_pretrained` would write."""
-    model.peft_config["default"].base_model_name_or_path = None  # or PEFT asks the hub whether the vocabulary grew
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that an adapted output head is saved with its base
-        return get_peft_model_state_dict(model)
+    config = model.peft_config["default"]
+    config.base_model_name_or_path = None  # or PEFT asks the hub whether the vocabulary grew
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that an adapted output head is saved with its base
+            return get_peft_model_state_dict(model)
+    except NotImplementedError as error:  # an adapted head of a model without an embedding, such as a speech model
+        raise RankfoldError(
+            f"{type(config).__name__}: PEFT cannot save it on this model: {first_line(error)}; leave lm_head out"
+        ) from error
 
 
 def trained(base: nn.Module, config: PeftConfig) -> int:
