@@ -18,8 +18,10 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.pytorch_utils import Conv1D
 
+from rankfold.errors import RankfoldError
 from rankfold.host.layer import AdaptedLayer
 from rankfold.plan.layers import adapted_layers, alike, in_and_out
+from rankfold.text import first_line
 
 TOKENS = 2048
 """Tokens per step."""
@@ -54,6 +56,9 @@ def adapter_flops(model: nn.Module) -> tuple[float, float] | None:
     """Of one token, what the adapters of a meta model add: forward, and forward with backward.
 
     None where a layer cannot be run without values.
+
+    Raises:
+        RankfoldError: a layer that cannot be run at all.
     """
     layers = adapted_layers(model)
     forward = both = 0.0
@@ -83,6 +88,11 @@ def adapter_flops(model: nn.Module) -> tuple[float, float] | None:
             back = counter.get_total_flops()
         except RuntimeError:  # torch's, of an operation that needs values
             return None
+        except (AttributeError, TypeError) as error:  # a router that is a linear layer and gives several tensors
+            raise RankfoldError(
+                f"{names[0]}: the adapter cannot run on this {type(layer.get_base_layer()).__name__} ({first_line(error)}); "
+                "leave it out of target_modules"
+            ) from error
         finally:
             layer.zero_grad()
         base = 2 * TOKENS * into * out
