@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers as hf
 from moe_models import FAMILIES, IDS, build, out
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file
@@ -166,6 +168,20 @@ def test_all_linear_reaches_experts_and_leaves_routers_alone() -> None:
     assert len(experts(model)) == 2
     with pytest.warns(UserWarning, match="'all-linear': no adapter on: fused experts, .* of the parameters"):
         adapt("granitemoe", PlainLoraConfig(r=2, target_modules="all-linear"))  # PEFT converts no names of its
+
+
+def test_all_linear_leaves_routers_alone_that_are_linear_layers_by_their_class() -> None:
+    """Llama 4's gives two tensors, so no update can be added to what it gives."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    more = {"num_key_value_heads": 1, "head_dim": 16, "num_local_experts": 2, "vocab_size": 40, "pad_token_id": 0}
+    base = hf.Llama4ForCausalLM(hf.Llama4TextConfig(**sizes, **more, bos_token_id=1, eos_token_id=2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about what it does not reach
+        model = get_peft_model(base, PlainLoraConfig(r=2, target_modules="all-linear"))
+    targets = model.peft_config["default"].target_modules or ()
+    assert not any("router" in name for name in targets)
+    assert any("q_proj" in name for name in targets)
+    assert torch.isfinite(model(input_ids=torch.arange(6)[None]).logits).all()
 
 
 def test_half_of_a_fused_parameter_is_refused() -> None:

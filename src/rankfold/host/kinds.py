@@ -24,7 +24,8 @@ def _features(base: nn.Module) -> tuple[int, int]:
 
 
 def _linear(base: nn.Module) -> bool:
-    return isinstance(base, nn.Linear)
+    # Routers of experts that inherit from it (Llama 4, Phi-MoE) give several tensors, and an update can be added to none
+    return isinstance(base, nn.Linear) and not type(base).__name__.endswith("Router")
 
 
 def _conv1d(base: nn.Module) -> bool:

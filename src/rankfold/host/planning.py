@@ -78,7 +78,7 @@ class PlanningTuner(BaseTuner):
         if config.ensure_weight_tying:
             self._check_tied_modules(model, config)
         config = self._prepare_adapter_config(config, self.get_model_config(model))  # pyright: ignore[reportAssignmentType]
-        config = include_all_linear_layers(config, model)  # pyright: ignore[reportAssignmentType]
+        config = _all_linear(config, model)
         named = None if state_dict is None else {plain_name(k.rsplit("." + PREFIX, 1)[0]) for k in state_dict}
         sites: dict[str, Site] = {}
         parameters: dict[str, dict[str, list[Site]]] = {}
@@ -147,6 +147,17 @@ class PlanningTuner(BaseTuner):
 
     def _check_target_module_compatiblity(self, peft_config: Any, model: nn.Module, target_name: str) -> None:
         check_as_lora(peft_config, model, target_name)
+
+
+def _all_linear(config: Any, model: nn.Module) -> Any:
+    """Puts names in the place of "all-linear", as PEFT does, without the routers that are linear layers by their class alone."""
+    everything = isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"
+    config = include_all_linear_layers(config, model)
+    if everything:
+        linear = {name: model.get_submodule(name) for name in config.target_modules}
+        routers = {name for name, module in linear.items() if isinstance(module, nn.Linear) and kind_of(module) is None}
+        config.target_modules = linear.keys() - routers
+    return config
 
 
 def site_of(name: str, module: Any) -> Site:
