@@ -126,7 +126,9 @@ def settings(name: str) -> dict[str, Any]:
 def section(name: str, found: Analysis, lines: list[TrialLine]) -> str:
     file = settings(name)
     steps, batch = file["training"]["max_steps"], file["training"]["batch_size"]
-    seeds, search = (", ".join(f"{x:g}" for x in file[key]) for key in ("seeds", "search_seeds"))
+    seeds = ", ".join(map(str, sorted({line.seed for line in lines})))
+    search = ", ".join(map(str, file["search_seeds"]))
+    more = "".join(f", then `benchmarks/{path.name}`" for path in sorted(HERE.glob(f"evidence-{name}-*.yaml")))
     rates = rates_tried(file)
     versions = ", ".join(f"{k} {v}" for k, v in next(line.versions for line in lines if line.versions).items())
     budget = file.get("budget")
@@ -137,7 +139,7 @@ def section(name: str, found: Analysis, lines: list[TrialLine]) -> str:
     )
     return f"""## {TASKS[name]}
 
-`rankfold compare benchmarks/evidence-{name}.yaml`: {steps} steps of {batch}, {size}, learning rates {rates} (chosen on validation rows, with
+`rankfold compare benchmarks/evidence-{name}.yaml`{more}: {steps} steps of {batch}, {size}, learning rates {rates} (chosen on validation rows, with
 seed {search}), seeds {seeds}. {len(lines)} trials, {len(found.failures)} of them failed or diverged.
 
 {wording.answer(found)}
