@@ -94,7 +94,7 @@ def mean_loss(model: Any, tokenizer: Any, texts: list[str], prompts: list[str] |
 
 @torch.no_grad()
 def spoken(model: Any, tokenizer: Any, prompts: list[str]) -> list[list[str]]:
-    """The phonemes that greedy decoding says, up to the end of the line; nothing is computed of a row that has ended."""
+    """The phonemes that greedy decoding says, up to the end of the line; a row that has ended is not computed any more."""
     batch = tokenizer(prompts, padding=True, padding_side="left", return_tensors="pt")
     ids, mask, cache = batch["input_ids"], batch["attention_mask"], DynamicCache()
     going, said = torch.arange(len(prompts)), [[] for _ in prompts]

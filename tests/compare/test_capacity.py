@@ -117,7 +117,7 @@ def test_phoneme_errors(llama: Path):
 
 
 def test_what_is_spoken_is_what_transformers_generates(llama: Path):
-    """Rows that end at different places are no longer computed, and the others go on as if alone."""
+    """What has ended is not computed any more, and the other rows go on as if alone."""
     measure = module("phoneme_errors")
     tokenizer = byte_tokenizer()
     torch.manual_seed(0)

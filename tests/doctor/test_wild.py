@@ -83,7 +83,7 @@ def test_a_head_that_peft_does_not_find(change: Any, ours: bool, adapter: Any, l
     if not ours:  # of which the doctor says that it is not a LoRA
         assert verdicts(folder)["peft"] is Status.REFUSED
         said = [f.what for f in diagnose(folder).problems]
-        assert any("modules_to_save names lm_head, of which there is no tensor under PEFT's name" in w for w in said)
+        assert any("modules_to_save names lm_head, whose tensors are not under PEFT's name" in w for w in said)
     fix(folder, tmp_path / "fixed")
     fold_adapter(folder, tmp_path / "fold", probe=False)
     for found in ("fixed", "fold"):

@@ -110,7 +110,7 @@ class Case:
 
     @cached_property
     def unsaved(self) -> list[str]:
-        """Names in modules_to_save of which there is no tensor where PEFT looks for it; PEFT names both heads of classifiers where
+        """Names in modules_to_save whose tensors are not where PEFT looks for them; PEFT names both heads of classifiers where
         there is one."""
         names, own = mended(self.file.tensors), without_copies(self.file.tensors)
         saved = [name for name in self.others.get("saved", []) if name in own and names[name] == name]

@@ -184,7 +184,7 @@ def belonging(case: Case) -> Iterator[Finding]:
         what = f"keys hold the adapter's name, which engines do not read: {examples(case.named)}"
         yield Finding(Status.NOTE, what, case.named[0], f"rankfold doctor {case.file.path} --fix OUT")
     if case.unsaved:
-        what = f"modules_to_save names {examples(case.unsaved)}, of which there is no tensor under PEFT's name"
+        what = f"modules_to_save names {examples(case.unsaved)}, whose tensors are not under PEFT's name"
         yield Finding(Status.PROBLEM, what, case.file.where("modules_to_save"), case.to_save_again)
     if case.file.tensors and not (case.pairs or case.others.get("embedding") or case.others.get("parameter")):
         what = "none of its tensors is a LoRA factor (base_model.model.MODULE.lora_A.weight)"

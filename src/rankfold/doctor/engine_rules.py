@@ -270,9 +270,7 @@ def peft_config(case: Case) -> Iterator[Finding]:
     if empty:
         yield Finding(Status.REFUSED, f"tensors of size zero: {examples(empty)}", empty[0], "save it again")
     if case.unsaved:
-        what = (
-            f"modules_to_save names {examples(case.unsaved)}, of which there is no tensor under PEFT's name (KeyError)"
-        )
+        what = f"modules_to_save names {examples(case.unsaved)}, whose tensors are not under PEFT's name (KeyError)"
         yield Finding(Status.REFUSED, what, case.file.where("modules_to_save"), case.to_save_again)
     shapes = case.base.shapes if case.base else {}
     for name in case.others.get("vocabulary", []):
