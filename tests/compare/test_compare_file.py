@@ -95,6 +95,7 @@ def test_lines_and_names(values: Values, tmp_path: Path):
         ({"search": "random"}, "search: 'random' is not 'grid' or a mapping"),
         ({"search": {"halving": {"keep": 2.0}}}, "search: "),
         ({"search_seeds": [7]}, "search_seeds: 7 is not one of seeds (0)"),
+        ({"seeds": [-1]}, "seeds.0: -1 is not allowed"),
         ({"methods": "rasa"}, "methods: 'rasa' is not a list"),
         ({"methods": None}, "methods: required but missing: Who competes"),
     ],

@@ -180,6 +180,10 @@ def test_a_classifier_keeps_the_names_of_its_labels(tmp_path: Path) -> None:
     assert found["id2label"] == {"0": "no (not)", "1": "yes"}
     assert found["label2id"] == {"no (not)": 0, "yes": 1}
     assert found["architectures"] == ["LlamaForSequenceClassification"]
+    for profile in ("uniform", "compact"):  # a fold is merged as the adapter itself
+        fold_adapter(adapter, tmp_path / profile, profile=profile, probe=False)
+        fold_adapter(tmp_path / profile, tmp_path / f"{profile} merged", profile="merged", probe=False)
+        assert read(tmp_path / f"{profile} merged" / "config.json")["id2label"] == {"0": "no (not)", "1": "yes"}
     model = AutoModelForSequenceClassification.from_pretrained(
         tmp_path / "base", id2label={0: "a", 1: "b"}, label2id={"a": 0, "b": 1}, problem_type="regression"
     )

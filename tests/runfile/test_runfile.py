@@ -58,7 +58,15 @@ def test_yaml_1_2_scalars():
 
 
 @pytest.mark.parametrize(
-    ("text", "line"), [("a: 1\na: 2", 2), ("a: [1", 1), ("a: b: c", 1), ("x:\n  y: 1\n z: 2", 3), ("\ta: 1", 1)]
+    ("text", "line"),
+    [
+        ("a: 1\na: 2", 2),
+        ("a: [1", 1),
+        ("a: b: c", 1),
+        ("x:\n  y: 1\n z: 2", 3),
+        ("\ta: 1", 1),
+        ("x: 1\na: &a\n  b: [*a]", 2),
+    ],
 )
 def test_broken_yaml_has_a_line(text, line):
     with pytest.raises(YamlError) as error:
@@ -159,6 +167,10 @@ def test_overrides(tmp_path):
     ("override", "message"),
     [
         ("training.seed=x", "command line: training.seed: 'x' is not a whole number"),
+        (
+            "training.seed=4294967296",
+            "command line: training.seed: 4294967296 is not allowed, should be less than 4294967296",
+        ),
         ("training.lr=1", "command line: training.lr: unknown key (value 1)"),
         ("seed", "command line: override 'seed' must look like training.seed=1"),
         ("output.name=x", "command line: output.name: 'output' holds 'runs/movie-rasa', not a section"),

@@ -22,7 +22,7 @@ from rankfold.runfile.imports import load_all, with_places
 from rankfold.runfile.load import check_command, overridden, read_values
 from rankfold.runfile.methods import config_class, config_fields
 from rankfold.runfile.problems import Problem, RunFileError, explain
-from rankfold.runfile.schema import Data, Method, Model, RunFile, Section, TaskName, Training
+from rankfold.runfile.schema import Data, Method, Model, RunFile, Section, Seed, TaskName, Training
 from rankfold.runfile.yaml import KeyPath, write
 from rankfold.tasks import table
 
@@ -107,7 +107,9 @@ class CompareFile(Section):
         description="Learning rates to try with every contender. auto: a few around a first rate of the method, and more beyond "
         "the best until it has neighbours on both sides; {extend: [1e-3, 2e-3]} begins with these.",
     )
-    seeds: list[int] = Field(min_length=1, description="Seeds of the head, the adapter, the order of rows and dropout.")
+    seeds: list[Seed] = Field(
+        min_length=1, description="Seeds of the head, the adapter, the order of rows and dropout."
+    )
     search: Literal["grid"] | HalvingSearch = Field(
         default="grid",
         description="grid: every rate to its end. {halving: {keep: 0.5, rungs: 3}}: bad rates end early.",
@@ -265,7 +267,6 @@ def _check(file: CompareFile) -> list[Problem]:
     problems = _rates(("rates",), file.rates) + _Spot(("seeds",), file.seeds).repeated()
     for i, c in enumerate(file.methods):
         problems += _rates(("methods", i, "rates"), c.rates)
-    problems += [Problem(("seeds",), f"{seed} must not be less than 0") for seed in file.seeds if seed < 0]
     if foreign := [s for s in file.search_seeds or () if s not in file.seeds]:
         problems.append(
             Problem(("search_seeds",), f"{foreign[0]} is not one of seeds ({', '.join(map(str, file.seeds))})")

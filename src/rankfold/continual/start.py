@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ from transformers import set_seed
 
 from rankfold.continual.file import Rule
 from rankfold.host import registry
-from rankfold.io.adapters import LABELS, read_config
+from rankfold.io.adapters import read_config, write_labels
 from rankfold.io.files import whole_folder
 from rankfold.io.models import locate
 from rankfold.runfile.checks import peft_config
@@ -55,8 +54,7 @@ def _begin(run: RunFile, start: Path, seed: int) -> None:
     row.next_task(adapted, "default")
     with whole_folder(start, force=True) as folder:
         adapted.save_pretrained(str(folder))
-        if labels:
-            (folder / LABELS).write_text(json.dumps(labels) + "\n", encoding="utf-8")
+        write_labels(labels, folder)
 
 
 def _written(adapter: Path, start: Path) -> dict[str, Any]:

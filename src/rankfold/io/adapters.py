@@ -8,6 +8,7 @@ import pickle
 import re
 import struct
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -121,6 +122,12 @@ def _unpickled(path: Path) -> dict[str, Tensor]:
     if not isinstance(found, dict) or not all(isinstance(t, Tensor) for t in found.values()):
         raise RankfoldError(f"{path} is not an adapter's: it must hold a dict of tensors, as PEFT saves it")
     return {str(name): tensor for name, tensor in found.items()}
+
+
+def write_labels(labels: Sequence[str], folder: Path) -> None:
+    """What `read_labels` reads, where there are any."""
+    if labels:
+        (folder / LABELS).write_text(json.dumps(list(labels)) + "\n", encoding="utf-8")
 
 
 def read_labels(folder: Path) -> list[str]:

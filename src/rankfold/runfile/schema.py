@@ -38,6 +38,7 @@ def _known_task(name: str) -> str:
 
 
 TaskName = Annotated[str, AfterValidator(_known_task)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]  # numpy takes no larger one
 
 
 class Section(BaseModel):
@@ -201,7 +202,7 @@ class Training(Section):
     start_from: str | None = Field(
         default=None, description="An adapter folder of the same method and shapes whose weights the run starts from."
     )
-    seed: int = Field(default=0, ge=0, description="Seed of the new weights, the order of the rows and dropout.")
+    seed: Seed = Field(default=0, description="Seed of the new weights, the order of the rows and dropout.")
     deterministic: bool = Field(
         default=False, description="Only deterministic kernels: repeatable to the bit, slower on a GPU."
     )

@@ -64,7 +64,7 @@ def read(text: str) -> tuple[Any, dict[KeyPath, int]]:
         if node is None:
             return None, {}
         lines = {(): node.start_mark.line + 1}
-        _collect_lines(node, (), lines)
+        _collect_lines(node, (), lines, ())
         return loader.construct_document(node), lines
     except yaml.MarkedYAMLError as e:
         mark = e.problem_mark or e.context_mark
@@ -81,7 +81,10 @@ def write(values: Any, comment: str = "") -> str:
     return above + yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
-def _collect_lines(node: yaml.Node, path: KeyPath, lines: dict[KeyPath, int]) -> None:
+def _collect_lines(node: yaml.Node, path: KeyPath, lines: dict[KeyPath, int], around: tuple[yaml.Node, ...]) -> None:
+    if node in around:
+        raise YamlError("an alias (*) stands inside what it repeats", node.start_mark.line + 1)
+    around = (*around, node)
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
             below = (*path, str(key.value))
@@ -89,8 +92,8 @@ def _collect_lines(node: yaml.Node, path: KeyPath, lines: dict[KeyPath, int]) ->
             if below in lines:
                 raise YamlError(f"the key '{key.value}' is written twice, first on line {lines[below]}", line)
             lines[below] = line
-            _collect_lines(value, below, lines)
+            _collect_lines(value, below, lines, around)
     elif isinstance(node, yaml.SequenceNode):
         for i, value in enumerate(node.value):
             lines[*path, i] = value.start_mark.line + 1
-            _collect_lines(value, (*path, i), lines)
+            _collect_lines(value, (*path, i), lines, around)

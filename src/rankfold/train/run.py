@@ -17,7 +17,7 @@ import torch
 from transformers import TrainerCallback, set_seed
 
 from rankfold.errors import RankfoldError
-from rankfold.io.adapters import LABELS
+from rankfold.io.adapters import write_labels
 from rankfold.io.files import whole_folder, write_whole
 from rankfold.runfile.checks import check
 from rankfold.runfile.load import load, parse
@@ -198,8 +198,7 @@ def train(
             versions=versions(),
         )
         if main:
-            if rows.labels:
-                (partial / LABELS).write_text(json.dumps(rows.labels) + "\n", encoding="utf-8")
+            write_labels(rows.labels, partial)
             (partial / "README.md").write_text(model_card(prepared, result), encoding="utf-8")
     if main:
         write_whole(output / "result.json", json.dumps(asdict(result), indent=2) + "\n")

@@ -13,9 +13,8 @@ from safetensors.torch import save_file
 
 from rankfold.fold.lora_tensors import Layout
 from rankfold.fold.profiles.profile import Folded, Profile, Written
-from rankfold.fold.profiles.uniform import config, loaders, reader, serve_flags, serve_rank
+from rankfold.fold.profiles.uniform import config, loaders, reader, serve_flags, serve_rank, write_config
 from rankfold.host.peft_api import exact_pattern
-from rankfold.io.files import to_json
 from rankfold.kernel.factors import Factors
 
 #: The one lora_alpha. Any number would do: B makes up for it. It does not depend on the ranks, so that a module can be
@@ -44,7 +43,7 @@ def write(folded: Folded, folder: Path) -> Written:
         "lora_alpha": ALPHA,
         "rank_pattern": {exact_pattern(name): rank for name, rank in ranks.items() if rank != largest},
     }
-    (folder / "adapter_config.json").write_text(to_json(written), encoding="utf-8")
+    write_config(written, source, folder)
     flags = serve_flags(largest, serve_rank(largest), folded.out)
     return Written(
         rank=largest,

@@ -18,10 +18,9 @@ from torch import Tensor
 from rankfold.errors import RankfoldError
 from rankfold.fold.lora_tensors import Layout, parameter_of
 from rankfold.fold.profiles.profile import Folded, Profile, Written
-from rankfold.fold.profiles.uniform import config, loaders, serve_flags, serve_rank
+from rankfold.fold.profiles.uniform import config, loaders, serve_flags, serve_rank, write_config
 from rankfold.fold.source import Source
 from rankfold.host.adapter import Site
-from rankfold.io.files import to_json
 from rankfold.kernel.factors import Factors
 
 
@@ -43,7 +42,7 @@ def write(folded: Folded, folder: Path) -> Written:
     experts = sorted({names.rpartition(".")[2] for found in source.experts.values() for names in found})
     written: dict[str, Any] = config(replace(source, sites=others), rank)
     written |= {"base_model_name_or_path": folded.base, "target_modules": [*written["target_modules"], *experts]}
-    (folder / "adapter_config.json").write_text(to_json(written), encoding="utf-8")
+    write_config(written, source, folder)
     stored = load_file(folder / "adapter_model.safetensors")
     sites, layout = {site.name: site for site in source.sites}, Layout(others)
 

@@ -16,6 +16,7 @@ from rankfold.fold.profiles.profile import Folded, Profile, Written
 from rankfold.fold.sites import unfit
 from rankfold.fold.source import Source
 from rankfold.host.kinds import kind_named
+from rankfold.io.adapters import write_labels
 from rankfold.io.files import to_json
 from rankfold.kernel.factors import Factors
 
@@ -52,7 +53,7 @@ def write(folded: Folded, folder: Path) -> Written:
     tensors |= {k: v.detach().to("cpu", folded.dtype).contiguous() for k, v in source.heads.items()}
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     written = {**config(source, rank), "base_model_name_or_path": folded.base}
-    (folder / "adapter_config.json").write_text(to_json(written), encoding="utf-8")
+    write_config(written, source, folder)
     return Written(
         rank=rank,
         parameters=parameters,
@@ -60,6 +61,13 @@ def write(folded: Folded, folder: Path) -> Written:
         serve=loaders(source, serve_flags(rank, serve_rank(rank), folded.out)),
         notes=_notes(source, rank),
     )
+
+
+def write_config(written: dict[str, object], source: Source, folder: Path) -> None:
+    """adapter_config.json, and beside a classifier's head the names of its classes, so that the fold can be merged later."""
+    (folder / "adapter_config.json").write_text(to_json(written), encoding="utf-8")
+    if source.heads and source.classes.problem in (None, "single_label_classification"):
+        write_labels(source.classes.names, folder)
 
 
 def loaders(source: Source, flags: dict[str, str]) -> dict[str, str]:
