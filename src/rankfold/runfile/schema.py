@@ -192,8 +192,8 @@ class Training(Section):
     max_grad_norm: float | None = Field(
         default=None,
         ge=0,
-        description="Gradients are clipped to this norm; 0 turns clipping off. By default 1, and 0 for lora_rite and lora_pro, whose "
-        "steps it would distort.",
+        description="Gradients are clipped to this norm; 0 turns clipping off. By default 1, and 0 for lora_rite and lora_pro (mode sgd "
+        "excepted), whose steps it would distort.",
     )
     precision: Literal["fp32", "bf16", "fp16"] = Field(
         default="fp32", description="Type of the computation: fp32, or autocast to bf16 or fp16."
@@ -231,7 +231,8 @@ class Training(Section):
         default="none", description="Also report to tensorboard, wandb, trackio, mlflow, ... (what transformers knows)."
     )
     extra: dict[str, Any] = Field(
-        default={}, description="Any further argument of transformers' TrainingArguments (causal-lm: TRL's SFTConfig)."
+        default={},
+        description="Any further argument of transformers' TrainingArguments (causal-lm: TRL's SFTConfig; preference: its DPOConfig).",
     )
 
 
