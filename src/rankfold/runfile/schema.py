@@ -168,7 +168,7 @@ class Training(Section):
         default=None, gt=0, description="Passes over the training rows; 3 unless max_steps is given."
     )
     max_steps: int | None = Field(default=None, gt=0, description="Optimiser steps, instead of epochs.")
-    batch_size: int = Field(default=16, gt=0, description="Rows a step and device.")
+    batch_size: int = Field(default=16, gt=0, description="Rows per step and device.")
     gradient_accumulation: int = Field(default=1, gt=0, description="Batches gathered before each optimiser step.")
     gradient_checkpointing: bool = Field(
         default=False, description="Recompute activations: less memory, about a third slower."
@@ -209,7 +209,7 @@ class Training(Section):
         default="epoch", description="Validate and save a checkpoint every so many steps, or after every epoch."
     )
     eval_batch_size: int | None = Field(
-        default=None, gt=0, description="Rows a batch in evaluation; by default batch_size."
+        default=None, gt=0, description="Rows per batch in evaluation; by default batch_size."
     )
     metric: str | None = Field(
         default=None,
