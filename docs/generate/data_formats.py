@@ -107,7 +107,7 @@ FORMS = (
     Form(
         "Classes of pairs of texts",
         "classification",
-        "The second text must be named: `data.columns: {text_pair: hypothesis}`.",
+        "The second text must be named.",
         [
             {"text": "It rains.", "hypothesis": "It is wet.", "label": "follows"},
             {"text": "It rains.", "hypothesis": "It is dry.", "label": "contradicts"},

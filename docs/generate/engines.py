@@ -18,6 +18,6 @@ def engines() -> str:
         "Engines",
         "src/rankfold/doctor/engines.py",
         "The engines whose rules `rankfold doctor` knows. `rankfold doctor ADAPTER --engine KEY` asks one; [doctor](../doctor.md) explains "
-        "the verdicts, [serving](../serving.md) has the command for each engine. A newer version of an engine may differ.",
+        "the verdicts, [serving](../serving.md) has the commands. A newer version of an engine may differ.",
         table(("engine", "key", "version", "it reads", "how it is known", "when"), rows),
     )

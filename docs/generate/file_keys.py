@@ -10,7 +10,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from generate.markdown import code, page, table
-from rankfold.compare.file import CompareFile, ContenderSpec, Halving, Place
+from rankfold.compare.file import CompareFile, ContenderSpec, Extension, Halving, Place
 from rankfold.runfile.schema import Data, Method, Model, RunFile, Training
 from rankfold.tasks import table as tasks
 
@@ -97,6 +97,8 @@ def _default(field: FieldInfo) -> str:
     if field.is_required():
         return "**required**"
     value = field.get_default(call_default_factory=True)
+    if isinstance(value, Extension):
+        return code(value.extend)
     if isinstance(value, BaseModel):
-        return "see below"
+        return "those of its keys"
     return code(value if isinstance(value, str) else json.dumps(value))

@@ -42,7 +42,7 @@ def memory() -> str:
         "no weight is loaded. `rankfold plan --model MODEL` makes the same table for your model, in seconds; [planning](../planning.md) "
         "explains its columns.",
         "*AdamW's state*: two float32 values per trained parameter. *Serve at*: the rank of the folded file, padded to what engines name. "
-        "What activations take depends on your batch and is not counted here: `rankfold train run.yaml --dry-run` estimates a run. "
+        "What activations take depends on your batch and is not counted; the result of a run has its peak memory. "
         "The weights of the base, in the dtype that you load, come on top.",
         "Times are not in this table: what was timed, and on what, is in [performance](../performance.md). Nothing was timed on an accelerator.",
         *map(section, SHAPES),

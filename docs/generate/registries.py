@@ -55,7 +55,7 @@ def methods() -> str:
     base = config_fields(LowRankConfig)
     parts = []
     for m in found:
-        own = [f for f in config_fields(m.config).values() if f.name not in base]
+        own = [f for f in config_fields(m.config).values() if f.name not in base or _field(f) != _field(base[f.name])]
         parts += [
             f"## {m.name}",
             f"{m.title}, `rankfold.{m.config.__name__}`: {m.summary} [Its page](../methods/{m.name}.md).",
@@ -69,7 +69,8 @@ def methods() -> str:
         table(("name in run files", "config", "paper", "what it does", "folds at", "schedule"), listed),
         "GeLoRA is not a config but a choice of ranks before training: [`rankfold gelora`](../methods/gelora.md).",
         "## Fields of every method",
-        "They have the names that PEFT's `LoraConfig` gives them.",
+        "They have the names that PEFT's `LoraConfig` gives them; `share_dropout`, `fuse_mlp` and `allow_unscheduled` are ours. Where a method has "
+        "another default, its own table says so.",
         table(("field", "default", "meaning"), (_field(base[name]) for name in COMMON)),
         *parts,
     )

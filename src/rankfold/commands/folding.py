@@ -21,7 +21,7 @@ class FoldingOptions(CommonOptions):
         "compress to the least rank within this relative error, such as 0.01", default=None, metavar="E"
     )
     profile: Literal["uniform", "compact", "per_expert", "gguf", "mlx", "merged"] = option(
-        "uniform: for every engine; compact: a rank for each module; per_expert: a LoRA for each expert; gguf: llama.cpp; mlx: mlx-lm; merged: a whole model",
+        "uniform: for PEFT and engines that read its folder; compact: a rank for each module; per_expert: a LoRA for each expert; gguf: llama.cpp; mlx: mlx-lm; merged: a whole model",
         default="uniform",
     )
     dtype: Literal["float32", "bfloat16", "float16"] | None = option(

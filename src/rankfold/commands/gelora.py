@@ -39,7 +39,7 @@ class Options(Measure, CommonOptions):
 
     model: str = option("a bundled name, folder, GGUF file or hub id")
     targets: list[str] | None = option(
-        "ends of module names (default: every linear layer)", default=None, type=names, metavar="A,B"
+        "ends of module names (default: the matrices of attention)", default=None, type=names, metavar="A,B"
     )
     json: bool = option("print JSON instead of the table", default=False)
 

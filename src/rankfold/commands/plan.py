@@ -25,7 +25,10 @@ class Options(CommonOptions):
         metavar="NAME",
     )
     targets: list[str] | None = option(
-        "ends of module names (default: every linear layer)", default=None, type=names, metavar="A,B"
+        "ends of module names (default: every linear layer; gelora: the matrices of attention)",
+        default=None,
+        type=names,
+        metavar="A,B",
     )
     task: str | None = option("default: what the config names", default=None, choices=TASKS)
     r: int | None = option("rank of every method (default: 8)", default=None, metavar="N")

@@ -4,9 +4,10 @@ Paper: Sparse Low-rank Adaptation, arXiv 2311.11696 (EMNLP 2023); its body could
 gate's first values N(0, 1), A Kaiming, B = 0, scale always α/r_max, a second AdamW for the gates (no weight decay, ε 1e-6,
 stepped after the first), a constant threshold ξ that the learning rate does not multiply.
 
-`preset="paper"` (default): soft threshold, no L1 in the loss. `preset="reference"`: the released code, whose operator has a
-dead zone of 2ξ and which adds λ₁·mean|g| to the loss and clips at 0.1, as its STS-B script does. The main optimiser's
-settings there (AdamW, weight decay 0.1, lr 8e-4, linear with 6 % warm-up, trainer's own clipping off) belong to the run file.
+`preset="paper"` (default): soft threshold (OUR INTERPRETATION of the abstract's proximal gradient), no L1 in the loss.
+`preset="reference"`: the released code, whose operator has a dead zone of 2ξ and which adds λ₁·mean|g| to the loss and clips at
+0.1, as its STS-B script does. The main optimiser's settings there (AdamW, weight decay 0.1, lr 8e-4, linear with 6 % warm-up,
+trainer's own clipping off) belong to the run file.
 Ours: the L1 term's gradient is added after the loop's own clipping; `clip` then clips the whole, once.
 """
 

@@ -169,7 +169,7 @@ class Training(Section):
         default=None, gt=0, description="Passes over the training rows; 3 unless max_steps is given."
     )
     max_steps: int | None = Field(default=None, gt=0, description="Optimiser steps, instead of epochs.")
-    batch_size: int = Field(default=16, gt=0, description="Rows a step and device.")
+    batch_size: int = Field(default=16, gt=0, description="Rows per step and device.")
     gradient_accumulation: int = Field(default=1, gt=0, description="Batches gathered before each optimiser step.")
     gradient_checkpointing: bool = Field(
         default=False, description="Recompute activations: less memory, about a third slower."
@@ -193,8 +193,8 @@ class Training(Section):
     max_grad_norm: float | None = Field(
         default=None,
         ge=0,
-        description="Gradients are clipped to this norm; 0 turns clipping off. By default 1, and 0 for lora_rite and lora_pro, whose "
-        "steps it would distort.",
+        description="Gradients are clipped to this norm; 0 turns clipping off. By default 1, and 0 for lora_rite and lora_pro (mode sgd "
+        "excepted), whose steps it would distort.",
     )
     precision: Literal["fp32", "bf16", "fp16"] = Field(
         default="fp32", description="Type of the computation: fp32, or autocast to bf16 or fp16."
@@ -210,7 +210,7 @@ class Training(Section):
         default="epoch", description="Validate and save a checkpoint every so many steps, or after every epoch."
     )
     eval_batch_size: int | None = Field(
-        default=None, gt=0, description="Rows a batch in evaluation; by default batch_size."
+        default=None, gt=0, description="Rows per batch in evaluation; by default batch_size."
     )
     metric: str | None = Field(
         default=None,
@@ -232,7 +232,8 @@ class Training(Section):
         default="none", description="Also report to tensorboard, wandb, trackio, mlflow, ... (what transformers knows)."
     )
     extra: dict[str, Any] = Field(
-        default={}, description="Any further argument of transformers' TrainingArguments (causal-lm: TRL's SFTConfig)."
+        default={},
+        description="Any further argument of transformers' TrainingArguments (causal-lm: TRL's SFTConfig; preference: its DPOConfig).",
     )
 
 
