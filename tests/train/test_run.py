@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from tiny import sentiment, write_jsonl
 from transformers import (
@@ -106,6 +106,13 @@ def test_the_saved_adapter_is_what_was_measured(classification: Values, tmp_path
     with torch.no_grad():
         loss = torch.nn.functional.cross_entropy(model(**inputs).logits, torch.tensor(test["label"][:]))
     assert loss.item() == pytest.approx(result.after["loss"], rel=1e-5)
+
+
+def test_the_adapter_names_the_revision_it_was_trained_on(classification: Values):
+    run = change(classification, "model.revision=v2", "training.max_steps=1", "training.epochs=null")
+    adapter = train(run, say=silent).adapter_path  # a folder has no revisions, and transformers reads it all the same
+    assert PeftConfig.from_pretrained(str(adapter)).revision == "v2"
+    assert f"from_pretrained({run.model.name!r}, revision='v2', id2label=" in (adapter / "README.md").read_text()
 
 
 def test_the_plan_is_what_happens(classification: Values, language_model: Values):

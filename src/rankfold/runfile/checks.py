@@ -28,13 +28,14 @@ def check(run: RunFile) -> list[Problem]:
 
 
 def peft_config(run: RunFile) -> PeftConfig:
-    """The PEFT config of the run's method and task; the caller may change it.
+    """The PEFT config of the run's method, task and revision of the model; the caller may change it.
 
     Raises:
         ValueError: a value that the config class refuses.
     """
     config = copy.deepcopy(run.method.config)
     config.task_type = table.get(run.task).peft_type
+    config.revision = run.model.revision
     return config
 
 
