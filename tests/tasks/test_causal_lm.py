@@ -64,6 +64,23 @@ def test_a_chat_without_an_answer_has_a_number(llama: Path):
         TASK.encode(rows, "train", byte_tokenizer(), 12, SimpleNamespace(loss_on="completion"))
 
 
+@pytest.mark.parametrize("loss_on", ["completion", "all"])
+@pytest.mark.parametrize("marked", [True, False])
+def test_a_chat_that_the_template_refuses_is_shown(loss_on: str, marked: bool):
+    tokenizer = byte_tokenizer()
+    assert isinstance(tokenizer.chat_template, str)
+    refusing = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    plain = tokenizer.chat_template.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+    tokenizer.chat_template = refusing + (tokenizer.chat_template if marked else plain)
+    rows = Rows(
+        {"train": Dataset.from_list([{"messages": [{"role": "system", "content": "Be."}, *chat(0)]}])}, ("messages",)
+    )
+    with pytest.raises(
+        DataError, match=r"does not take the chat \[\{'role': 'system'.*: no system role; change the row"
+    ):
+        TASK.encode(rows, "train", tokenizer, 12, SimpleNamespace(loss_on=loss_on))
+
+
 def test_chats_need_a_template():
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = None

@@ -240,6 +240,11 @@ def test_no_known_column(tmp_path):
         ),
         ({"messages": []}, "train, row 2: column 'messages' must be a list of {role, content}, got []"),
         ({"messages": [{"role": "robot", "content": "a"}]}, "train, row 2: column 'messages' has the role 'robot'"),
+        (
+            {"messages": [{"role": "user", "content": None}]},
+            "train, row 2: column 'messages' has a message that says nothing: {'role': 'user', 'content': None}",
+        ),
+        ({"messages": [{"role": "user", "content": 7}]}, "train, row 2: column 'messages' has the content 7, not text"),
     ],
 )
 def test_bad_rows_have_a_number(tmp_path, row, message):
