@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from datasets import Dataset
 from tiny import byte_tokenizer
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
@@ -79,6 +80,22 @@ def test_a_chat_that_the_template_refuses_is_shown(loss_on: str, marked: bool):
         DataError, match=r"does not take the chat \[\{'role': 'system'.*: no system role; change the row"
     ):
         TASK.encode(rows, "train", tokenizer, 12, SimpleNamespace(loss_on=loss_on))
+
+
+@pytest.mark.parametrize("kind", [("text",), ("prompt", "completion")])
+def test_a_text_with_its_beginning_has_it_once(kind: tuple[str, ...]):
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"bos_token": "<s>"})
+    begin = (tokenizer.bos_token, tokenizer.bos_token_id)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[begin])
+    given = [{column: f"{start}ab" if column == kind[0] else "c" for column in kind} for start in ("<s>", "", "a<s>")]
+    made = TASK.encode(
+        Rows({"train": Dataset.from_list(given)}, kind), "train", tokenizer, 12, SimpleNamespace(loss_on="completion")
+    )
+    (first, second, third), labels = made.rows["input_ids"][:], made.rows["labels"][:]
+    assert first == second == tokenizer(f"{''.join(given[1].values())}</s>")["input_ids"]
+    assert labels[0] == labels[1]
+    assert [at for at, token in enumerate(third) if token == begin[1]] == [0, 2]
 
 
 def test_chats_need_a_template():

@@ -18,8 +18,13 @@ Tokens = list[list[int]]
 def whole_texts(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> Tokens:
     """The tokens of texts, with the end of the text."""
     end = str(tokenizer.eos_token or "")
-    ended = [text if text.endswith(end) else text + end for text in texts]
-    return tokenizer(ended, verbose=False)["input_ids"]  # pyright: ignore[reportReturnType]
+    return _tokens([text if text.endswith(end) else text + end for text in texts], tokenizer)
+
+
+def _tokens(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> Tokens:
+    """The tokens of texts; one that a chat template made begins with the beginning that the tokenizer adds, and keeps one of the two."""
+    begin, found = tokenizer.bos_token_id, tokenizer(texts, verbose=False)["input_ids"]
+    return [ids[1:] if begin is not None and ids[:2] == [begin, begin] else ids for ids in found]  # pyright: ignore
 
 
 def pairs_of_texts(
@@ -27,7 +32,7 @@ def pairs_of_texts(
 ) -> tuple[Tokens, Tokens]:
     """The tokens of prompts with their completions, and of the prompts alone."""
     wholes = whole_texts([p + c for p, c in zip(prompts, completions, strict=True)], tokenizer)
-    return wholes, tokenizer(prompts, verbose=False)["input_ids"]  # pyright: ignore[reportReturnType]
+    return wholes, _tokens(prompts, tokenizer)
 
 
 def pairs_of_chats(
