@@ -25,6 +25,7 @@ from transformers import (
     TrainerCallback,
 )
 
+from rankfold.errors import RankfoldError
 from rankfold.io.models import ModelError
 from rankfold.runfile.load import parse
 from rankfold.tasks.chats import turns, turns_by_difference
@@ -494,6 +495,11 @@ def test_output_folders(classification: Values, tmp_path: Path):
         ),
         ("data.columns.label=stars", DataError, "train has no column 'stars' for the label"),
         ("data.max_length=100", DataError, "data.max_length: 100 tokens do not fit the model, which takes 64"),
+        (
+            "training.extra={dataloader_prefetch_factor: 2}",
+            RankfoldError,
+            "training: --dataloader_prefetch_factor can only be set",
+        ),
     ],
 )
 def test_bad_input(classification: Values, tmp_path: Path, override: str, error: type, message: str):

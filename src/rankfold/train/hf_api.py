@@ -88,7 +88,10 @@ def make_arguments(cls: type, arguments: dict[str, Any]) -> Any:
             f"{package} {version(package)} has no {cls.__name__}({unknown[0]}=...), which rankfold's training needs; "
             f"install a version that has it: pip install '{WORKS[package]}'"
         )
-    return cls(**named)
+    try:
+        return cls(**named)
+    except ValueError as e:  # values that contradict each other
+        raise RankfoldError(f"training: {e}") from e
 
 
 def drop_reference(model: Any) -> None:
