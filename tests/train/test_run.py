@@ -146,6 +146,21 @@ def test_language_model(language_model: Values, options: list[str]):
     assert isinstance(model, PeftModel)
 
 
+def test_packing_leaves_the_measured_rows_apart(language_model: Values):
+    counts: list[int] = []
+
+    def look(trainer: CarefulTrainer, split: str, rows: Any) -> dict[str, float]:
+        metrics = run_module.evaluate(trainer, split, rows)
+        counts.append(len(trainer.row_scores["loss"].items) - len(rows))
+        return metrics
+
+    options = ["training.max_steps=1", "training.evaluate_every=1"]
+    packed = train(change(language_model, *options, "data.packing=true"), measure=look, say=silent)
+    apart = train(change(language_model, *options), measure=look, overwrite=True, say=silent)
+    assert counts == [0, 0, 0, 0]
+    assert packed.before == apart.before
+
+
 def test_the_loss_is_on_the_completion_only(language_model: Values):
     """The same completions behind other prompts of the same length: the loss cannot tell unless it sees the prompt."""
     result = train(change(language_model, "training.learning_rate=1e-12"), say=silent)

@@ -66,12 +66,14 @@ class StepwiseTrainer(Trainer):
         return SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
 
     def _get_dataloader(self, *args: Any, is_training: bool = False, **kwargs: Any) -> DataLoader:
-        dropped = self.args.dataloader_drop_last
+        dropped, collator = self.args.dataloader_drop_last, self.data_collator
         self.args.dataloader_drop_last = dropped and is_training
+        if not is_training and getattr(collator, "padding_free", False):  # it would make one row of a batch
+            self.data_collator = dataclasses.replace(collator, padding_free=False)  # pyright: ignore[reportArgumentType]
         try:
             return super()._get_dataloader(*args, is_training=is_training, **kwargs)
         finally:
-            self.args.dataloader_drop_last = dropped
+            self.args.dataloader_drop_last, self.data_collator = dropped, collator
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         with self.around_checkpoint(Path(self.args.output_dir or ".", f"checkpoint-{self.state.global_step}")):
