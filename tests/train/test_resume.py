@@ -39,6 +39,16 @@ def test_a_finished_run_makes_no_more_steps(classification: Values, length: str)
         assert all(torch.equal(before[key], after[key]) for key in before)
 
 
+def test_a_run_that_was_moved_ends_with_the_best_all_the_same(classification: Values, tmp_path: Path):
+    options = ["training.learning_rate=0.5"]  # the accuracy never rises
+    first = train(parse(classification, options), say=silent)
+    assert first.best_step is not None
+    assert first.best_step < first.steps
+    (tmp_path / "run").rename(tmp_path / "moved")
+    again = train(parse(classification, [*options, f"output={tmp_path / 'moved'}"]), resume=True, say=silent)
+    assert (again.best_step, again.after) == (first.best_step, first.after)
+
+
 def test_less_than_was_made_is_said_and_no_step(classification: Values):
     options = ["training.epochs=null", "training.keep_best=false"]
     first = train(parse(classification, [*options, "training.max_steps=7"]), say=silent)
