@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pandas
 import pytest
-from datasets import Dataset
+from datasets import ClassLabel, Dataset
 from tiny import byte_tokenizer, sentiment, write_jsonl
 
 from rankfold.runfile.load import parse
@@ -292,6 +292,15 @@ def test_a_label_never_seen_in_training(tmp_path, split):
 def test_bad_labels(tmp_path, labels, message):
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": f"t{i}", "label": label} for i, label in enumerate(labels)])
     assert error_of("classification", source=str(path)) == message
+
+
+def test_a_split_without_labels(tmp_path, reviews):
+    secret = Dataset.from_dict({"text": ["a", "b"], "label": [-1, -1]})
+    secret.cast_column("label", ClassLabel(names=["neg", "pos"])).to_parquet(tmp_path / "test.parquet")
+    message = error_of("classification", source=str(reviews), test=str(tmp_path / "test.parquet"))
+    assert message.startswith(
+        "test: no row has a label, as where they are kept secret; name another split or file in data.test"
+    )
 
 
 def test_the_order_of_labels(tmp_path):

@@ -108,6 +108,11 @@ def _index_labels(rows: Rows, order: list[str | int] | None) -> None:
     from datasets import ClassLabel
 
     for name, split in rows.splits.items():
+        if name != "train" and all(label is None for label in split["label"]):
+            raise DataError(
+                f"{name}: no row has a label, as where they are kept secret; name another split or file in data.{name}, or hold "
+                f"out a share of train (data.{name}: 0.1)"
+            )
         for number, label in enumerate(split["label"], 1):
             if not isinstance(label, str | int) or (isinstance(label, str) and not label.strip()):
                 missing = label is None or isinstance(label, str)
