@@ -127,10 +127,10 @@ def load_model(
     options: dict[str, Any] = {"attn_implementation": run.model.attention} if run.model.attention else {}
     if not weights:
         dtype = config.dtype if run.model.dtype == "auto" else getattr(torch, run.model.dtype)
-        with _naming_attention(run.model):
+        with _naming_fields(run.model):
             model = skeleton(config, (auto,), dtype=dtype, trust_remote_code=run.model.trust_remote_code, **options)
         return model, heads(model) if task.new_head else []
-    with _naming_attention(run.model):
+    with _naming_fields(run.model):
         model, report = _from(
             auto, run.model, place, config=config, dtype=run.model.dtype, output_loading_info=True, **options
         )
@@ -164,13 +164,19 @@ def _merged(model: PreTrainedModel, adapters: list[str]) -> PreTrainedModel:
 
 
 @contextmanager
-def _naming_attention(model: Model) -> Iterator[None]:
-    """The field that is wrong where transformers does not know an implementation of attention, or cannot use it here."""
+def _naming_fields(model: Model) -> Iterator[None]:
+    """The field that is wrong where transformers does not know an implementation of attention or cannot use it here, or where the
+    model has a head for other classes: it names an argument that a run file has not."""
     try:
         yield
     except ModelError as e:
         if model.attention and model.attention in str(e):
             raise ModelError(f"model.attention: {e}") from e
+        if "ignore_mismatched_sizes" in str(e):
+            raise ModelError(
+                f"model.name: '{model.name}' has a head of another number of classes than this run; save it without the head, "
+                f"AutoModel.from_pretrained({model.name!r}).save_pretrained(FOLDER), and its tokenizer, and name the folder"
+            ) from e
         raise
 
 
