@@ -82,6 +82,21 @@ def test_a_chat_that_the_template_refuses_is_shown(loss_on: str, marked: bool):
         TASK.encode(rows, "train", tokenizer, 12, SimpleNamespace(loss_on=loss_on))
 
 
+def test_turns_marked_without_their_end_are_named():
+    tokenizer, rows = byte_tokenizer(), Rows({"train": Dataset.from_list([{"messages": chat(0)}])}, ("messages",))
+    TASK.encode(rows, "train", tokenizer, 12, SimpleNamespace(loss_on="completion"))
+    assert rows.notes == []
+    assert isinstance(tokenizer.chat_template, str)
+    end = " + eos_token }}{% endgeneration %}"
+    assert end in tokenizer.chat_template
+    tokenizer.chat_template = tokenizer.chat_template.replace(end, " }}{% endgeneration %}{{ eos_token }}")
+    TASK.encode(rows, "train", tokenizer, 12, SimpleNamespace(loss_on="all"))
+    assert rows.notes == []
+    TASK.encode(rows, "train", tokenizer, 12, SimpleNamespace(loss_on="completion"))
+    (note,) = rows.notes
+    assert note.startswith("train: the chat template marks the assistant's turns without the token that ends them")
+
+
 @pytest.mark.parametrize("kind", [("text",), ("prompt", "completion")])
 def test_a_text_with_its_beginning_has_it_once(kind: tuple[str, ...]):
     tokenizer = byte_tokenizer()

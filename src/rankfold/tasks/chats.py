@@ -129,11 +129,9 @@ def turns(tokenizer: PreTrainedTokenizerBase) -> Callable[[Chat, Options], tuple
 
     By the marks of the chat template or of TRL's version of it, else by what the template adds when a message is given.
     """
-    from trl.chat_template_utils import get_training_chat_template
-
     try:
-        template = get_training_chat_template(tokenizer)
-    except ValueError:  # neither marks nor a version of TRL's
+        template = _marked(tokenizer)
+    except ValueError:
         return lambda chat, given=None: turns_by_difference(chat, tokenizer, given)
 
     def by_marks(chat: Chat, given: Options | None = None) -> tuple[list[int], list[bool]]:
@@ -142,6 +140,27 @@ def turns(tokenizer: PreTrainedTokenizerBase) -> Callable[[Chat, Options], tuple
         return list(found["input_ids"]), [bool(mark) for mark in found["assistant_masks"]]
 
     return by_marks
+
+
+def _marked(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """TRL's version of the chat template, which marks the assistant's turns; None where it marks them itself.
+
+    Raises:
+        ValueError: neither.
+    """
+    from trl.chat_template_utils import get_training_chat_template
+
+    return get_training_chat_template(tokenizer)
+
+
+def leaves_out_the_end(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the chat template marks the assistant's turns without their end, so that nothing teaches a model to stop."""
+    from trl.chat_template_utils import is_chat_template_stop_token_trained
+
+    try:
+        return not is_chat_template_stop_token_trained(tokenizer, _marked(tokenizer))
+    except ValueError:
+        return False
 
 
 def turns_by_difference(
