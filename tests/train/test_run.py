@@ -17,10 +17,13 @@ import torch
 from peft import PeftConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from tiny import sentiment, write_jsonl
+from tokenizers.processors import TemplateProcessing
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    BartConfig,
+    BartModel,
     Trainer,
     TrainerCallback,
 )
@@ -28,6 +31,7 @@ from transformers import (
 from rankfold.errors import RankfoldError
 from rankfold.io.models import ModelError
 from rankfold.runfile.load import parse
+from rankfold.tasks import classification as classification_module
 from rankfold.tasks.chats import turns, turns_by_difference
 from rankfold.tasks.rows import DataError
 from rankfold.train import run as run_module
@@ -319,6 +323,32 @@ def test_early_stopping_and_the_best_checkpoint(classification: Values):
             change(classification, *options, f"data={Path(classification['data']['source'], 'train.jsonl')}"),
             overwrite=True,
         )
+
+
+def test_an_evaluation_keeps_no_hidden_states(classification: Values, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """An encoder and decoder give them with their classes: a gigabyte for two thousand rows of 128 tokens and width 1,024."""
+    tokenizer = AutoTokenizer.from_pretrained(classification["model"])
+    end = (tokenizer.eos_token, tokenizer.eos_token_id)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"$A {end[0]}", special_tokens=[end])
+    tokenizer.save_pretrained(tmp_path / "bart")
+    sizes: dict[str, Any] = {
+        f"{part}_{of}": 2 for part in ("encoder", "decoder") for of in ("layers", "attention_heads", "ffn_dim")
+    }
+    marks: dict[str, Any] = {f"{which}_token_id": 1 for which in ("bos", "eos", "decoder_start", "forced_eos")} | {
+        "pad_token_id": 0
+    }
+    BartModel(BartConfig(vocab_size=len(tokenizer), d_model=16, **sizes, **marks)).save_pretrained(tmp_path / "bart")
+    kept: list[tuple[int, ...]] = []
+
+    def metrics(prediction: Any) -> dict[str, float]:
+        kept.append(prediction.predictions.shape)
+        return made(prediction)
+
+    made = classification_module._metrics
+    monkeypatch.setattr(classification_module, "_metrics", metrics)
+    run = change(classification, f"model={tmp_path / 'bart'}", "training.max_steps=1", "training.epochs=null")
+    assert train(run, say=silent).after.keys() == {"loss", "accuracy", "macro_f1"}
+    assert set(kept) == {(8,)}
 
 
 def test_a_language_model_classifies(classification: Values, llama: Path):

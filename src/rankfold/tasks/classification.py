@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from rankfold.errors import short
-from rankfold.tasks.classes import index_of
+from rankfold.tasks.classes import index_of, likeliest
 from rankfold.tasks.macro_f1 import macro_f1_by_row
 from rankfold.tasks.rows import DataError, Encoded, Rows, mapped
 from rankfold.tasks.task import LOSS, SHARE, Metric, Task
@@ -70,7 +70,7 @@ output: runs/compare-movie-reviews
         return Encoded(made.remove_columns("length"), made["length"][:])
 
     def options(self, processor: Any, labels: list[str]) -> dict[str, Any]:
-        return {"compute_metrics": _metrics}
+        return {"compute_metrics": _metrics, "preprocess_logits_for_metrics": likeliest}
 
     def scores(
         self, outputs: Sequence[Any], inputs: dict[str, Any], metric: str, trainer: Any
@@ -92,11 +92,9 @@ output: runs/compare-movie-reviews
 
 def _metrics(prediction: EvalPrediction) -> dict[str, float]:
     """Accuracy and macro-averaged F1 (the mean over the classes that occur)."""
-    import numpy as np
     from sklearn.metrics import accuracy_score, f1_score
 
-    logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
-    predicted, labels = np.argmax(logits, axis=-1), prediction.label_ids
+    predicted, labels = prediction.predictions, prediction.label_ids
     return {
         "accuracy": float(accuracy_score(labels, predicted)),
         "macro_f1": float(f1_score(labels, predicted, average="macro", zero_division=0)),  # pyright: ignore[reportArgumentType]
