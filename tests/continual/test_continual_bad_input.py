@@ -32,6 +32,7 @@ Values = dict[str, Any]
         ({"split": None, "tasks": [{"max_train": 1}, {"packing": True}]}, r"tasks\.1\.packing: means nothing for classification"),
         ({"next_task": "frozen"}, "next_task: 'frozen' is not .*'own', 'continue', 'fresh'"),
         ({"next_task": "own", "method": "lora"}, r"next_task: 'lora' has no rule of its own \(sd_lora has one\); use continue or"),
+        ({"method": "cola"}, r"next_task: continue starts from an adapter of the shapes that 'cola' begins with, and it grows; use fresh"),
         ({"task": "token-classification"}, "task: token-classification: tasks in a row need classes of their own"),
         ({"task": "causal-lm"}, "split: causal-lm has no classes to split; list the rows"),
         ({"training": {"start_from": "x"}}, r"training\.start_from: every task starts from the one before"),
