@@ -33,6 +33,7 @@ from rankfold.runfile.schema import RunFile
 from rankfold.train import folder
 from rankfold.train.data import load_rows
 from rankfold.train.folder import FolderError
+from rankfold.train.model import check_merges
 from rankfold.train.prepare import processes
 from rankfold.train.run import train
 
@@ -58,6 +59,8 @@ def continual(file: ContinualFile, *, command: str = "", say: Callable[[str], No
     tasks = resolve(file)
     _check_head(out, tasks)
     split, rows = measured_rows(file, tasks)
+    if file.rule == "fresh":
+        check_merges(file.run_file(0, tasks[0].data), "next_task: fresh")
     out.mkdir(parents=True, exist_ok=True)
     lock = FileLock(out / ".lock", timeout=0)
     try:
