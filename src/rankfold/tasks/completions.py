@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
-from rankfold.tasks.chats import Chat, Options, options, token_ids
+from rankfold.tasks.chats import Chat, Options, options, token_ids, without_nulls
 from rankfold.tasks.rows import DataError
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
 Tokens = list[list[int]]
@@ -42,6 +43,23 @@ def pairs_of_chats(
     rows = list(zip(prompts, completions, given, strict=True))
     wholes = [token_ids(tokenizer, prompt, completion, given=g) for prompt, completion, g in rows]
     return wholes, [token_ids(tokenizer, prompt, ask=True, given=g) for prompt, _, g in rows]
+
+
+def note_repeated(split: Dataset, answer: str, name: str, notes: list[str]) -> None:
+    """Adds a note where most answers begin with their prompt: then they are whole texts or chats, and each prompt is there twice.
+
+    Args:
+        answer: the column. name: of the split.
+    """
+    pairs = (
+        (without_nulls(prompt), without_nulls(given))
+        for prompt, given in zip(split["prompt"], split[answer], strict=True)
+    )
+    twice = sum(bool(prompt) and given[: len(prompt)] == prompt for prompt, given in pairs)
+    if 2 * twice > len(split):
+        notes.append(
+            f"{name}: in {twice:,} of {len(split):,} rows {answer} begins with the prompt, which is then there twice; leave it out of one"
+        )
 
 
 def same_beginning(first: Sequence[Any], second: Sequence[Any]) -> int:
