@@ -151,6 +151,13 @@ def test_unknown_sources(tmp_path):
     assert "has no file train.jsonl" in error_of("classification", source=str(tmp_path))
 
 
+def test_a_folder_with_two_files_of_one_split(reviews):
+    (reviews / "train.csv").write_text("text,label\na,neg\nb,pos\n")
+    assert "has both train.jsonl and train.csv; remove one, or name the files in data.train" in error_of(
+        "classification", source=str(reviews)
+    )
+
+
 def test_held_out_shares_keep_duplicates_on_one_side(tmp_path):
     texts = [f"{'good' if i % 2 else 'bad'} film number {i % 150}" for i in range(300)]  # each one twice
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": t, "label": t[0]} for t in texts])
