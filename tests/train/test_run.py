@@ -474,6 +474,8 @@ def test_damaged_checkpoints(classification: Values, tmp_path: Path):
     assert "holds NaN" in damaged(lambda c: save_file(nan, c / file))
     assert "trainer_state.json is cut off" in damaged(lambda c: (c / "trainer_state.json").write_text('{"epoch": 1.'))
     assert "rng_state.pth is missing" in damaged(lambda c: (c / "rng_state.pth").unlink())
+    assert "optimizer.pt is missing" in damaged(lambda c: (c / "optimizer.pt").unlink())
+    assert not damaged(lambda c: (c / "optimizer.pt").rename(c / "optimizer.bin"))  # as FSDP writes it
 
 
 def test_resume_without_a_checkpoint_starts(classification: Values):

@@ -13,7 +13,7 @@ from rankfold.errors import RankfoldError
 from rankfold.io.weights import read_tensors
 
 # Trainer writes trainer_state.json last.
-FILES = ("adapter_config.json", "adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json")
+FILES = ("adapter_config.json", "adapter_model.safetensors", "scheduler.pt", "trainer_state.json")
 
 
 def last_whole(folder: Path) -> tuple[Path | None, list[str]]:
@@ -46,6 +46,8 @@ def what_is_damaged(checkpoint: Path) -> str | None:
     for name in FILES:
         if not (checkpoint / name).is_file():
             return f"{name} is missing"
+    if not list(checkpoint.glob("optimizer*")):  # FSDP calls it optimizer.bin
+        return "optimizer.pt is missing"
     if not list(checkpoint.glob("rng_state*.pth")):
         return "rng_state.pth is missing"
     for path in checkpoint.glob("*.json"):

@@ -96,6 +96,19 @@ def make_arguments(cls: type, arguments: dict[str, Any]) -> Any:
         raise RankfoldError(f"training: {e}") from e
 
 
+def check_saves(trainer: Trainer) -> None:
+    """Raises RankfoldError where the trainer would save no adapter: of parts that processes keep to themselves it writes none."""
+    if not trainer.is_fsdp_enabled:
+        return
+    plugin: Any = trainer.accelerator.state.fsdp_plugin
+    kind = str(plugin.state_dict_type)
+    if "FULL_STATE_DICT" not in kind:
+        raise RankfoldError(
+            f"accelerate: fsdp_state_dict_type={kind.removeprefix('StateDictType.')} leaves the adapter in parts, and transformers "
+            "saves none of it; set fsdp_state_dict_type: FULL_STATE_DICT"
+        )
+
+
 def drop_reference(model: Any) -> None:
     """Deletes the copy of the adapter that TRL's trainer of preferences adds to a model as its reference: it must not be saved."""
     if "ref" in model.peft_config:
