@@ -25,7 +25,7 @@ def whole_texts(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> Tokens:
 def _tokens(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> Tokens:
     """The tokens of texts; one that a chat template made begins with the beginning that the tokenizer adds, and keeps one of the two."""
     begin, found = tokenizer.bos_token_id, tokenizer(texts, verbose=False)["input_ids"]
-    return [ids[1:] if begin is not None and ids[:2] == [begin, begin] else ids for ids in found]  # pyright: ignore
+    return [ids[1:] if begin is not None and ids[:2] == [begin, begin] else ids for ids in found]  # pyright: ignore[reportReturnType, reportGeneralTypeIssues]
 
 
 def pairs_of_texts(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,7 +71,7 @@ def _columns(path: Path, separator: str) -> list[str]:
     Raises:
         DataError: a row with more or fewer fields, or such a quote mark.
     """
-    most, line = csv.field_size_limit(sys.maxsize), 1
+    most, line = csv.field_size_limit(2**31 - 1), 1
     try:
         with path.open(encoding="utf-8-sig", newline="") as lines:
             rows = csv.reader(lines, delimiter=separator, strict=True)
