@@ -13,6 +13,7 @@ from tiny import write_jsonl
 from rankfold.continual.file import parse
 from rankfold.continual.run import continual
 from rankfold.continual.task_list import measured_rows, resolve
+from rankfold.io.models import ModelError
 from rankfold.runfile.problems import RunFileError
 from rankfold.tasks.rows import DataError
 
@@ -32,6 +33,7 @@ Values = dict[str, Any]
         ({"split": None, "tasks": [{"max_train": 1}, {"packing": True}]}, r"tasks\.1\.packing: means nothing for classification"),
         ({"next_task": "frozen"}, "next_task: 'frozen' is not .*'own', 'continue', 'fresh'"),
         ({"next_task": "own", "method": "lora"}, r"next_task: 'lora' has no rule of its own \(sd_lora has one\); use continue or"),
+        ({"method": "cola"}, r"next_task: continue starts from an adapter of the shapes that 'cola' begins with, and it grows; use fresh"),
         ({"task": "token-classification"}, "task: token-classification: tasks in a row need classes of their own"),
         ({"task": "causal-lm"}, "split: causal-lm has no classes to split; list the rows"),
         ({"training": {"start_from": "x"}}, r"training\.start_from: every task starts from the one before"),
@@ -68,6 +70,15 @@ def test_lists_of_rows_need_a_source(values: Values):
 def test_the_classes(values: Values, change: Values, message: str):
     with pytest.raises(DataError, match=message):
         resolve(parse(values | change))
+
+
+def test_fresh_adapters_want_wide_weights_from_the_start(values: Values):
+    file = parse(values | {"next_task": "fresh"}, ["model.dtype=bfloat16"])
+    with pytest.raises(
+        ModelError, match=r"next_task: fresh: small updates are rounded away in weights of torch\.bfloat16; set"
+    ):
+        continual(file, say=lambda sentence: None)
+    assert not Path(file.output).exists()
 
 
 def test_the_copy_of_the_file_means_the_same(values: Values):

@@ -100,6 +100,10 @@ def test_every_problem_at_once_with_line_path_value_and_nearest(tmp_path):
         ("r: 8,", "r: 8, task_type: CAUSAL_LM,", "method.task_type: is set by the run itself; remove it"),
         ("epochs: 1", "epochs: 1\n  max_steps: 5", "training.max_steps: 5 contradicts epochs: 1; give one of the two"),
         ("epochs: 1", "schedule: cosin", "run.yaml:7: training.schedule: unknown schedule 'cosin'; did you mean 'cosine'?"),
+        (
+            "epochs: 1", "schedule: cosine_with_min_lr", "training.schedule: 'cosine_with_min_lr' needs more: One of min_lr or min_lr_rate"
+        ),
+        ("epochs: 1", "schedule: warmup_stable_decay", "'num_decay_steps'; give it in extra: {lr_scheduler_kwargs: {...}}"),
         ("epochs: 1", "optimizer: adamw", "training.optimizer: unknown optimizer 'adamw'; did you mean 'adamw_torch'"),
         ("epochs: 1", "metric: f1", "training.metric: 'f1' is not a metric of classification; known: accuracy, loss, macro_f1"),
         ("epochs: 1", "metric: token_accuracy", "training.metric: 'token_accuracy' is not a metric of classification"),
@@ -124,6 +128,11 @@ def test_one_clear_line(tmp_path, old, new, message):
     assert old in GOOD
     (line,) = complaints(tmp_path, GOOD.replace(old, new))
     assert message in line
+
+
+def test_a_schedule_with_what_it_needs(tmp_path):
+    schedule = "schedule: cosine_with_min_lr\n  extra: {lr_scheduler_kwargs: {min_lr: 1e-6}}"
+    assert load_text(tmp_path, GOOD.replace("epochs: 1", schedule)).training.schedule == "cosine_with_min_lr"
 
 
 @pytest.mark.parametrize(

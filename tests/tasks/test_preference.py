@@ -81,6 +81,21 @@ def test_the_prompt_as_text_beside_chats(chat: list[dict[str, Any]], tmp_path: P
     assert (found["prompt"], found["chosen"], found["rejected"]) == ([USER], [YES], [NO])
 
 
+def test_the_prompt_as_text_beside_answers_of_several_messages(tmp_path: Path):
+    call = {"role": "tool", "content": "42"}
+    row = {"prompt": "Is it?", "chosen": [YES, call, YES], "rejected": [YES, call, NO]}
+    assert load([row], tmp_path).splits["train"][0] == row | {"prompt": [USER]}
+
+
+@pytest.mark.parametrize("form", ["plain", "chat"])
+def test_answers_that_begin_with_their_prompt_are_counted(form: str, tmp_path: Path):
+    row = FORMS[form]
+    whole = row | {answer: row["prompt"] + row[answer] for answer in ("chosen", "rejected")}
+    assert load([row, row, whole], tmp_path).notes == []
+    (note,) = load([row, whole, whole], tmp_path).notes
+    assert note.startswith("train: in 2 of 3 rows chosen begins with the prompt, which is then there twice")
+
+
 def test_other_names(tmp_path: Path):
     row = {"question": "q", "good": " a", "bad": " b"}
     rows = load([row, row], tmp_path, columns={"prompt": "question", "chosen": "good", "rejected": "bad"})

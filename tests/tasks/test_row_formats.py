@@ -58,6 +58,18 @@ def test_sharegpt(tmp_path: Path):
     ]
 
 
+def test_completions_that_begin_with_their_prompt_are_counted(tmp_path: Path):
+    rows = [{"prompt": "Double 2:", "completion": "Double 2: 4"}, {"prompt": "Double 3:", "completion": "Double 3: 6"}]
+    (note,) = load(tmp_path, rows).notes
+    assert (
+        note
+        == "train: in 2 of 2 rows completion begins with the prompt, which is then there twice; leave it out of one"
+    )
+    assert load(tmp_path, [rows[0], {"prompt": "", "completion": "x"}]).notes == [
+        "train: 1 of 2 rows have an empty prompt"
+    ]
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [

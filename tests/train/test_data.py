@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from types import SimpleNamespace
 
+import pandas
 import pytest
-from datasets import Dataset
+from datasets import ClassLabel, Dataset
 from tiny import byte_tokenizer, sentiment, write_jsonl
 
 from rankfold.runfile.load import parse
@@ -63,6 +64,25 @@ def test_csv_values_stay_the_text_they_are(tmp_path):
     ]
 
 
+def test_csv_has_long_texts_lines_in_quotes_and_an_index_of_pandas(tmp_path):
+    rows = [{"text": 'so "so",\nyes', "label": "a"}, {"text": "x" * 200_000, "label": "b"}]
+    pandas.DataFrame(rows).to_csv(tmp_path / "a.csv")
+    found = read_file(tmp_path / "a.csv")
+    assert found.remove_columns("Unnamed: 0").to_list() == rows
+    assert found["Unnamed: 0"][:] == ["0", "1"]
+
+
+def test_text_that_looks_like_a_time_is_text(tmp_path):
+    call = [{"name": "book", "arguments": {"day": "2024-01-01"}}]
+    rows = [
+        {"prompt": "when?", "completion": f"202{i}-01-01", "words": ["2024-01-01 10:00:00"], "calls": call}
+        for i in range(3)
+    ]
+    assert read_file(write_jsonl(tmp_path / "a.jsonl", rows)).to_list() == rows
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    assert read_file(tmp_path / "a.json").to_list() == rows
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -73,7 +93,11 @@ def test_csv_values_stay_the_text_they_are(tmp_path):
         ("a.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', "a.jsonl:2: not UTF-8 text"),
         ("a.json", b'{"text": "a"}{"text"', "a.json:1: malformed JSON"),
         ("a.csv", b"text,label\n", "a.csv: the file has no rows"),
-        ("a.csv", b"text,label\na,b\nc,d,e\n", "a.csv: cannot be read (Error tokenizing data. C error: Expected 2 fields in line 3"),
+        ("a.csv", b"text,label\na,b\nc,d,e\n", "a.csv:3: the header has 2 columns, this row has 3"),
+        ("a.csv", b"text,label\n\na fine, good film,b\n", "a.csv:3: the header has 2 columns, this row has 3"),
+        ("a.csv", b"text,label\na\nc,d\n", "a.csv:2: the header has 2 columns, this row has 1; a text that holds ','"),
+        ("a.tsv", b'text\tlabel\na\tb\n"Good\tc\nso "so\td\n', "a.tsv:3: a quote mark begins a field and does not end it"),
+        ("a.tsv", b'text\tlabel\na\tb\n"Good\tc\nso so\td\n', "a.tsv:3: a quote mark begins a field and does not end it"),
         ("a.csv", b"text,label\n\xff,b\n", "a.csv:2: not UTF-8 text"),
         ("a.parquet", b"PAR1 and no more", "a.parquet: cannot be read"),
         ("a.txt", b"hello", "a.txt: cannot read '.txt' files; use one of .jsonl, .json, .csv, .tsv, .parquet"),
@@ -125,6 +149,13 @@ def test_unknown_sources(tmp_path):
         in message
     )
     assert "has no file train.jsonl" in error_of("classification", source=str(tmp_path))
+
+
+def test_a_folder_with_two_files_of_one_split(reviews):
+    (reviews / "train.csv").write_text("text,label\na,neg\nb,pos\n")
+    assert "has both train.jsonl and train.csv; remove one, or name the files in data.train" in error_of(
+        "classification", source=str(reviews)
+    )
 
 
 def test_held_out_shares_keep_duplicates_on_one_side(tmp_path):
@@ -216,6 +247,11 @@ def test_no_known_column(tmp_path):
         ),
         ({"messages": []}, "train, row 2: column 'messages' must be a list of {role, content}, got []"),
         ({"messages": [{"role": "robot", "content": "a"}]}, "train, row 2: column 'messages' has the role 'robot'"),
+        (
+            {"messages": [{"role": "user", "content": None}]},
+            "train, row 2: column 'messages' has a message that says nothing: {'role': 'user', 'content': None}",
+        ),
+        ({"messages": [{"role": "user", "content": 7}]}, "train, row 2: column 'messages' has the content 7, not text"),
     ],
 )
 def test_bad_rows_have_a_number(tmp_path, row, message):
@@ -263,6 +299,15 @@ def test_a_label_never_seen_in_training(tmp_path, split):
 def test_bad_labels(tmp_path, labels, message):
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": f"t{i}", "label": label} for i, label in enumerate(labels)])
     assert error_of("classification", source=str(path)) == message
+
+
+def test_a_split_without_labels(tmp_path, reviews):
+    secret = Dataset.from_dict({"text": ["a", "b"], "label": [-1, -1]})
+    secret.cast_column("label", ClassLabel(names=["neg", "pos"])).to_parquet(tmp_path / "test.parquet")
+    message = error_of("classification", source=str(reviews), test=str(tmp_path / "test.parquet"))
+    assert message.startswith(
+        "test: no row has a label, as where they are kept secret; name another split or file in data.test"
+    )
 
 
 def test_the_order_of_labels(tmp_path):

@@ -5,8 +5,10 @@ from __future__ import annotations
 import ast
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from torch.distributed.fsdp import StateDictType
 from transformers import TrainingArguments
 
 from rankfold.errors import RankfoldError
@@ -65,6 +67,20 @@ def test_what_is_missing_is_one_sentence():
 def test_an_argument_that_is_gone_is_one_sentence(tmp_path: Path):
     with pytest.raises(RankfoldError, match=r"has no TrainingArguments\(warmup_stops=\.\.\.\), .*pip install"):
         hf_api.make_arguments(TrainingArguments, {"output_dir": str(tmp_path), "warmup_stops": 1})
+
+
+def test_a_trainer_that_saves_parts_is_refused():
+    def trainer(kind: str) -> Any:
+        plugin = SimpleNamespace(state_dict_type=StateDictType[kind])
+        return SimpleNamespace(
+            is_fsdp_enabled=True, accelerator=SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin))
+        )
+
+    hf_api.check_saves(trainer("FULL_STATE_DICT"))
+    with pytest.raises(
+        RankfoldError, match=r"fsdp_state_dict_type=SHARDED_STATE_DICT .* set fsdp_state_dict_type: FULL_STATE_DICT"
+    ):
+        hf_api.check_saves(trainer("SHARDED_STATE_DICT"))
 
 
 def test_arguments_have_the_name_that_this_release_wants(tmp_path: Path):

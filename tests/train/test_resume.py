@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,29 @@ def test_a_finished_run_makes_no_more_steps(classification: Values, length: str)
         assert (again.steps, again.after, again.before) == (7, first.after, first.before)
         after = weights(again.adapter_path)
         assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_a_run_that_was_moved_ends_with_the_best_all_the_same(classification: Values, tmp_path: Path):
+    options = ["training.learning_rate=0.5"]  # the accuracy never rises
+    first = train(parse(classification, options), say=silent)
+    assert first.best_step is not None
+    assert first.best_step < first.steps
+    (tmp_path / "run").rename(tmp_path / "moved")
+    again = train(parse(classification, [*options, f"output={tmp_path / 'moved'}"]), resume=True, say=silent)
+    assert (again.best_step, again.after) == (first.best_step, first.after)
+
+
+def test_another_number_of_processes_is_told(classification: Values, tmp_path: Path):
+    with pytest.raises(KeyboardInterrupt):
+        train(parse(classification), callbacks=[Killed(5)], say=silent)
+    whole = tmp_path / "run" / "checkpoints" / "checkpoint-4"
+    for name in ("rng_state_0.pth", "rng_state_1.pth"):
+        shutil.copy(whole / "rng_state.pth", whole / name)
+    (whole / "rng_state.pth").unlink()
+    (note,) = train(parse(classification), resume=True, say=silent).notes
+    assert note.startswith(
+        "checkpoint-4 was made by 2 processes, and this run has 1: from here on a step takes 1/2 of the rows"
+    )
 
 
 def test_less_than_was_made_is_said_and_no_step(classification: Values):

@@ -185,6 +185,10 @@ def test_vllm_gets_every_policy_under_a_new_name(base, tmp_path, monkeypatch):
     assert found == [Completion([5, 7], [-0.5, -1.5])] * 2
     assert llm.read == [("policy-1", 1, True), ("policy-2", 2, True)]
     assert [p.name for p in tmp_path.iterdir()] == ["policy-2"]
+    with pytest.raises(
+        RankfoldError, match=r"holds policy-2 of a run that was killed, and this run would end at that number"
+    ):
+        VllmEngine(llm, max_rank=16, folder=tmp_path)
 
 
 def test_vllm_is_not_given_what_it_would_leave_out(base, tmp_path):

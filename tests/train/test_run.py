@@ -14,19 +14,24 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from tiny import sentiment, write_jsonl
+from tokenizers.processors import TemplateProcessing
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    BartConfig,
+    BartModel,
     Trainer,
     TrainerCallback,
 )
 
+from rankfold.errors import RankfoldError
 from rankfold.io.models import ModelError
 from rankfold.runfile.load import parse
+from rankfold.tasks import classification as classification_module
 from rankfold.tasks.chats import turns, turns_by_difference
 from rankfold.tasks.rows import DataError
 from rankfold.train import run as run_module
@@ -108,6 +113,13 @@ def test_the_saved_adapter_is_what_was_measured(classification: Values, tmp_path
     assert loss.item() == pytest.approx(result.after["loss"], rel=1e-5)
 
 
+def test_the_adapter_names_the_revision_it_was_trained_on(classification: Values):
+    run = change(classification, "model.revision=v2", "training.max_steps=1", "training.epochs=null")
+    adapter = train(run, say=silent).adapter_path  # a folder has no revisions, and transformers reads it all the same
+    assert PeftConfig.from_pretrained(str(adapter)).revision == "v2"
+    assert f"from_pretrained({run.model.name!r}, revision='v2', id2label=" in (adapter / "README.md").read_text()
+
+
 def test_the_plan_is_what_happens(classification: Values, language_model: Values):
     for values in (classification, language_model):
         run = change(values, "training.gradient_accumulation=2")
@@ -136,6 +148,21 @@ def test_language_model(language_model: Values, options: list[str]):
     assert result.after.keys() == {"loss", "token_accuracy"}
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(run.model.name), str(result.adapter_path))
     assert isinstance(model, PeftModel)
+
+
+def test_packing_leaves_the_measured_rows_apart(language_model: Values):
+    counts: list[int] = []
+
+    def look(trainer: CarefulTrainer, split: str, rows: Any) -> dict[str, float]:
+        metrics = run_module.evaluate(trainer, split, rows)
+        counts.append(len(trainer.row_scores["loss"].items) - len(rows))
+        return metrics
+
+    options = ["training.max_steps=1", "training.evaluate_every=1"]
+    packed = train(change(language_model, *options, "data.packing=true"), measure=look, say=silent)
+    apart = train(change(language_model, *options), measure=look, overwrite=True, say=silent)
+    assert counts == [0, 0, 0, 0]
+    assert packed.before == apart.before
 
 
 def test_the_loss_is_on_the_completion_only(language_model: Values):
@@ -298,6 +325,32 @@ def test_early_stopping_and_the_best_checkpoint(classification: Values):
         )
 
 
+def test_an_evaluation_keeps_no_hidden_states(classification: Values, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """An encoder and decoder give them with their classes: a gigabyte for two thousand rows of 128 tokens and width 1,024."""
+    tokenizer = AutoTokenizer.from_pretrained(classification["model"])
+    end = (tokenizer.eos_token, tokenizer.eos_token_id)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"$A {end[0]}", special_tokens=[end])
+    tokenizer.save_pretrained(tmp_path / "bart")
+    sizes: dict[str, Any] = {
+        f"{part}_{of}": 2 for part in ("encoder", "decoder") for of in ("layers", "attention_heads", "ffn_dim")
+    }
+    marks: dict[str, Any] = {f"{which}_token_id": 1 for which in ("bos", "eos", "decoder_start", "forced_eos")} | {
+        "pad_token_id": 0
+    }
+    BartModel(BartConfig(vocab_size=len(tokenizer), d_model=16, **sizes, **marks)).save_pretrained(tmp_path / "bart")
+    kept: list[tuple[int, ...]] = []
+
+    def metrics(prediction: Any) -> dict[str, float]:
+        kept.append(prediction.predictions.shape)
+        return made(prediction)
+
+    made = classification_module._metrics
+    monkeypatch.setattr(classification_module, "_metrics", metrics)
+    run = change(classification, f"model={tmp_path / 'bart'}", "training.max_steps=1", "training.epochs=null")
+    assert train(run, say=silent).after.keys() == {"loss", "accuracy", "macro_f1"}
+    assert set(kept) == {(8,)}
+
+
 def test_a_language_model_classifies(classification: Values, llama: Path):
     result = train(change(classification, f"model={llama}"), say=silent)
     assert result.head == 2 * 16
@@ -421,6 +474,8 @@ def test_damaged_checkpoints(classification: Values, tmp_path: Path):
     assert "holds NaN" in damaged(lambda c: save_file(nan, c / file))
     assert "trainer_state.json is cut off" in damaged(lambda c: (c / "trainer_state.json").write_text('{"epoch": 1.'))
     assert "rng_state.pth is missing" in damaged(lambda c: (c / "rng_state.pth").unlink())
+    assert "optimizer.pt is missing" in damaged(lambda c: (c / "optimizer.pt").unlink())
+    assert not damaged(lambda c: (c / "optimizer.pt").rename(c / "optimizer.bin"))  # as FSDP writes it
 
 
 def test_resume_without_a_checkpoint_starts(classification: Values):
@@ -487,6 +542,11 @@ def test_output_folders(classification: Values, tmp_path: Path):
         ),
         ("data.columns.label=stars", DataError, "train has no column 'stars' for the label"),
         ("data.max_length=100", DataError, "data.max_length: 100 tokens do not fit the model, which takes 64"),
+        (
+            "training.extra={dataloader_prefetch_factor: 2}",
+            RankfoldError,
+            "training: --dataloader_prefetch_factor can only be set",
+        ),
     ],
 )
 def test_bad_input(classification: Values, tmp_path: Path, override: str, error: type, message: str):

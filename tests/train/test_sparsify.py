@@ -68,6 +68,10 @@ def test_a_killed_schedule_goes_on(classification: Values, monkeypatch: pytest.M
     sparsify(whole, [0.0, 0.1], say=silent)
     one, two = (load_file(Path(r.output, "stage-1/adapter/adapter_model.safetensors")) for r in (run, whole))
     assert all(torch.equal(one[k], two[k]) for k in one)
+    with pytest.raises(
+        FolderError, match=r"stage-1' is done, and was trained otherwise: training\.epochs was 2\.0, is 1\.0"
+    ):
+        sparsify(run, [0.0, 0.1, 0.2], stage_epochs=1.0, resume=True, say=silent)
     write_jsonl(Path(classification["data"]["source"], "train.jsonl"), sentiment(32, 1000))
     with pytest.raises(FolderError, match=r"has other train rows than when the work in .*stage-0' began"):
         sparsify(run, [0.0, 0.1, 0.2], resume=True, say=silent)

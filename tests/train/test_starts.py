@@ -116,6 +116,12 @@ def test_the_order_of_a_pretrained_head_is_kept(task: str, classification: Value
         "knows the classes ['Pos', 'neg', 'so']; its head is trained on for ['bad', 'pos', 'so'], in this order" in note
     )
 
+    two = {"source": str(write_jsonl(tmp_path / "two.jsonl", [row for row in rows if "so" not in str(row)]))}
+    with pytest.raises(
+        ModelError, match=r"has a head of another number of classes than this run; save it without the head"
+    ):
+        train(parse(values | {"data": two}), say=silent)
+
     # The head of an adapter takes the place of the model's.
     run = train(parse(values | {"model": classification["model"]}, ["training.epochs=1"]), say=silent)
     assert run.labels == ["neg", "pos", "so"]

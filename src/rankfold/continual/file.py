@@ -169,6 +169,12 @@ def _check(file: ContinualFile) -> list[Problem]:
         rows = ", ".join(row.name for row in registry.find() if row.next_task)
         message = f"'{file.method.name}' has no rule of its own ({rows} has one); use continue or fresh"
         problems.append(Problem(("next_task",), message))
+    method = registry.METHODS.get(file.method.name)
+    if file.rule == "continue" and method is not None and method.adapter.growing:
+        message = (
+            f"continue starts from an adapter of the shapes that '{method.name}' begins with, and it grows; use fresh"
+        )
+        problems.append(Problem(("next_task",), message))
     for i, rows in enumerate(file.tasks or ()):
         if rows.labels is not None:
             problems.append(

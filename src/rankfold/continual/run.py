@@ -30,10 +30,10 @@ from rankfold.host import registry
 from rankfold.io.files import to_json, write_whole
 from rankfold.runfile.load import load, parse
 from rankfold.runfile.schema import RunFile
-from rankfold.text import changes
 from rankfold.train import folder
 from rankfold.train.data import load_rows
 from rankfold.train.folder import FolderError
+from rankfold.train.model import check_merges
 from rankfold.train.prepare import processes
 from rankfold.train.run import train
 
@@ -59,6 +59,8 @@ def continual(file: ContinualFile, *, command: str = "", say: Callable[[str], No
     tasks = resolve(file)
     _check_head(out, tasks)
     split, rows = measured_rows(file, tasks)
+    if file.rule == "fresh":
+        check_merges(file.run_file(0, tasks[0].data), "next_task: fresh")
     out.mkdir(parents=True, exist_ok=True)
     lock = FileLock(out / ".lock", timeout=0)
     try:
@@ -108,7 +110,7 @@ def _task(
     if saved.is_file():
         folder.check(run, resume=True, overwrite=False)  # the same run, not another that has the name
         folder.check_rows(Path(run.output), load_rows(run).digests, run.data)
-        _check_length(run)
+        folder.check_length(run)
         if not Path(run.output, "adapter").is_dir():
             raise FolderError(
                 f"output: task {number + 1} is done, but its adapter is not in '{run.output}'; restore it, or remove that folder and "
@@ -208,17 +210,6 @@ def _check_folder(out: Path, file: ContinualFile) -> None:
             )
     elif out.is_dir() and any(not entry.name.startswith(".") for entry in out.iterdir()):
         raise FolderError(f"output: '{out}' is not empty and holds no tasks in a row; name another folder")
-
-
-def _check_length(run: RunFile) -> None:
-    """Raises FolderError where a finished task was trained for another length than the file asks for; a run that goes on may change it."""
-    trained = load(Path(run.output, "run.yaml")).training
-    before, now = ({"epochs": t.epochs, "max_steps": t.max_steps} for t in (trained, run.training))
-    if changed := changes("training", before, now):
-        raise FolderError(
-            f"output: the task in '{run.output}' is done, and was trained otherwise: {'; '.join(changed)}. Undo the change, or name "
-            "another output"
-        )
 
 
 def _check_head(out: Path, tasks: list[TaskRows]) -> None:

@@ -15,7 +15,7 @@ from rankfold.runfile.arguments import RENAMED, trainer_arguments
 from rankfold.runfile.methods import SET_BY_THE_RUN, bad_pattern, cannot_resume, config_class, config_fields, refuse
 from rankfold.runfile.optimizers import check_optimizer
 from rankfold.runfile.problems import Problem, allowed
-from rankfold.runfile.schema import RunFile
+from rankfold.runfile.schema import RunFile, Training
 from rankfold.tasks import table
 
 if TYPE_CHECKING:
@@ -28,13 +28,14 @@ def check(run: RunFile) -> list[Problem]:
 
 
 def peft_config(run: RunFile) -> PeftConfig:
-    """The PEFT config of the run's method and task; the caller may change it.
+    """The PEFT config of the run's method, task and revision of the model; the caller may change it.
 
     Raises:
         ValueError: a value that the config class refuses.
     """
     config = copy.deepcopy(run.method.config)
     config.task_type = table.get(run.task).peft_type
+    config.revision = run.model.revision
     return config
 
 
@@ -126,6 +127,8 @@ def _check_training(run: RunFile) -> list[Problem]:
     schedules = [member.value for member in SchedulerType]
     if t.schedule not in schedules:
         problem("schedule", f"unknown schedule '{t.schedule}'{nearest(t.schedule, schedules, 'known')}")
+    elif why := _why_no_schedule(t):
+        problem("schedule", f"'{t.schedule}' needs more: {why}; give it in extra: {{lr_scheduler_kwargs: {{...}}}}")
     problems += check_optimizer(run)
     trackers = [t.report_to] if isinstance(t.report_to, str) else t.report_to
     for name in trackers:
@@ -162,3 +165,18 @@ def _check_training(run: RunFile) -> list[Problem]:
             elif key not in known:
                 problem("extra", f"{arguments.__name__} has no argument '{key}'{nearest(key, known - ours)}")
     return problems
+
+
+def _why_no_schedule(t: Training) -> str:
+    """What transformers says of a schedule that it cannot make, which is else known when training begins; "" of any other."""
+    from torch import nn, optim
+    from transformers import get_scheduler
+
+    optimizer, options = optim.SGD([nn.Parameter()], t.learning_rate), t.extra.get("lr_scheduler_kwargs")
+    if isinstance(options, str):  # TrainingArguments reads JSON in it
+        return ""
+    try:
+        get_scheduler(t.schedule, optimizer, 0, 1_000_000, options)
+    except (ValueError, TypeError) as e:
+        return str(e)
+    return ""

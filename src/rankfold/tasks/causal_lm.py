@@ -7,8 +7,15 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rankfold.errors import short
-from rankfold.tasks.chats import carried, not_a_chat, tidy_all, token_ids, turns
-from rankfold.tasks.completions import options_of, pairs_of_chats, pairs_of_texts, same_beginning, whole_texts
+from rankfold.tasks.chats import carried, leaves_out_the_end, not_a_chat, tidy_all, token_ids, turns
+from rankfold.tasks.completions import (
+    note_repeated,
+    options_of,
+    pairs_of_chats,
+    pairs_of_texts,
+    same_beginning,
+    whole_texts,
+)
 from rankfold.tasks.formats import advice, as_ours, refuse_undesired
 from rankfold.tasks.rows import DataError, Encoded, Rows, mapped
 from rankfold.tasks.task import LOSS, SHARE, Metric, Task
@@ -92,7 +99,10 @@ output: runs/compare-phonemes
         return f"holds {short(value)}, not text" if kind == TEXT else not_a_chat(value)
 
     def tidy(self, split: Dataset, kind: tuple[str, ...], name: str, notes: list[str]) -> Dataset:
-        return tidy_all(split, kind)
+        split = tidy_all(split, kind)
+        if kind == PAIR:
+            note_repeated(split, "completion", name, notes)
+        return split
 
     def encode(self, rows: Rows, split: str, processor: Any, max_length: int | None, data: Any) -> Encoded:
         """Tokens, and as labels those of them that are to be learnt. TRL cuts and packs them."""
@@ -103,7 +113,13 @@ output: runs/compare-phonemes
                 "the rows are chats but the model's tokenizer has no chat template; take an instruct model, or give the rows "
                 "as prompt and completion"
             )
-        tokens = _tokens_of(rows.kind, processor, is_chat, data.loss_on == "completion")
+        answers_only = data.loss_on == "completion"
+        if split == "train" and rows.kind == CHAT and answers_only and leaves_out_the_end(processor):
+            rows.notes.append(
+                "train: the chat template marks the assistant's turns without the token that ends them, so the model does not learn "
+                "to stop; move the token before {% endgeneration %}, or use data.loss_on: all"
+            )
+        tokens = _tokens_of(rows.kind, processor, is_chat, answers_only)
         # Of their own, so that what `datasets` takes a fingerprint of does not hold the rows
         kind, extra = rows.kind, tuple(column for column in rows.carried if column in table.column_names)
 

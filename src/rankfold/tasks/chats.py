@@ -58,7 +58,11 @@ def without_nulls(chat: Chat) -> Chat:
 def tidy(chat: Chat) -> Chat:
     """Messages as {role, content}, those of {from, value} too."""
     return [
-        {TO_OURS.get(key, key): ALIASES.get(part, part) if key in ("role", "from") else part for key, part in m.items()}
+        {
+            TO_OURS.get(key, key): ALIASES.get(part, part) if key in ("role", "from") else part
+            for key, part in m.items()
+            if part is not None  # Arrow gives a message of one form the keys of the other
+        }
         for m in chat
     ]
 
@@ -84,11 +88,16 @@ def not_a_chat(value: Any) -> str | None:
     if not isinstance(value, list) or not value:
         return f"must be a list of {{role, content}}, got {short(value)}"
     for message in value:
-        role = message.get("role", message.get("from")) if isinstance(message, dict) else None
+        given = {k: v for k, v in message.items() if v is not None} if isinstance(message, dict) else {}
+        role, content = given.get("role", given.get("from")), given.get("content", given.get("value"))
         if role is None:
             return f"has a message without a role: {short(message)}"
         if role not in ROLES and role not in ALIASES:
             return f"has the role '{role}'{nearest(role, ROLES, 'known')}"
+        if content is None and not any(given[key] for key in given.keys() - {"role", "from"}):
+            return f"has a message that says nothing: {short(message)}"
+        if not isinstance(content, str | list | None):
+            return f"has the content {short(content)}, not text"
     return None
 
 
@@ -96,11 +105,23 @@ def token_ids(
     tokenizer: PreTrainedTokenizerBase, *parts: Chat, ask: bool = False, given: Options | None = None
 ) -> list[int]:
     """The tokens of a chat in one or more parts; `ask` adds the beginning of the answer that is asked for."""
-    chat = without_nulls(list(chain(*parts)))
-    ids: Any = tokenizer.apply_chat_template(
-        chat, add_generation_prompt=ask, tokenize=True, return_dict=False, **given or {}
-    )
-    return list(ids)
+    return list(_rendered(tokenizer, list(chain(*parts)), add_generation_prompt=ask, return_dict=False, **given or {}))
+
+
+def _rendered(tokenizer: PreTrainedTokenizerBase, chat: Chat, **options: Any) -> Any:
+    """What the tokenizer makes of a chat.
+
+    Raises:
+        DataError: its template refuses the chat, such as one with a system message.
+    """
+    from jinja2 import TemplateError
+
+    try:
+        return tokenizer.apply_chat_template(without_nulls(chat), tokenize=True, **options)
+    except (TemplateError, TypeError) as e:
+        raise DataError(
+            f"the tokenizer's chat template does not take the chat {short(chat)}: {e}; change the row, or take another model"
+        ) from e
 
 
 def turns(tokenizer: PreTrainedTokenizerBase) -> Callable[[Chat, Options], tuple[list[int], list[bool]]]:
@@ -108,25 +129,38 @@ def turns(tokenizer: PreTrainedTokenizerBase) -> Callable[[Chat, Options], tuple
 
     By the marks of the chat template or of TRL's version of it, else by what the template adds when a message is given.
     """
-    from trl.chat_template_utils import get_training_chat_template
-
     try:
-        template = get_training_chat_template(tokenizer)
-    except ValueError:  # neither marks nor a version of TRL's
+        template = _marked(tokenizer)
+    except ValueError:
         return lambda chat, given=None: turns_by_difference(chat, tokenizer, given)
 
     def by_marks(chat: Chat, given: Options | None = None) -> tuple[list[int], list[bool]]:
-        found: Any = tokenizer.apply_chat_template(
-            without_nulls(chat),
-            chat_template=template,
-            tokenize=True,
-            return_dict=True,
-            return_assistant_tokens_mask=True,
-            **given or {},
-        )
+        marked = {"return_dict": True, "return_assistant_tokens_mask": True}
+        found = _rendered(tokenizer, chat, chat_template=template, **marked, **given or {})
         return list(found["input_ids"]), [bool(mark) for mark in found["assistant_masks"]]
 
     return by_marks
+
+
+def _marked(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """TRL's version of the chat template, which marks the assistant's turns; None where it marks them itself.
+
+    Raises:
+        ValueError: neither.
+    """
+    from trl.chat_template_utils import get_training_chat_template
+
+    return get_training_chat_template(tokenizer)
+
+
+def leaves_out_the_end(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the chat template marks the assistant's turns without their end, so that nothing teaches a model to stop."""
+    from trl.chat_template_utils import is_chat_template_stop_token_trained
+
+    try:
+        return not is_chat_template_stop_token_trained(tokenizer, _marked(tokenizer))
+    except ValueError:
+        return False
 
 
 def turns_by_difference(

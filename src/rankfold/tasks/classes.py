@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rankfold.errors import nearest, short
 from rankfold.tasks.rows import DataError, Rows
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from torch import Tensor
 
 
 def index_of(
@@ -62,6 +63,11 @@ def as_known(labels: Sequence[str | int], known: Sequence[str]) -> list[str] | N
     if len(ours) != len(labels) or sorted(ours) != sorted(theirs):
         return None
     return [ours[label] for label in theirs]
+
+
+def likeliest(logits: Any, labels: Tensor) -> Tensor:
+    """The likeliest class of each row or word, all that an evaluation keeps: encoders and decoders give their hidden states too."""
+    return (logits[0] if isinstance(logits, tuple) else logits).argmax(-1)
 
 
 def only(split: Dataset, column: str, classes: Sequence[str | int], name: str) -> Dataset:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from rankfold.errors import short
-from rankfold.tasks.classes import index_of
+from rankfold.tasks.classes import index_of, likeliest
 from rankfold.tasks.macro_f1 import macro_f1_by_row
 from rankfold.tasks.rows import DataError, Encoded, Rows, mapped
 from rankfold.tasks.task import LOSS, SHARE, Metric, Task
@@ -70,7 +70,7 @@ output: runs/compare-movie-reviews
         return Encoded(made.remove_columns("length"), made["length"][:])
 
     def options(self, processor: Any, labels: list[str]) -> dict[str, Any]:
-        return {"compute_metrics": _metrics}
+        return {"compute_metrics": _metrics, "preprocess_logits_for_metrics": likeliest}
 
     def scores(
         self, outputs: Sequence[Any], inputs: dict[str, Any], metric: str, trainer: Any
@@ -92,11 +92,9 @@ output: runs/compare-movie-reviews
 
 def _metrics(prediction: EvalPrediction) -> dict[str, float]:
     """Accuracy and macro-averaged F1 (the mean over the classes that occur)."""
-    import numpy as np
     from sklearn.metrics import accuracy_score, f1_score
 
-    logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
-    predicted, labels = np.argmax(logits, axis=-1), prediction.label_ids
+    predicted, labels = prediction.predictions, prediction.label_ids
     return {
         "accuracy": float(accuracy_score(labels, predicted)),
         "macro_f1": float(f1_score(labels, predicted, average="macro", zero_division=0)),  # pyright: ignore[reportArgumentType]
@@ -108,6 +106,11 @@ def _index_labels(rows: Rows, order: list[str | int] | None) -> None:
     from datasets import ClassLabel
 
     for name, split in rows.splits.items():
+        if name != "train" and all(label is None for label in split["label"]):
+            raise DataError(
+                f"{name}: no row has a label, as where they are kept secret; name another split or file in data.{name}, or hold "
+                f"out a share of train (data.{name}: 0.1)"
+            )
         for number, label in enumerate(split["label"], 1):
             if not isinstance(label, str | int) or (isinstance(label, str) and not label.strip()):
                 missing = label is None or isinstance(label, str)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from rankfold.errors import short
 from rankfold.tasks.chats import Chat, carried, not_a_chat, tidy_all, without_nulls
-from rankfold.tasks.completions import options_of, pairs_of_chats, pairs_of_texts, same_beginning
+from rankfold.tasks.completions import note_repeated, options_of, pairs_of_chats, pairs_of_texts, same_beginning
 from rankfold.tasks.rows import DataError, Encoded, Rows, mapped
 from rankfold.tasks.task import LOSS, SHARE, Metric, Task
 from rankfold.text import examples
@@ -69,7 +69,9 @@ output: runs/compare-preferences
         ):
             return split
         # The prompt as text beside whole chats: they begin with it, or it is their first message.
-        if len(split[0][chosen]) > 1:
+        first = next(iter(split[0][chosen]), None)
+        answers = isinstance(first, dict) and (first.get("role") or first.get("from")) in ("assistant", "gpt")
+        if len(split[0][chosen]) > 1 and not answers:
             return split.remove_columns(prompt)
         return mapped(split, lambda row: {prompt: row[prompt] and [{"role": "user", "content": row[prompt]}]})
 
@@ -107,6 +109,7 @@ output: runs/compare-preferences
             )
             split = split.select(sorted(set(range(len(split))) - set(same)))
         if kind == ASKED:
+            note_repeated(split, "chosen", name, notes)
             return split
         split = mapped(split, _parted)
         if isinstance(split[0]["prompt"], list) and [] in (prompts := split["prompt"][:]):

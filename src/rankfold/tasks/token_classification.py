@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from rankfold.errors import short
-from rankfold.tasks.classes import index_of
+from rankfold.tasks.classes import index_of, likeliest
 from rankfold.tasks.entities import are_marked, entities, precision_recall_f1
 from rankfold.tasks.rows import DataError, Encoded, Rows, mapped
 from rankfold.tasks.task import LOSS, SHARE, Metric, Task
@@ -141,7 +141,7 @@ output: runs/compare-tweet-entities
         return {
             "data_collator": DataCollatorForTokenClassification(processor),
             "compute_metrics": metrics,
-            "preprocess_logits_for_metrics": _likeliest,
+            "preprocess_logits_for_metrics": likeliest,
         }
 
     def scores(
@@ -160,10 +160,6 @@ output: runs/compare-tweet-entities
         else:
             total = cross_entropy(logits.double().transpose(1, 2), labels, reduction="none").sum(1)
         return total / words.clamp(min=1), words
-
-
-def _likeliest(logits: Any, labels: Tensor) -> Tensor:
-    return (logits[0] if isinstance(logits, tuple) else logits).argmax(-1)
 
 
 #: How often a row's entities count, of those that are there and of those that were said: each metric is a ratio of sums over rows, and

@@ -174,9 +174,15 @@ class StopAt(TrainerCallback):
 
 
 class NoStepTooMany(TrainerCallback):
-    """Makes no step where a run resumes at its end or behind it; Trainer would make one before it looks."""
+    """Makes no step where a run resumes at its end or behind it; Trainer would make one before it looks.
+
+    It also finds the best checkpoint where the run's folder was moved; Trainer would end with the last one.
+    """
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        best = Path(args.output_dir, f"checkpoint-{state.best_global_step}")
+        if best.is_dir():
+            state.best_model_checkpoint = str(best)
         if state.global_step >= state.max_steps:
             control.should_training_stop = True
 

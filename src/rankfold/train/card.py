@@ -59,7 +59,8 @@ def model_card(prepared: Prepared, result: TrainResult) -> str:
     if scores:
         results = f"On the {result.measured_on} rows.\n\n| metric | before | after |\n|---|---|---|\n{scores}"
     model_class = prepared.task.models[0]
-    arguments = f", id2label={dict(enumerate(rows.labels))}" if rows.labels else ""
+    arguments = f", revision={run.model.revision!r}" if run.model.revision else ""
+    arguments += f", id2label={dict(enumerate(rows.labels))}" if rows.labels else ""
     classes = f"| classes | {', '.join(rows.labels)} |\n" if rows.labels else ""
     ranks = "".join(f"| {name} | {value} |\n" for name, value in result.ranks_row())
     title, home = run.method.name, "rankfold."

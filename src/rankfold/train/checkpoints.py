@@ -13,7 +13,7 @@ from rankfold.errors import RankfoldError
 from rankfold.io.weights import read_tensors
 
 # Trainer writes trainer_state.json last.
-FILES = ("adapter_config.json", "adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json")
+FILES = ("adapter_config.json", "adapter_model.safetensors", "scheduler.pt", "trainer_state.json")
 
 
 def last_whole(folder: Path) -> tuple[Path | None, list[str]]:
@@ -30,11 +30,24 @@ def last_whole(folder: Path) -> tuple[Path | None, list[str]]:
     return None, skipped
 
 
+def other_processes(checkpoint: Path, now: int) -> list[str]:
+    """A sentence where a checkpoint was made by another number of processes than there are now, of which each has its random state."""
+    before = len(list(checkpoint.glob("rng_state*.pth")))
+    if before == now:
+        return []
+    return [
+        f"{checkpoint.name} was made by {before} process{'es' if before > 1 else ''}, and this run has {now}: from here on a step "
+        f"takes {now}/{before} of the rows that it took, and the random numbers are others"
+    ]
+
+
 def what_is_damaged(checkpoint: Path) -> str | None:
     """Why Trainer could not continue from this checkpoint, or None."""
     for name in FILES:
         if not (checkpoint / name).is_file():
             return f"{name} is missing"
+    if not list(checkpoint.glob("optimizer*")):  # FSDP calls it optimizer.bin
+        return "optimizer.pt is missing"
     if not list(checkpoint.glob("rng_state*.pth")):
         return "rng_state.pth is missing"
     for path in checkpoint.glob("*.json"):

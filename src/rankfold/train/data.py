@@ -105,7 +105,12 @@ def _source(name: str, subset: str | None, task: Task, read: Callable[[Path], Da
     if path.is_file() or is_data_file(name):
         return {"train": read(path)}
     if path.is_dir():
-        files = {s: file for s in SPLITS for suffix in SUFFIXES if (file := path / f"{s}{suffix}").is_file()}
+        there = {s: [file for suffix in SUFFIXES if (file := path / f"{s}{suffix}").is_file()] for s in SPLITS}
+        files = {split: found[0] for split, found in there.items() if found}
+        if twice := next((found for found in there.values() if found[1:]), None):
+            raise DataError(
+                f"folder '{name}' has both {twice[0].name} and {twice[1].name}; remove one, or name the files in data.train, ..."
+            )
         if not files and (inside := task.folder(path)):
             return inside
         if "train" not in files:

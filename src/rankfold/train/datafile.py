@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rankfold.tasks.rows import DataError
 
@@ -41,7 +41,7 @@ def read_file(path: Path) -> Dataset:
         elif path.suffix in (".csv", ".tsv"):
             separator = "\t" if path.suffix == ".tsv" else ","
             # Every value stays the text it is: pandas would read 007 as 7 and the word NA as a missing value.
-            columns = _header(path, separator)
+            columns = _columns(path, separator)
             rows = Dataset.from_csv(
                 str(path),
                 features=Features({c: Value("string") for c in columns}),
@@ -50,17 +50,59 @@ def read_file(path: Path) -> Dataset:
             )
         else:
             rows = Dataset.from_json(str(path))
+            if (features := _without_times(rows.features)) != rows.features:
+                rows = Dataset.from_json(str(path), features=features)
             with path.open(encoding="utf-8") as lines:  # Arrow does not look, and would fail at the first use
                 for _ in lines:
                     pass
-    except (DatasetGenerationError, ValueError, csv.Error) as e:  # Arrow's and Unicode's errors are ValueErrors
+    except DataError:
+        raise
+    except (DatasetGenerationError, ValueError) as e:  # Arrow's and Unicode's errors are ValueErrors
         raise DataError(f"{path}{_what_is_broken(path) or f': cannot be read ({e.__cause__ or e})'}") from e
     return rows
 
 
-def _header(path: Path, separator: str) -> list[str]:
-    with path.open(encoding="utf-8-sig", newline="") as lines:
-        return next(csv.reader(lines, delimiter=separator))
+def _columns(path: Path, separator: str) -> list[str]:
+    """The names in the first line, which every row must have a field for.
+
+    pandas fills short rows with empty texts, takes the first field of long ones for the row's name, and what follows an open quote
+    mark, other rows too, for one field.
+
+    Raises:
+        DataError: a row with more or fewer fields, or such a quote mark.
+    """
+    most, line = csv.field_size_limit(2**31 - 1), 1
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as lines:
+            rows = csv.reader(lines, delimiter=separator, strict=True)
+            columns = next(rows)
+            line = rows.line_num + 1
+            for row in rows:
+                if len(row) != len(columns) and (row[1:] or "".join(row).strip()):
+                    raise DataError(
+                        f"{path}:{line}: the header has {len(columns)} columns, this row has {len(row)}; a text that holds "
+                        f"{separator!r} needs quote marks around it"
+                    )
+                line = rows.line_num + 1
+        return [name or f"Unnamed: {i}" for i, name in enumerate(columns)]  # pandas calls them so; it writes one itself
+    except csv.Error as e:
+        raise DataError(
+            f"{path}:{line}: a quote mark begins a field and does not end it ({e}); put the whole field in quote marks and "
+            "write those inside it twice"
+        ) from e
+    finally:
+        csv.field_size_limit(most)
+
+
+def _without_times(feature: Any) -> Any:
+    """A file's columns with text again where Arrow made times of it, as it does with dates of a whole column."""
+    from datasets import Json, List, Value
+
+    if isinstance(feature, dict):
+        return type(feature)({name: _without_times(part) for name, part in feature.items()})
+    if isinstance(feature, List):
+        return List(_without_times(feature.feature))
+    return Json() if isinstance(feature, Value) and feature.dtype.startswith("timestamp") else feature
 
 
 def _what_is_broken(path: Path) -> str | None:

@@ -102,6 +102,17 @@ def _check_same_run(run: RunFile, saved: Path) -> None:
         )
 
 
+def check_length(run: RunFile) -> None:
+    """Raises FolderError where a finished run, one of a row, was trained for another length; one that goes on may change it."""
+    trained = load(Path(run.output, "run.yaml")).training
+    before, now = ({"epochs": t.epochs, "max_steps": t.max_steps} for t in (trained, run.training))
+    if changed := changes("training", before, now):
+        raise FolderError(
+            f"output: the run in '{run.output}' is done, and was trained otherwise: {'; '.join(changed)}. Undo the change, or name "
+            "another output"
+        )
+
+
 def _settings(run: RunFile) -> dict[str, Any]:
     values = run.model_dump()
     return values | {"training": values["training"] | {"max_grad_norm": clip_norm(run.training)}}  # what null means

@@ -66,12 +66,14 @@ class StepwiseTrainer(Trainer):
         return SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
 
     def _get_dataloader(self, *args: Any, is_training: bool = False, **kwargs: Any) -> DataLoader:
-        dropped = self.args.dataloader_drop_last
+        dropped, collator = self.args.dataloader_drop_last, self.data_collator
         self.args.dataloader_drop_last = dropped and is_training
+        if not is_training and getattr(collator, "padding_free", False):  # it would make one row of a batch
+            self.data_collator = dataclasses.replace(collator, padding_free=False)  # pyright: ignore[reportArgumentType]
         try:
             return super()._get_dataloader(*args, is_training=is_training, **kwargs)
         finally:
-            self.args.dataloader_drop_last = dropped
+            self.args.dataloader_drop_last, self.data_collator = dropped, collator
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         with self.around_checkpoint(Path(self.args.output_dir or ".", f"checkpoint-{self.state.global_step}")):
@@ -88,7 +90,23 @@ def make_arguments(cls: type, arguments: dict[str, Any]) -> Any:
             f"{package} {version(package)} has no {cls.__name__}({unknown[0]}=...), which rankfold's training needs; "
             f"install a version that has it: pip install '{WORKS[package]}'"
         )
-    return cls(**named)
+    try:
+        return cls(**named)
+    except ValueError as e:  # values that contradict each other
+        raise RankfoldError(f"training: {e}") from e
+
+
+def check_saves(trainer: Trainer) -> None:
+    """Raises RankfoldError where the trainer would save no adapter: of parts that processes keep to themselves it writes none."""
+    if not trainer.is_fsdp_enabled:
+        return
+    plugin: Any = trainer.accelerator.state.fsdp_plugin
+    kind = str(plugin.state_dict_type)
+    if "FULL_STATE_DICT" not in kind:
+        raise RankfoldError(
+            f"accelerate: fsdp_state_dict_type={kind.removeprefix('StateDictType.')} leaves the adapter in parts, and transformers "
+            "saves none of it; set fsdp_state_dict_type: FULL_STATE_DICT"
+        )
 
 
 def drop_reference(model: Any) -> None:

@@ -21,7 +21,7 @@ from rankfold.host.names import absent_in_words, linear_layers_in_words
 from rankfold.host.targets import absent_names
 from rankfold.io import assets as bundled
 from rankfold.io.adapters import labels_in, read_config, read_labels, read_tensors
-from rankfold.io.models import ModelError, meta_copy, reading, skeleton
+from rankfold.io.models import ModelError, locate, meta_copy, reading, skeleton
 from rankfold.tasks import table
 from rankfold.tasks.classes import as_known
 from rankfold.train.budget import count
@@ -126,11 +126,11 @@ def load_model(
     auto = getattr(transformers, task.models[0])
     options: dict[str, Any] = {"attn_implementation": run.model.attention} if run.model.attention else {}
     if not weights:
-        dtype = config.dtype if run.model.dtype == "auto" else getattr(torch, run.model.dtype)
-        with _naming_attention(run.model):
+        dtype = _dtype(run.model, config)
+        with _naming_fields(run.model):
             model = skeleton(config, (auto,), dtype=dtype, trust_remote_code=run.model.trust_remote_code, **options)
         return model, heads(model) if task.new_head else []
-    with _naming_attention(run.model):
+    with _naming_fields(run.model):
         model, report = _from(
             auto, run.model, place, config=config, dtype=run.model.dtype, output_loading_info=True, **options
         )
@@ -149,11 +149,8 @@ def _merged(model: PreTrainedModel, adapters: list[str]) -> PreTrainedModel:
     """The model with the updates of adapter folders in its weights, and with their heads."""
     for i, folder in enumerate(adapters):
         where = f"model.adapters.{i}"
-        narrow = next((p.dtype for p in model.parameters() if p.is_floating_point() and p.dtype.itemsize < 4), None)
-        if narrow is not None:
-            raise ModelError(
-                f"{where}: small updates are rounded away in weights of {narrow}; set model.dtype: float32"
-            )
+        for p in model.parameters():
+            _refuse_narrow(p.dtype, where)
         try:
             config = read_config(Path(folder))
             adapted = PeftModel.from_pretrained(model, folder, config=config)
@@ -163,14 +160,37 @@ def _merged(model: PreTrainedModel, adapters: list[str]) -> PreTrainedModel:
     return model
 
 
+def check_merges(run: RunFile, where: str) -> None:
+    """Raises ModelError where adapters cannot be merged into the run's model, which is else found when it is loaded with some."""
+    dtype = _dtype(run.model, _from(AutoConfig, run.model, locate(run.model.name)))
+    if isinstance(dtype, torch.dtype):
+        _refuse_narrow(dtype, where)
+
+
+def _dtype(model: Model, config: PreTrainedConfig) -> Any:
+    """Of the weights, as far as the config says it."""
+    return config.dtype if model.dtype == "auto" else getattr(torch, model.dtype)
+
+
+def _refuse_narrow(dtype: torch.dtype, where: str) -> None:
+    if dtype.is_floating_point and dtype.itemsize < 4:
+        raise ModelError(f"{where}: small updates are rounded away in weights of {dtype}; set model.dtype: float32")
+
+
 @contextmanager
-def _naming_attention(model: Model) -> Iterator[None]:
-    """The field that is wrong where transformers does not know an implementation of attention, or cannot use it here."""
+def _naming_fields(model: Model) -> Iterator[None]:
+    """The field that is wrong where transformers does not know an implementation of attention or cannot use it here, or where the
+    model has a head for other classes: it names an argument that a run file has not."""
     try:
         yield
     except ModelError as e:
         if model.attention and model.attention in str(e):
             raise ModelError(f"model.attention: {e}") from e
+        if "ignore_mismatched_sizes" in str(e):
+            raise ModelError(
+                f"model.name: '{model.name}' has a head of another number of classes than this run; save it without the head, "
+                f"AutoModel.from_pretrained({model.name!r}).save_pretrained(FOLDER), and its tokenizer, and name the folder"
+            ) from e
         raise
 
 

@@ -96,6 +96,9 @@ def train(
         checkpoint = None
     if checkpoint:
         folder.check_rows(output, rows.digests, run.data)
+        for note in checkpoints.other_processes(checkpoint, state.num_processes):
+            say(note)
+            rows.notes.append(note)
     if resume:
         say(f"resuming from {checkpoint}" if checkpoint else "no whole checkpoint to resume from: starting at step 0")
 

@@ -136,6 +136,7 @@ def sparsify(
         else:
             folder.check(stage, resume=True, overwrite=False)  # the same run, not another that has the name
             folder.check_rows(Path(stage.output), rows.digests, stage.data)
+            folder.check_length(stage)
         stages.append(_read(stage, xi, json.loads(done.read_text(encoding="utf-8"))))
         say(_words(stages[-1], run.metric))
         write_whole(output / "stages.jsonl", "".join(json.dumps(asdict(s)) + "\n" for s in stages))

@@ -22,6 +22,7 @@ from rankfold.train.folder import saving
 from rankfold.train.hf_api import (
     StepwiseTrainer,
     add_terms_of_the_model,
+    check_saves,
     log_means,
     loss_is_of_its_batch,
     make_arguments,
@@ -114,6 +115,7 @@ def make_trainer(
         **task.options(prepared.processor, prepared.rows.labels),
     )
     trainer.task = task
+    check_saves(trainer)
     if optimizer is not None:
         make_optimizer_by(trainer, *optimizer.for_trainer(model))
     if task.loss_of_batch:

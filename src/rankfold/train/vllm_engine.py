@@ -24,6 +24,9 @@ class VllmEngine:
         llm: on the base model that is trained.
         max_rank: its `max_lora_rank`.
         folder: where the folds are written, one at a time; by default in memory (/dev/shm) where there is one.
+
+    Raises:
+        RankfoldError: the folder holds the fold of an earlier run.
     """
 
     def __init__(self, llm: Any, max_rank: int, folder: str | Path | None = None) -> None:
@@ -32,6 +35,11 @@ class VllmEngine:
         self._made = tempfile.TemporaryDirectory(dir=memory, prefix="rankfold-") if folder is None else None
         self.folder = Path(folder or self._made.name)  # pyright: ignore[reportOptionalMemberAccess]
         self.version = 0
+        if left := sorted(path.name for path in self.folder.glob("policy-*")):
+            raise RankfoldError(
+                f"VllmEngine: folder='{self.folder}' holds {left[0]} of a run that was killed, and this run would end at that number; "
+                "remove it, or name another folder"
+            )
 
     def load(self, lora: FoldedStateDict) -> None:
         """Writes the fold as policy-N; vLLM reads it at the next request."""
