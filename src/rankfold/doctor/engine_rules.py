@@ -12,6 +12,8 @@ from rankfold.doctor.case import Case, Pair, layer_of
 from rankfold.doctor.findings import Finding, Status
 from rankfold.doctor.rules import STARTS, Rule, fold_command, one_scale
 from rankfold.doctor.settings import scale
+from rankfold.host.peft_api import renamed_on_loading
+from rankfold.io.adapter_names import PREFIX
 from rankfold.text import examples, short_repr
 
 # --- vLLM ---------------------------------------------------------------------------------------------------------------
@@ -279,6 +281,23 @@ def peft_config(case: Case) -> Iterator[Finding]:
         if known and width and width[0] in known and (theirs := sum(known) - width[0]) != rows:
             what = f"{name} has {rows} rows, the base {theirs}: the vocabulary was resized"
             yield Finding(Status.REFUSED, what, name, f"call resize_token_embeddings({rows}) on the base first")
+
+
+def peft_names(case: Case) -> Iterator[Finding]:
+    """Modules that transformers has given other names since: target_modules are looked for among those of today, and only of some
+    models are the tensors' names changed with them."""
+    if case.base is None or case.base.model is None or not case.is_lora:
+        return
+    now = {p.module: name for p in case.whole if (name := case.base.name_now(p.module)) != p.module}
+    found = renamed_on_loading([f"{PREFIX}{module}.lora_A.weight" for module in now], case.base.model)
+    for module, name in now.items():
+        named = case.settings.targets(name)
+        if named and f"{PREFIX}{name}.lora_A.weight" in found:
+            continue
+        none = not any(map(case.settings.targets, case.base.shapes))
+        what = f"{module} is called {name} in this version of transformers, and PEFT {'does not apply its tensors' if named else 'finds no target_modules'} there"
+        yield Finding(Status.REFUSED if none else Status.IN_PART, what, module, fold_command(case))
+        return
 
 
 def peft_ranks(case: Case) -> Iterator[Finding]:

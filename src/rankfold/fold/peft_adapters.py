@@ -33,11 +33,12 @@ from rankfold.fold.source import (
     folding_device,
     never_adapted,
     output_head,
+    saved_live,
     vocabulary_of,
 )
 from rankfold.host.adapter import Site
 from rankfold.host.kinds import kind_named, kind_of
-from rankfold.host.peft_api import BaseTunerLayer, ParamWrapper, in_out_features
+from rankfold.host.peft_api import BaseTunerLayer, ParamWrapper, in_out_features, patterns_of_moved
 from rankfold.host.targets import sites_of_parameter
 from rankfold.io.adapter_names import PREFIX, is_saved, mended, without_copies, wrapped
 from rankfold.io.adapters import classes_in, read_classes
@@ -130,6 +131,8 @@ def from_files(adapter: SavedAdapter, base: str | None = None) -> Source:
     if moved:
         tensors = {_moved(key, moved): tensor for key, tensor in tensors.items()}
         bare.target_modules = sorted({*(set(modules) - set(moved)), *moved.values()})  # pyright: ignore
+        for field, default in (("rank_pattern", config.r), ("alpha_pattern", config.lora_alpha)):  # pyright: ignore
+            setattr(bare, field, patterns_of_moved(moved, getattr(config, field) or {}, default))
         old, new = next(iter(moved.items()))
         notes.append(f"{len(moved)} modules have other names in this version of transformers ({new}, once {old})")
     _hollow(skeleton, dtype)

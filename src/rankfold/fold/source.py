@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig
+from peft import PeftConfig, get_peft_model_state_dict
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -99,6 +99,13 @@ def vocabulary_of(base: nn.Module, heads: Mapping[str, Tensor], kept: list[str])
     ends = input_embeddings(base), getattr(base, "get_output_embeddings", lambda: None)()
     names = {f"{PREFIX}{name}.weight" for name, module in base.named_modules() if any(module is end for end in ends)}
     return {key: tensor for key, tensor in heads.items() if key in names and not is_saved(key, kept)}
+
+
+def saved_live(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
+    """What PEFT saves of a live adapter, without whole embeddings, by the keys in a file: a model that it was injected into has none
+    of its prefix."""
+    saved = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
+    return {key if key.startswith(PREFIX) else PREFIX + key: tensor for key, tensor in saved.items()}
 
 
 def never_adapted(config: PeftConfig) -> str | None:
