@@ -6,7 +6,7 @@ from copy import deepcopy
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import nn
 from torch.testing import assert_close
@@ -132,6 +132,30 @@ def test_an_embedding_and_the_output_head(base):
     lora = fold_state_dict(model)
     assert "base_model.model.model.embed_tokens.lora_embedding_A" in lora
     assert_close(logits(stock(base, lora)), logits(model), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word:UserWarning", "ignore:.*Could not find a config:UserWarning")
+@pytest.mark.parametrize("config", [RASA, LoraConfig(r=4, init_lora_weights=False)], ids=["rasa", "peft"])
+@pytest.mark.parametrize("injected", [False, True])
+def test_tied_heads_are_of_the_moment_and_saved_by_peft_s_names(config, injected, tmp_path):
+    """Trained heads may lie in one memory, which safetensors refuses; an injected model's names lack PEFT's prefix."""
+    base = LlamaForCausalLM(LlamaConfig(**{**TINY.to_dict(), "tie_word_embeddings": True}))
+    config = deepcopy(config)
+    config.modules_to_save, config.ensure_weight_tying = ["embed_tokens", "lm_head"], True
+    copy = deepcopy(base)
+    model = (inject_adapter_in_model(config, copy) if injected else get_peft_model(copy, config)).eval()
+    head: torch.Tensor = model.get_input_embeddings().modules_to_save["default"].weight  # type: ignore
+    with torch.no_grad():
+        head.normal_()
+    lora, before = fold_state_dict(model), logits(model)
+    fold_model(model, tmp_path / "a")
+    with torch.no_grad():
+        head.zero_()
+    lora.save(tmp_path / "b")
+    for folder in ("a", "b"):
+        assert_close(
+            logits(PeftModel.from_pretrained(deepcopy(base), tmp_path / folder).eval()), before, rtol=1e-4, atol=1e-5
+        )
 
 
 def test_errors(base):

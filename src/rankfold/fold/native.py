@@ -11,7 +11,6 @@ from peft import (
     PeftConfig,
     PeftModel,
     get_peft_model,
-    get_peft_model_state_dict,
 )
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -25,6 +24,7 @@ from rankfold.fold.source import (
     folding_device,
     never_adapted,
     output_head,
+    saved_live,
     vocabulary_of,
 )
 from rankfold.host import registry
@@ -182,5 +182,6 @@ def check_foldable(config: PeftConfig, attached: bool = False) -> LowRankConfig:
 
 
 def _heads(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
-    saved = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
-    return {k: v for k, v in saved.items() if f".{LAYERS}." not in k and f"{SHARED}." not in k}
+    return {
+        k: v for k, v in saved_live(model, adapter_name).items() if f".{LAYERS}." not in k and f"{SHARED}." not in k
+    }

@@ -84,7 +84,8 @@ def from_model(model: nn.Module, adapter_name: str = "default") -> Source:
         read = weight_reader(config.base_model_name_or_path, config.revision, base)
     heads = {}
     if _kept(config):
-        saved = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
+        saved = saved_live(model, adapter_name)
+        config = _tied_too(config, saved, base)
         heads = {key: tensor for key, tensor in saved.items() if is_saved(key, _kept(config))}
     return _source(base, config, adapter_name, places, read, heads)
 
