@@ -43,7 +43,10 @@ def test_an_unconverted_start_is_wrong_but_in_peft(start: str, adapter: Any) -> 
     assert {found[key] for key in ELSEWHERE if key != "mistral.rs"} == {Status.WRONG}
     assert found["mistral.rs"] is Status.REFUSED
     assert found["vllm"] in (Status.REFUSED, Status.WRONG)
-    assert found["peft"] is Status.LOADS
+    lacking = start in ("corda", "loftq")  # what its start computed, or was told, which PEFT asks for at every load
+    assert found["peft"] is (Status.REFUSED if lacking else Status.LOADS), [
+        v.findings for v in diagnose(folder, engines=["peft"]).verdicts
+    ]
 
 
 @pytest.mark.parametrize(
@@ -172,6 +175,32 @@ def test_fix_widens_float8(pickled: bool, adapter: Any, tmp_path: Path) -> None:
     found = load_file(tmp_path / "fixed" / "adapter_model.safetensors")
     assert all(torch.equal(found[key], tensor.float()) for key, tensor in narrow.items())
     assert not diagnose(tmp_path / "fixed").problems
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"task_type": "text-generation"}, {"layers_pattern": "layers"}, {"target_modules": ".*q_proj", "layers_to_transform": [0]},
+        {"layers_to_transform": [9]}, {"target_modules": ["query"]}, {"target_modules": []}, {"lora_alpha": None}, {"r": None},
+        {"lora_dropout": None}, {"bias": None}, {"bias": "some"}, {"init_lora_weights": "corda"}, {"init_lora_weights": "loftq"},
+        {"init_lora_weights": "other"}, {"peft_type": None}, {"peft_type": "ADALORA"}, {"rank_pattern": None},
+        {"init_lora_weights": "pissa"}, {"init_lora_weights": "pissa_niter_2"}, {"init_lora_weights": "orthogonal"}, {"use_dora": True},
+        {"init_lora_weights": None}, {"runtime_config": {}}, {"of_the_future": 1}, {"target_modules": "all-linear"}, {"target_modules": None},
+        {"exclude_modules": ["v_proj"]}, {"layers_to_transform": [0]}, {"task_type": None}, {"bias": "all"}, {"lora_bias": True},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_peft_is_said_to_refuse_what_it_refuses(changes: dict[str, Any], adapter: Any, llama: Path) -> None:
+    folder = adapter()
+    edit_config(folder, **changes)
+    said = verdicts(folder, base=llama, engines=["peft"])["peft"]
+    try:
+        PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(llama), folder)
+        real = "loads in part" if {"exclude_modules", "layers_to_transform"} & changes.keys() else "loads"
+    except Exception:
+        real = "refused"
+    assert said == real
 
 
 def test_fix_writes_what_engines_and_peft_read(adapter: Any, llama: Path, tmp_path: Path, capsys: Any) -> None:
