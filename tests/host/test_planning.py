@@ -38,6 +38,20 @@ def test_layers_of_all_linear() -> None:
         PlainLoraConfig(target_modules="all-linear", layers_to_transform=[1])
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [{"target_modules": "*.q"}, {"exclude_modules": "*encoder*"}, {"rank_pattern": {"*.q": 2}}, {"alpha_pattern": {"(q": 2}}],
+    ids=str,
+)  # fmt: skip
+def test_patterns_as_shells_have_them(fields: dict[str, Any]) -> None:
+    """PEFT takes them for regular expressions, and ended with a bare re.error once it was in the model."""
+    (field,) = fields
+    with pytest.raises(
+        RankfoldError, match=rf"^RasaConfig: {field}: '[*(].*not a valid regular expression: .*write \.\* and not"
+    ):
+        RasaConfig(shared_rank=1, **{**COMMON, **fields})
+
+
 def test_all_linear_layers_of_a_compiled_model() -> None:
     """The same as of the model itself: its head stays as it is, and names are those without torch.compile's."""
     plain, compiled = T5ForConditionalGeneration(TINY), torch.compile(T5ForConditionalGeneration(TINY), backend="eager")
