@@ -106,6 +106,18 @@ def test_factors_that_do_not_fit_each_other(adapter):
     assert "rank 0" in problems(diagnose(folder))
 
 
+def test_a_convolution_with_groups_fits(tmp_path: Path):
+    """PEFT's B of it has the rank of one group in its columns."""
+    model = torch.nn.Sequential(torch.nn.Conv1d(8, 8, 3, groups=4), torch.nn.Conv1d(8, 8, 3))
+    with pytest.warns(UserWarning, match="groups > 1"):
+        adapted = get_peft_model(model, LoraConfig(r=4, target_modules=["0", "1"], init_lora_weights=False))  # type: ignore[arg-type]
+    adapted.save_pretrained(tmp_path)
+    assert not diagnose(tmp_path).problems
+    key = "base_model.model.1.lora_B.weight"
+    edit_tensors(tmp_path, lambda t: {**t, key: t[key][:, :3].contiguous()})
+    assert "different ranks" in problems(diagnose(tmp_path))
+
+
 def test_targets_and_tensors_disagree(adapter):
     folder = adapter()
     edit_config(folder, target_modules=["q_proj", "v_proj", "o_proj"])

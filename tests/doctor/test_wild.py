@@ -11,8 +11,16 @@ import pytest
 import torch
 from edits import edit_config, edit_tensors, sound
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
-from transformers import LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import (
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 from rankfold import PlainLoraConfig, RasaConfig, cli
 from rankfold.doctor import Status, diagnose
@@ -35,7 +43,10 @@ def test_an_unconverted_start_is_wrong_but_in_peft(start: str, adapter: Any) -> 
     assert {found[key] for key in ELSEWHERE if key != "mistral.rs"} == {Status.WRONG}
     assert found["mistral.rs"] is Status.REFUSED
     assert found["vllm"] in (Status.REFUSED, Status.WRONG)
-    assert found["peft"] is Status.LOADS
+    lacking = start in ("corda", "loftq")  # what its start computed, or was told, which PEFT asks for at every load
+    assert found["peft"] is (Status.REFUSED if lacking else Status.LOADS), [
+        v.findings for v in diagnose(folder, engines=["peft"]).verdicts
+    ]
 
 
 @pytest.mark.parametrize(
@@ -104,6 +115,54 @@ def test_fix_writes_the_tensors_of_a_pickle_as_safetensors(adapter: Any, tmp_pat
     assert all(torch.equal(found[key], tensor) for key, tensor in trained.items())
 
 
+def test_fix_writes_a_pickle_of_tied_tensors(adapter: Any, tmp_path: Path) -> None:
+    """torch's pickles keep them in one memory, which safetensors refuses."""
+    folder = adapter()
+    trained, head = load_file(folder / "adapter_model.safetensors"), torch.ones(64, 32)
+    trained |= {"base_model.model.model.embed_tokens.weight": head, "base_model.model.lm_head.weight": head}
+    torch.save(trained, folder / "adapter_model.bin")
+    (folder / "adapter_model.safetensors").unlink()
+    edit_config(folder, modules_to_save=["embed_tokens", "lm_head"])
+    fix(folder, tmp_path / "fixed")
+    assert load_file(tmp_path / "fixed" / "adapter_model.safetensors").keys() == trained.keys()
+
+
+@pytest.mark.filterwarnings("ignore:Found missing adapter keys:UserWarning")
+@pytest.mark.parametrize(
+    ("kind", "old", "new", "targets", "status"),
+    [
+        ("vit", "vit.encoder.layer.0.attention.attention.query", "vit.layers.0.attention.q_proj", ["query"], "refused"),
+        ("vit", "vit.encoder.layer.0.attention.attention.query", "vit.layers.0.attention.q_proj", ["query", "q_proj"], "loads in part"),
+        ("gemma3", "language_model.model.layers.0.self_attn.q_proj", "model.language_model.layers.0.self_attn.q_proj", ["q_proj"], "loads"),
+        ("gemma3", "language_model.model.layers.0.self_attn.q_proj", "model.language_model.layers.0.self_attn.q_proj", "language_model.model.*q_proj", "refused"),
+    ],
+)  # fmt: skip
+def test_modules_that_transformers_has_renamed(
+    kind: str, old: str, new: str, targets: Any, status: str, tmp_path: Path
+) -> None:
+    """Of some models PEFT renames the tensors with them, of none the target_modules."""
+    small = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    image = {**small, "image_size": 8, "patch_size": 4}
+    text = {**small, "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 300}
+    model: Any = (
+        ViTForImageClassification(ViTConfig(**image))
+        if kind == "vit"
+        else Gemma3ForConditionalGeneration(Gemma3Config(text_config=text, vision_config=image, mm_tokens_per_image=1))
+    )
+    model.save_pretrained(tmp_path / "base")
+    LoraConfig(target_modules=targets, base_model_name_or_path=str(tmp_path / "base")).save_pretrained(tmp_path / "a")
+    key, tensors = f"base_model.model.{old}", {"lora_A": torch.randn(8, 16), "lora_B": torch.randn(16, 8)}
+    save_file({f"{key}.{end}.weight": t for end, t in tensors.items()}, tmp_path / "a" / "adapter_model.safetensors")
+    assert verdicts(tmp_path / "a")["peft"] == status
+    base = type(model).from_pretrained(tmp_path / "base")
+    if status == "refused":
+        with pytest.raises(ValueError, match="not found in the base model"):
+            PeftModel.from_pretrained(base, tmp_path / "a")
+        return
+    loaded: Any = PeftModel.from_pretrained(base, tmp_path / "a").base_model.model.get_submodule(new)
+    assert loaded.lora_B["default"].weight.any() == (status == "loads")
+
+
 @pytest.mark.parametrize("pickled", [False, True])
 def test_fix_widens_float8(pickled: bool, adapter: Any, tmp_path: Path) -> None:
     folder = adapter()
@@ -116,6 +175,32 @@ def test_fix_widens_float8(pickled: bool, adapter: Any, tmp_path: Path) -> None:
     found = load_file(tmp_path / "fixed" / "adapter_model.safetensors")
     assert all(torch.equal(found[key], tensor.float()) for key, tensor in narrow.items())
     assert not diagnose(tmp_path / "fixed").problems
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"task_type": "text-generation"}, {"layers_pattern": "layers"}, {"target_modules": ".*q_proj", "layers_to_transform": [0]},
+        {"layers_to_transform": [9]}, {"target_modules": ["query"]}, {"target_modules": []}, {"lora_alpha": None}, {"r": None},
+        {"lora_dropout": None}, {"bias": None}, {"bias": "some"}, {"init_lora_weights": "corda"}, {"init_lora_weights": "loftq"},
+        {"init_lora_weights": "other"}, {"peft_type": None}, {"peft_type": "ADALORA"}, {"rank_pattern": None},
+        {"init_lora_weights": "pissa"}, {"init_lora_weights": "pissa_niter_2"}, {"init_lora_weights": "orthogonal"}, {"use_dora": True},
+        {"init_lora_weights": None}, {"runtime_config": {}}, {"of_the_future": 1}, {"target_modules": "all-linear"}, {"target_modules": None},
+        {"exclude_modules": ["v_proj"]}, {"layers_to_transform": [0]}, {"task_type": None}, {"bias": "all"}, {"lora_bias": True},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_peft_is_said_to_refuse_what_it_refuses(changes: dict[str, Any], adapter: Any, llama: Path) -> None:
+    folder = adapter()
+    edit_config(folder, **changes)
+    said = verdicts(folder, base=llama, engines=["peft"])["peft"]
+    try:
+        PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(llama), folder)
+        real = "loads in part" if {"exclude_modules", "layers_to_transform"} & changes.keys() else "loads"
+    except Exception:
+        real = "refused"
+    assert said == real
 
 
 def test_fix_writes_what_engines_and_peft_read(adapter: Any, llama: Path, tmp_path: Path, capsys: Any) -> None:

@@ -362,6 +362,25 @@ def test_a_file_of_two_models(unet: Path, tmp_path: Path) -> None:
     torch.testing.assert_close(delta(tmp_path / "out", q), expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("tool", ["kohya", "diffusers", "diffusers, config"])
+def test_a_text_encoder_by_the_names_that_tools_have(tool: str, tmp_path: Path) -> None:
+    """In transformers 5 a CLIPTextModel has no text_model in front; in every file of kohya and diffusers it does."""
+    small = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    CLIPTextModel(CLIPTextConfig(**small)).save_pretrained(tmp_path / "text")
+    new, old = "encoder.layers.0.self_attn.q_proj", "text_model.encoder.layers.0.self_attn.q_proj"
+    key = f"lora_te_{old.replace('.', '_')}" if tool == "kohya" else f"text_encoder.{old}"
+    file = tmp_path / "pytorch_lora_weights.safetensors"
+    tensors = diffusion(file, {key: (16, 16)}, "lora_down", "lora_up", None if "config" in tool else 3.0)
+    if "config" in tool:
+        stated = {"r": 4, "lora_alpha": 8, "rank_pattern": {old: 2}, "alpha_pattern": {old: 3}}
+        stated = {f"text_encoder.{k}": v for k, v in stated.items()}
+        save_file(tensors, file, metadata={"lora_adapter_metadata": json.dumps(stated)})
+    report = fold_adapter(file, tmp_path / "out", base=str(tmp_path / "text"), dtype="float32")
+    assert [p.module for p in report.layers] == [new]
+    expected = 1.5 * tensors[f"{key}.lora_up.weight"].double() @ tensors[f"{key}.lora_down.weight"].double()
+    torch.testing.assert_close(delta(tmp_path / "out", new), expected, rtol=1e-5, atol=1e-6)
+
+
 def test_what_of_diffusion_is_refused(unet: Path, llama: Path, tmp_path: Path) -> None:
     file, out = tmp_path / "lora.safetensors", tmp_path / "out"
     names = {f"lora_unet_{n.replace('.', '_')}": s for n, s in UNET.items()}

@@ -6,15 +6,19 @@ from copy import deepcopy
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 from torch.testing import assert_close
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from rankfold import PlainLoraConfig, RasaConfig, SoraConfig
 from rankfold.errors import RankfoldError
 from rankfold.fold import fold_model, fold_state_dict
+from rankfold.inspect import inspect_adapter
 
 TINY = LlamaConfig(
     hidden_size=32,
@@ -41,6 +45,13 @@ def adapted(base: LlamaForCausalLM, config) -> PeftModel:
 def logits(model: nn.Module) -> torch.Tensor:
     with torch.no_grad():
         return model(TOKENS).logits
+
+
+def fold_modules(lora) -> list[str]:
+    end = ".lora_A.weight"
+    return [
+        key.removeprefix("base_model.model.").removesuffix(end) for key in lora if key.endswith(end) and lora[key].any()
+    ]
 
 
 def stock(base: LlamaForCausalLM, lora) -> PeftModel:
@@ -132,6 +143,55 @@ def test_an_embedding_and_the_output_head(base):
     lora = fold_state_dict(model)
     assert "base_model.model.model.embed_tokens.lora_embedding_A" in lora
     assert_close(logits(stock(base, lora)), logits(model), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("config", [RASA, LoraConfig(r=4, init_lora_weights=False)], ids=["rasa", "peft"])
+@pytest.mark.parametrize("wrapped", ["base", "model", "layers", "adapted layers"])
+def test_names_of_wrappers_are_not_the_fold_s(base, config, wrapped, tmp_path):
+    """torch.compile and activation checkpointing put theirs into the names of modules, where PEFT finds none of them."""
+    config = deepcopy(config)
+    config.modules_to_save = ["lm_head"]
+    inner = deepcopy(base)
+    model = get_peft_model(torch.compile(inner, backend="eager") if wrapped == "base" else inner, config).eval()  # type: ignore
+    with torch.no_grad():
+        model.get_output_embeddings().modules_to_save["default"].weight.normal_(std=0.1)
+    before = logits(model)
+    if wrapped == "model":
+        model = torch.compile(model, backend="eager")
+    elif wrapped != "base":
+        kind = BaseTunerLayer if wrapped == "adapted layers" else LlamaDecoderLayer
+        apply_activation_checkpointing(model, check_fn=lambda module: isinstance(module, kind))
+    fold_model(model, tmp_path / "a")  # type: ignore[arg-type]
+    lora = fold_state_dict(model)  # type: ignore[arg-type]
+    lora.save(tmp_path / "b")
+    for folder in ("a", "b"):
+        found = PeftModel.from_pretrained(deepcopy(base), tmp_path / folder).eval()
+        assert_close(logits(found), before, rtol=1e-4, atol=1e-5)
+    assert [update.module for update in inspect_adapter(model).updates] == fold_modules(lora)  # type: ignore[arg-type]
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word:UserWarning", "ignore:.*Could not find a config:UserWarning")
+@pytest.mark.parametrize("config", [RASA, LoraConfig(r=4, init_lora_weights=False)], ids=["rasa", "peft"])
+@pytest.mark.parametrize("injected", [False, True])
+def test_tied_heads_are_of_the_moment_and_saved_by_peft_s_names(config, injected, tmp_path):
+    """Trained heads may lie in one memory, which safetensors refuses; an injected model's names lack PEFT's prefix."""
+    base = LlamaForCausalLM(LlamaConfig(**{**TINY.to_dict(), "tie_word_embeddings": True}))
+    config = deepcopy(config)
+    config.modules_to_save, config.ensure_weight_tying = ["embed_tokens", "lm_head"], True
+    copy = deepcopy(base)
+    model = (inject_adapter_in_model(config, copy) if injected else get_peft_model(copy, config)).eval()
+    head: torch.Tensor = model.get_input_embeddings().modules_to_save["default"].weight  # type: ignore
+    with torch.no_grad():
+        head.normal_()
+    lora, before = fold_state_dict(model), logits(model)
+    fold_model(model, tmp_path / "a")
+    with torch.no_grad():
+        head.zero_()
+    lora.save(tmp_path / "b")
+    for folder in ("a", "b"):
+        assert_close(
+            logits(PeftModel.from_pretrained(deepcopy(base), tmp_path / folder).eval()), before, rtol=1e-4, atol=1e-5
+        )
 
 
 def test_errors(base):

@@ -31,7 +31,7 @@ from transformers import (
 from rankfold import RasaConfig
 from rankfold.doctor import diagnose
 from rankfold.errors import RankfoldError
-from rankfold.fold import fold_adapter
+from rankfold.fold import fold_adapter, read_source
 
 TOKENS = torch.arange(5, 21)[None]
 SMALL: dict[str, Any] = {
@@ -282,3 +282,29 @@ def test_weights_that_files_name_otherwise(tmp_path: Path) -> None:
     assert fold_adapter(tmp_path / "a", tmp_path / "out", rank=16, probe=False).worst.frobenius < 1e-5
     report = fold_adapter(tmp_path / "a", tmp_path / "merged", rank=16, probe=False, profile="merged", dtype="float32")
     assert report.worst.frobenius < 1e-4
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_ranks_and_scales_of_modules_that_had_other_names(rslora: bool, tmp_path: Path) -> None:
+    """What transformers 4 called vit.encoder.layer.N.attention.attention.query is q_proj in transformers 5: patterns name it as it was."""
+    torch.manual_seed(0)
+    small = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = ViTForImageClassification(ViTConfig(**small, image_size=8, patch_size=4))
+    model.save_pretrained(tmp_path / "base")
+    LoraConfig(
+        r=4, lora_alpha=6, target_modules=["query", "value"], rank_pattern={"query": 2}, alpha_pattern={r"layer\.1\..*query": 32},
+        use_rslora=rslora, base_model_name_or_path=str(tmp_path / "base"),
+    ).save_pretrained(tmp_path / "a")  # fmt: skip
+    tensors, expected = {}, {}
+    for layer in range(2):
+        for old, new, rank in (("query", "q_proj", 2), ("value", "v_proj", 4)):
+            down, up = torch.randn(rank, 16), torch.randn(16, rank)
+            at = f"base_model.model.vit.encoder.layer.{layer}.attention.attention.{old}"
+            tensors |= {f"{at}.lora_A.weight": down, f"{at}.lora_B.weight": up}
+            alpha = 32 if layer and old == "query" else 6
+            expected[f"vit.layers.{layer}.attention.{new}"] = alpha / (rank**0.5 if rslora else rank) * up.double() @ down.double()  # fmt: skip
+    save_file(tensors, tmp_path / "a" / "adapter_model.safetensors")
+    source = read_source(tmp_path / "a")
+    assert source.adapted == list(expected)
+    for name, update in expected.items():
+        torch.testing.assert_close(source.update(name).delta(), update)

@@ -6,11 +6,14 @@ import warnings
 from typing import Any
 
 import pytest
+import torch
 from peft import get_peft_model
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM, T5Config, T5ForConditionalGeneration
 
 from rankfold import PlainLoraConfig, RasaConfig
 from rankfold.errors import RankfoldError
+from rankfold.host.checkpoint import plain_name
+from rankfold.host.layer import AdaptedLayer
 
 TINY = T5Config(vocab_size=30, d_model=16, d_kv=4, d_ff=24, num_layers=2, num_heads=2)
 COMMON: dict[str, Any] = {"r": 2, "target_modules": ["q", "v"], "task_type": "SEQ_2_SEQ_LM"}
@@ -33,6 +36,31 @@ def test_layers_of_all_linear() -> None:
         ValueError, match=r"layers_to_transform=.*None when target_modules is a string; list the modules"
     ):
         PlainLoraConfig(target_modules="all-linear", layers_to_transform=[1])
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"target_modules": "*.q"}, {"exclude_modules": "*encoder*"}, {"rank_pattern": {"*.q": 2}}, {"alpha_pattern": {"(q": 2}}],
+    ids=str,
+)  # fmt: skip
+def test_patterns_as_shells_have_them(fields: dict[str, Any]) -> None:
+    """PEFT takes them for regular expressions, and ended with a bare re.error once it was in the model."""
+    (field,) = fields
+    with pytest.raises(
+        RankfoldError, match=rf"^RasaConfig: {field}: '[*(].*not a valid regular expression: .*write \.\* and not"
+    ):
+        RasaConfig(shared_rank=1, **{**COMMON, **fields})
+
+
+def test_all_linear_layers_of_a_compiled_model() -> None:
+    """The same as of the model itself: its head stays as it is, and names are those without torch.compile's."""
+    plain, compiled = T5ForConditionalGeneration(TINY), torch.compile(T5ForConditionalGeneration(TINY), backend="eager")
+    fields = {**COMMON, "target_modules": "all-linear"}
+    one, other = (get_peft_model(m, RasaConfig(shared_rank=1, **fields)) for m in (plain, compiled))  # type: ignore[arg-type]
+    names = [{plain_name(n) for n, m in model.named_modules() if isinstance(m, AdaptedLayer)} for model in (one, other)]
+    assert names[0] == names[1]
+    assert not any("lm_head" in name for name in names[0])
+    assert one.get_nb_trainable_parameters() == other.get_nb_trainable_parameters()
 
 
 @pytest.mark.parametrize("left_out", [["experts"], ".*mlp[.]experts", ["experts.down_proj"]])

@@ -30,6 +30,7 @@ class BaseShapes:
         shapes: (out, in) of an update of each module by its name; {} if they could not be had. A kernel's positions count as
             inputs, and an embedding's inputs are its rows.
         why_not: why the shapes could not be had.
+        model: on the meta device, where the shapes are its.
         name_of: the model's name of a tensor by that in older files, and whether it is a part of it (one expert of fused ones).
     """
 
@@ -37,12 +38,18 @@ class BaseShapes:
     config: dict[str, Any]
     shapes: dict[str, tuple[int, int]] = field(default_factory=dict)
     why_not: str = ""
+    model: PreTrainedModel | None = None
     name_of: ToModel = lambda name: (name, False)
 
     def shape(self, module: str) -> tuple[int, int] | None:
         """(out, in) of a module by its name, by one that it once had, or by that inside an adapted nn.MultiheadAttention."""
         module = module.replace(".base_layer.", ".")
         return self.shapes.get(module) or self.shapes.get(self.name_of(f"{module}.weight")[0].removesuffix(".weight"))
+
+    def name_now(self, module: str) -> str:
+        """The model's name of a module by one that it once had; of one of several experts that are fused now, its own."""
+        found, partly = self.name_of(f"{module}.weight")
+        return module if partly else found.removesuffix(".weight")
 
     def has(self, module: str) -> bool:
         return self.shape(module) is not None or self.name_of(f"{module}.weight")[1]
@@ -67,7 +74,7 @@ def read_base(folder: Path, adapter: dict[str, Any]) -> BaseShapes:
     try:
         model = _skeleton(folder, config, adapter)
         shapes = {name: shape for name, m in model.named_modules() if (shape := _shape(m)) is not None}
-        return BaseShapes(folder, config, shapes, name_of=to_model(model, prefix=False))
+        return BaseShapes(folder, config, shapes, model=model, name_of=to_model(model, prefix=False))
     except Exception as error:  # transformers raises anything on a config that it does not know
         if "quantization_config" in config:  # packed weights have other shapes
             return BaseShapes(folder, config, why_not=f"transformers cannot build it: {one_line(error)}")

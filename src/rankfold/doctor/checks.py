@@ -56,13 +56,19 @@ def pairing(case: Case) -> Iterator[Finding]:
             Status.PROBLEM, f"factors of rank 0: {examples(empty)}", empty[0], "fold it: zeros take their place"
         )
     torn = [
-        p for p in case.whole if p.a and p.b and min(len(p.a.shape), len(p.b.shape)) >= 2 and p.a.shape[0] != p.b.shape[1]
+        p for p in case.whole if p.a and p.b and min(len(p.a.shape), len(p.b.shape)) >= 2 and _torn(p.a.shape, p.b.shape)
     ]  # fmt: skip
     if torn and torn[0].a and torn[0].b:
         what = (
             f"A {torn[0].a.shape} and B {torn[0].b.shape} of {examples([p.module for p in torn])} have different ranks"
         )
         yield Finding(Status.PROBLEM, what, torn[0].module, "save the adapter again")
+
+
+def _torn(a: tuple[int, ...], b: tuple[int, ...]) -> bool:
+    """Whether these are not of one rank; of a convolution with groups PEFT's B has the rank of one group in its columns."""
+    rank, columns = a[0], b[1]
+    return rank % columns != 0 if len(b) > 2 and columns else rank != columns
 
 
 def dtypes(case: Case) -> Iterator[Finding]:

@@ -318,6 +318,8 @@ ENGINES = (
                 rules.needs("peft_type"),
                 engine_rules.peft_type,
                 engine_rules.peft_config,
+                engine_rules.peft_targets,
+                engine_rules.peft_names,
                 engine_rules.peft_ranks,
                 engine_rules.bare_keys(Status.IN_PART, "keys without base_model.model. are not applied"),
             )

@@ -49,7 +49,7 @@ def needs(*keys: str) -> Rule:
 
     def rule(case: Case) -> Iterator[Finding]:
         for key in keys:
-            if key not in case.file.config:
+            if key not in case.file.config or (case.file.config[key] is None and key != "target_modules"):
                 yield Finding(Status.REFUSED, f"the config has no {key}", case.file.where(key), f"add {key}")
 
     return rule

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Unpack
 
 import torch
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -30,7 +30,7 @@ from rankfold.fold.probe import probe as run_probe
 from rankfold.fold.probe import trained_model
 from rankfold.fold.profiles.profile import Folded
 from rankfold.fold.proof import FoldReport, LayerProof, prove, prove_sum
-from rankfold.fold.source import Source, Update, base_config
+from rankfold.fold.source import Source, Update, base_config, live_base
 from rankfold.host.config import LowRankConfig
 from rankfold.host.kinds import kind_named
 from rankfold.io.adapters import read_classes
@@ -199,7 +199,7 @@ def _batches(model: nn.Module, texts: list[str] | None, config: PeftConfig | Non
 
 def _tokens(model: nn.Module, texts: list[str], config: PeftConfig | None) -> list[Tensor]:
     """The texts as the base that the adapter's config names reads them."""
-    inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    inner: Any = live_base(model)
     base, revision = (config.base_model_name_or_path, config.revision) if config else (None, None)
     return tokenise(texts, base, inner.config, revision)
 
@@ -244,9 +244,8 @@ def _weighed(
             f"calibration weighs inputs of linear layers, and the adapted {odd.name} is of kind {odd.kind!r}; compress without it"
         )
     model = trained()
-    inner = model.get_base_model() if isinstance(model, PeftModel) else model
     batches = _tokens(model, texts, source.config)
-    return replace(limit, moments=second_moments(inner, source.adapted, batches))
+    return replace(limit, moments=second_moments(live_base(model), source.adapted, batches))
 
 
 def _limit(options: CheckedOptions) -> CompressionLimit:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PretrainedConfig
 
 from rankfold.errors import RankfoldError
+from rankfold.host.checkpoint import plain_modules
 
 #: How much of a file is read; second moments settle long before.
 TEXTS, TOKENS = 256, 512
@@ -94,7 +95,7 @@ def second_moments(model: nn.Module, modules: list[str], batches: list[Tensor]) 
     """
     sums: dict[str, Tensor] = {}
     seen: dict[str, int] = dict.fromkeys(modules, 0)
-    found = dict(model.named_modules())
+    found = dict(plain_modules(model))
     unknown = next((name for name in modules if name not in found), None)
     if unknown is not None:
         raise RankfoldError(

@@ -149,7 +149,7 @@ def _fill(out: FoldedStateDict, source: Source, updates: dict[str, Sequence[Fact
             start = end
         down[start:].zero_()
         up[:, start:].zero_()
-    out.update({key: head.detach().to(dtype) for key, head in source.heads.items()})
+    out.update({key: head.detach().to(dtype, copy=True) for key, head in source.heads.items()})
 
 
 def _memory(held: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -11,7 +11,6 @@ from peft import (
     PeftConfig,
     PeftModel,
     get_peft_model,
-    get_peft_model_state_dict,
 )
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -23,13 +22,15 @@ from rankfold.fold.source import (
     base_skeleton,
     fitting,
     folding_device,
+    live_base,
     never_adapted,
     output_head,
+    saved_live,
     vocabulary_of,
 )
 from rankfold.host import registry
 from rankfold.host.adapter import not_fixed
-from rankfold.host.checkpoint import LAYERS, SHARED
+from rankfold.host.checkpoint import LAYERS, SHARED, plain_modules, plain_name
 from rankfold.host.config import LowRankConfig
 from rankfold.host.layer import AdaptedLayer
 from rankfold.host.parameter_layer import AdaptedParameters
@@ -47,13 +48,13 @@ def from_model(model: nn.Module, adapter_name: str = "default", heads: dict[str,
         ValueError: no adapter of that name, one that is not rankfold's, a schedule that never ran, or an update that is
             not a fixed matrix.
     """
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = live_base(model)
     config = getattr(model, "peft_config", {}).get(adapter_name)
     if config is None:
         raise RankfoldError(f"adapter_name={adapter_name!r}: the model has {sorted(getattr(model, 'peft_config', {}))}")
     config = check_foldable(config, attached=_attached(base, adapter_name))
     layers, sites, modules, adapters = {}, [], [], {}
-    for name, module in base.named_modules():
+    for name, module in plain_modules(base):
         if f".{LAYERS}." in f".{name}." or name.startswith(SHARED) or name.endswith(".base_layer"):
             continue
         modules.append(name)
@@ -87,7 +88,7 @@ def from_model(model: nn.Module, adapter_name: str = "default", heads: dict[str,
         transposed=any(getattr(layer, "transposed", False) for layer in layers.values()),
         output_head=output_head(base, layers),
         classes=classes_in(getattr(base, "config", None)),
-        parameters=[name.replace(".base_layer.", ".") for name, _ in base.named_parameters()]
+        parameters=[plain_name(name).replace(".base_layer.", ".") for name, _ in base.named_parameters()]
         if config.target_parameters
         else [],
         experts=modules_of_experts(
@@ -182,5 +183,6 @@ def check_foldable(config: PeftConfig, attached: bool = False) -> LowRankConfig:
 
 
 def _heads(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
-    saved = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
-    return {k: v for k, v in saved.items() if f".{LAYERS}." not in k and f"{SHARED}." not in k}
+    return {
+        k: v for k, v in saved_live(model, adapter_name).items() if f".{LAYERS}." not in k and f"{SHARED}." not in k
+    }

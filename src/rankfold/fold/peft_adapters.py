@@ -13,7 +13,6 @@ import torch
 from peft import (
     PEFT_TYPE_TO_TUNER_MAPPING,
     PeftConfig,
-    PeftModel,
     get_peft_model,
     get_peft_model_state_dict,
 )
@@ -31,13 +30,16 @@ from rankfold.fold.source import (
     base_skeleton,
     fitting,
     folding_device,
+    live_base,
     never_adapted,
     output_head,
+    saved_live,
     vocabulary_of,
 )
 from rankfold.host.adapter import Site
+from rankfold.host.checkpoint import plain_modules, plain_name
 from rankfold.host.kinds import kind_named, kind_of
-from rankfold.host.peft_api import BaseTunerLayer, ParamWrapper, in_out_features
+from rankfold.host.peft_api import BaseTunerLayer, ParamWrapper, in_out_features, patterns_of_moved
 from rankfold.host.targets import sites_of_parameter
 from rankfold.io.adapter_names import PREFIX, is_saved, mended, without_copies, wrapped
 from rankfold.io.adapters import classes_in, read_classes
@@ -63,7 +65,7 @@ def from_model(model: nn.Module, adapter_name: str = "default") -> Source:
             f"adapter {others[0]!r} took its start out of this model's base, so {adapter_name!r} is not relative to the base "
             "itself; save it and fold its folder"
         )
-    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    base: Any = live_base(model)
     places = places_of(base, adapter_name, config)
     modules = {place.module: place.layer for place in places.values()}
     if merged := next((name for name, layer in modules.items() if layer.merged), None):
@@ -83,7 +85,8 @@ def from_model(model: nn.Module, adapter_name: str = "default") -> Source:
         read = weight_reader(config.base_model_name_or_path, config.revision, base)
     heads = {}
     if _kept(config):
-        saved = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
+        saved = saved_live(model, adapter_name)
+        config = _tied_too(config, saved, base)
         heads = {key: tensor for key, tensor in saved.items() if is_saved(key, _kept(config))}
     return _source(base, config, adapter_name, places, read, heads)
 
@@ -130,6 +133,8 @@ def from_files(adapter: SavedAdapter, base: str | None = None) -> Source:
     if moved:
         tensors = {_moved(key, moved): tensor for key, tensor in tensors.items()}
         bare.target_modules = sorted({*(set(modules) - set(moved)), *moved.values()})  # pyright: ignore
+        for field, default in (("rank_pattern", config.r), ("alpha_pattern", config.lora_alpha)):  # pyright: ignore
+            setattr(bare, field, patterns_of_moved(moved, getattr(config, field) or {}, default))
         old, new = next(iter(moved.items()))
         notes.append(f"{len(moved)} modules have other names in this version of transformers ({new}, once {old})")
     _hollow(skeleton, dtype)
@@ -263,7 +268,7 @@ class Place:
 def places_of(base: nn.Module, adapter_name: str, config: PeftConfig) -> dict[str, Place]:
     """The updates of an adapter by the names of their sites; raises RankfoldError for those that no plain LoRA can be."""
     wrapped: dict[str, list[Any]] = {}
-    for name, module in base.named_modules():
+    for name, module in plain_modules(base):
         if isinstance(module, BaseTunerLayer) and adapter_name in module._get_available_adapters():
             wrapped.setdefault(name.replace(".base_layer", ""), []).append(module)
     if not wrapped:
@@ -291,7 +296,7 @@ def _source(
     sites, modules, inside, sites_of = [], [], None, {}
     for place in places.values():
         sites_of.setdefault(place.module, []).append(place.site)
-    for name, module in base.named_modules():
+    for name, module in plain_modules(base):
         if inside and name.startswith(inside):  # a layer's own parts follow it
             continue
         inside = f"{name}." if name in sites_of else None
@@ -332,7 +337,9 @@ def _source(
         transposed=any(isinstance(layer.get_base_layer(), Conv1D) for layer in layers.values()),
         output_head=output_head(base, layers),
         classes=classes_in(getattr(base, "config", None)),
-        parameters=[name.replace(".base_layer", "") for name, _ in base.named_parameters()] if wrapped else [],
+        parameters=[plain_name(name).replace(".base_layer", "") for name, _ in base.named_parameters()]
+        if wrapped
+        else [],
         experts=modules_of_experts(base, wrapped) if wrapped else {},
         notes=[f"training also rounded the rest of the base to {dtype}; the fold is relative to the base itself"]
         if half

@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 import rankfold.methods  # noqa: F401  (registers the methods with PEFT)
 from rankfold.errors import RankfoldError
 from rankfold.host.adapter import Site
+from rankfold.host.checkpoint import plain_name, without_wrappers
 from rankfold.io.adapter_names import PREFIX, is_saved
 from rankfold.io.adapters import Classes
 from rankfold.io.models import ModelError, input_embeddings, load_base, model_config, named_class, quiet, skeleton
@@ -99,6 +100,19 @@ def vocabulary_of(base: nn.Module, heads: Mapping[str, Tensor], kept: list[str])
     ends = input_embeddings(base), getattr(base, "get_output_embeddings", lambda: None)()
     names = {f"{PREFIX}{name}.weight" for name, module in base.named_modules() if any(module is end for end in ends)}
     return {key: tensor for key, tensor in heads.items() if key in names and not is_saved(key, kept)}
+
+
+def live_base(model: nn.Module) -> nn.Module:
+    """The base of a live model, PeftModel or injected, whatever wraps either."""
+    model = without_wrappers(model)
+    return without_wrappers(model.get_base_model() if isinstance(model, PeftModel) else model)
+
+
+def saved_live(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
+    """What PEFT saves of a live adapter, without whole embeddings, by the keys in a file: a model that it was injected into has none
+    of its prefix, and one with wrappers has their names."""
+    saved = get_peft_model_state_dict(without_wrappers(model), adapter_name=adapter_name, save_embedding_layers=False)
+    return {PREFIX + plain_name(key).removeprefix(PREFIX): tensor for key, tensor in saved.items()}
 
 
 def never_adapted(config: PeftConfig) -> str | None:

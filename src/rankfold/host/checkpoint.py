@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,22 @@ WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 def plain_name(name: str) -> str:
     """Removes what torch.compile, FSDP and activation checkpointing put into a module's name or a key."""
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)
+
+
+def without_wrappers(model: nn.Module) -> nn.Module:
+    """What torch.compile, FSDP or activation checkpointing wraps."""
+    while (inner := next((model._modules[name] for name in WRAPPERS if name in model._modules), None)) is not None:
+        model = inner
+    return model
+
+
+def plain_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """All modules but wrappers, by the names that they have without them."""
+    return (
+        (plain_name(name), module)
+        for name, module in model.named_modules()
+        if not module._modules.keys() & set(WRAPPERS)
+    )
 
 
 def check_adapter_name(name: str) -> None:

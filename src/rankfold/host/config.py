@@ -16,7 +16,7 @@ from peft.utils import PeftType
 
 from rankfold.errors import RankfoldError
 from rankfold.host.card import say_what_loads_it
-from rankfold.host.field_types import field_types, fits, in_words
+from rankfold.host.field_types import bad_pattern, field_types, fits, in_words
 from rankfold.host.lora_fields import LoraFields, without_lora_fields
 from rankfold.host.peft_api import get_pattern_key, peft_name
 
@@ -135,6 +135,10 @@ class LowRankConfig(PeftConfig, metaclass=LoraFields):
         without_lora_fields(type(self), vars(self))  # one may have been assigned
         for name, hint in field_types(type(self)).items():
             self.require(name, getattr(self, name), fits(getattr(self, name), hint), in_words(hint))
+            if said := bad_pattern(name, getattr(self, name)):
+                raise RankfoldError(
+                    f"{type(self).__name__}: {name}: {said}; for any start of a name write .* and not *"
+                )
         init = self.init_lora_weights
         names = ["true", "false", *(f'"{name}"' for name in self.inits)]
         self.require("init_lora_weights", init, isinstance(init, bool) or init in self.inits, " or ".join(names))

@@ -7,6 +7,7 @@ in_words(int | None)               # "an integer or null"
 from __future__ import annotations
 
 import dataclasses
+import re
 import types
 from functools import cache
 from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
@@ -69,3 +70,15 @@ def in_words(hint: Any) -> str:
     if origin is list and args:
         return f"a list of {_WORDS.get(args[0], 'values').removeprefix('an ').removeprefix('a ')}"
     return _WORDS.get(origin or hint, str(hint))
+
+
+def bad_pattern(key: str, value: Any) -> str:
+    """What is wrong with a field that PEFT takes for regular expressions, which it finds out in the model; "" for nothing."""
+    if key not in ("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern"):
+        return ""
+    for pattern in [value] if isinstance(value, str) else value if isinstance(value, dict) else []:
+        try:
+            re.compile(str(pattern))
+        except re.error as error:
+            return f"{pattern!r} is not a valid regular expression: {error}"
+    return ""

@@ -8,17 +8,20 @@ point, so a member is added. The versions it is tested with stand in `rankfold.p
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from importlib.metadata import version
 from types import SimpleNamespace
 from typing import Any
 
+import torch
 from peft.utils import PeftType
+from torch import nn
 
 from rankfold.errors import RankfoldError
 from rankfold.peft_version import TESTED
 
 try:
-    from peft import LoraModel
+    from peft import LoraConfig, LoraModel
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
     from peft.optimizers.lorafa import LoraFAOptimizer
     from peft.tuners.tuners_utils import (
@@ -34,6 +37,7 @@ try:
         _MODEL_TO_CONVERSION_PATTERN,  # pyright: ignore[reportPrivateImportUsage]
         _MOE_TARGET_MODULE_MAPPING,
         _convert_peft_config_moe,
+        convert_peft_adapter_state_dict_for_transformers,
     )
 
     _ = save_and_load._get_adapter_state_dict_key_prefixes
@@ -64,7 +68,9 @@ __all__ = [
     "name_fused_experts",
     "names_of_experts",
     "onload_layer",
+    "patterns_of_moved",
     "peft_name",
+    "renamed_on_loading",
     "tie_modules_to_save",
     "tie_targets",
 ]
@@ -79,6 +85,31 @@ def exact_pattern(name: str) -> str:
     '^h\\.1\\.attn'
     """
     return "^" + re.escape(name)
+
+
+def patterns_of_moved(moved: dict[str, str], patterns: dict[str, Any], default: Any) -> dict[str, Any]:
+    """A rank_pattern or alpha_pattern for modules that have other names now: what it gave each under its old name comes first, since
+    the pattern may match no new name, or another's.
+
+    Args:
+        moved: old name → new name.
+        default: the value of a module that no pattern matches.
+    """
+    keys = list(patterns)
+    return {
+        exact_pattern(new): patterns.get(get_pattern_key(keys, old), default) for old, new in moved.items()
+    } | patterns
+
+
+def renamed_on_loading(keys: Iterable[str], model: nn.Module) -> set[str]:
+    """What PEFT makes of the keys of a LoRA's file when it loads it: of some models it knows what their modules were called before
+    transformers 5.
+
+    Args:
+        model: the base, perhaps on the meta device.
+    """
+    empty = {key: torch.empty(1, 1, device="meta") for key in keys}
+    return set(convert_peft_adapter_state_dict_for_transformers(model, LoraConfig(), empty))
 
 
 def check_as_lora(config: Any, model: Any, target_name: str) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from rankfold.errors import RankfoldError, short
 from rankfold.host.adapter import Adapter, Group, Site
-from rankfold.host.checkpoint import LAYERS, PREFIX, SHARED, plain_name, short_keys
+from rankfold.host.checkpoint import LAYERS, PREFIX, SHARED, plain_name, short_keys, without_wrappers
 from rankfold.host.config import LowRankConfig
 from rankfold.host.kinds import kind_named, kind_of
 from rankfold.host.layer import AdaptedLayer
@@ -152,11 +152,12 @@ class PlanningTuner(BaseTuner):
 def _all_linear(config: Any, model: nn.Module) -> Any:
     """Puts names in the place of "all-linear", as PEFT does, without the routers that are linear layers by their class alone."""
     everything = isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"
+    model = without_wrappers(model)  # PEFT does not know the head of a compiled model
     config = include_all_linear_layers(config, model)
     if everything:
         linear = {name: model.get_submodule(name) for name in config.target_modules}
         routers = {name for name, module in linear.items() if isinstance(module, nn.Linear) and kind_of(module) is None}
-        config.target_modules = linear.keys() - routers
+        config.target_modules = {plain_name(name) for name in linear.keys() - routers}
     return config
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel
+from peft import LoraConfig, PeftConfig
 from torch import nn
 
 from rankfold.errors import RankfoldError
@@ -16,9 +16,10 @@ from rankfold.fold import native, peft_adapters
 from rankfold.fold.peft_refusals import check_start
 from rankfold.fold.peft_updates import update_of
 from rankfold.fold.plain_lora import factors_of, is_plain, modules_of
-from rankfold.fold.source import Source
+from rankfold.fold.source import Source, live_base
 from rankfold.host import adapter as host
 from rankfold.host import registry
+from rankfold.host.checkpoint import plain_modules
 from rankfold.host.config import LowRankConfig
 from rankfold.host.layer import AdaptedLayer
 from rankfold.host.parameter_layer import AdaptedParameters
@@ -63,9 +64,9 @@ def inspect_adapter(
 
 
 def _of_model(model: nn.Module, adapter_name: str) -> dict[str, Found]:
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = live_base(model)
     updates = {}
-    for name, module in base.named_modules():
+    for name, module in plain_modules(base):
         if isinstance(module, AdaptedLayer) and adapter_name in module.lowrank_adapters:
             several = isinstance(module, AdaptedParameters)
             updates |= {a.site.name if several else name: _live(*_ours(a)) for a in module.adapters([adapter_name])}

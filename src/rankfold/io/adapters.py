@@ -121,7 +121,8 @@ def _unpickled(path: Path) -> dict[str, Tensor]:
         ) from None
     if not isinstance(found, dict) or not all(isinstance(t, Tensor) for t in found.values()):
         raise RankfoldError(f"{path} is not an adapter's: it must hold a dict of tensors, as PEFT saves it")
-    return {str(name): tensor for name, tensor in found.items()}
+    # A pickle keeps tied tensors in one memory, which safetensors writes only of tensors that have their own
+    return {str(name): tensor.clone() for name, tensor in found.items()}
 
 
 def write_labels(labels: Sequence[str], folder: Path) -> None:

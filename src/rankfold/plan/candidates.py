@@ -12,8 +12,9 @@ from torch import nn
 from rankfold.errors import RankfoldError, nearest
 from rankfold.host import registry
 from rankfold.host.config import LowRankConfig
+from rankfold.host.field_types import bad_pattern
 from rankfold.plan.peft_methods import NEEDED, RIVALS, fields_at
-from rankfold.runfile.methods import SET_BY_THE_RUN, bad_pattern, config_class, config_fields
+from rankfold.runfile.methods import SET_BY_THE_RUN, config_class, config_fields
 from rankfold.runfile.peft_methods import ALIASES
 from rankfold.runfile.yaml import YamlError, read
 from rankfold.tasks import table

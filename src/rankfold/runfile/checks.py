@@ -12,7 +12,7 @@ from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
 
 from rankfold.errors import nearest, short
 from rankfold.runfile.arguments import RENAMED, trainer_arguments
-from rankfold.runfile.methods import SET_BY_THE_RUN, bad_pattern, cannot_resume, config_class, config_fields, refuse
+from rankfold.runfile.methods import SET_BY_THE_RUN, cannot_resume, config_class, config_fields, refuse
 from rankfold.runfile.optimizers import check_optimizer
 from rankfold.runfile.problems import Problem, allowed
 from rankfold.runfile.schema import RunFile, Training
@@ -40,6 +40,8 @@ def peft_config(run: RunFile) -> PeftConfig:
 
 
 def _check_method(run: RunFile) -> list[Problem]:
+    from rankfold.host.field_types import bad_pattern
+
     name = run.method.name
     try:
         refuse(name)

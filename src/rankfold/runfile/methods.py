@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -54,18 +53,6 @@ def refuse(name: str) -> None:
     """Raises RankfoldError for a method that a run file cannot train."""
     if name in REFUSED:
         raise RankfoldError(f"'{name}' cannot be trained by a run file: {REFUSED[name]}")
-
-
-def bad_pattern(key: str, value: Any) -> str:
-    """What is wrong with a field that PEFT takes for regular expressions, which it finds out in the model; "" for nothing."""
-    if key not in ("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern"):
-        return ""
-    for pattern in [value] if isinstance(value, str) else value if isinstance(value, dict) else []:
-        try:
-            re.compile(str(pattern))
-        except re.error as error:
-            return f"{pattern!r} is not a valid regular expression: {error}"
-    return ""
 
 
 def config_fields(config: type) -> dict[str, dataclasses.Field]:

@@ -35,7 +35,7 @@ def write(folded: Folded, folder: Path) -> Written:
     ranks = {name: max(factors.rank, 1) for name, factors in folded.factors.items()}
     tensors = Layout(source.sites).tensors({name: f.pad(ranks[name]) for name, f in folded.factors.items()})
     parameters = sum(t.numel() for t in tensors.values())
-    tensors |= {k: v.detach().to("cpu", folded.dtype).contiguous() for k, v in source.heads.items()}
+    tensors |= folded.heads
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     written = {
         **config(source, largest),

@@ -37,7 +37,7 @@ def write(folded: Folded, folder: Path) -> Written:
             tensors[f"{module}.lora_A.weight"] = padded[site.name].down.clone()
             tensors[f"{module}.lora_B.weight"] = up
     parameters = sum(t.numel() for t in tensors.values())
-    tensors |= {k: v.detach().to("cpu", folded.dtype).contiguous() for k, v in source.heads.items()}
+    tensors |= folded.heads
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     experts = sorted({names.rpartition(".")[2] for found in source.experts.values() for names in found})
     written: dict[str, Any] = config(replace(source, sites=others), rank)

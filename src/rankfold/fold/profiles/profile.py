@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from rankfold.fold.source import Source, Update
 from rankfold.kernel.factors import Factors
@@ -37,6 +38,12 @@ class Folded:
     def rank(self) -> int:
         """The largest rank any module needs."""
         return max((f.rank for f in self.factors.values()), default=0)
+
+    @property
+    def heads(self) -> dict[str, Tensor]:
+        """Trained heads as the file holds them, each with memory of its own: tied ones share theirs, which safetensors refuses."""
+        heads = self.source.heads.items()
+        return {key: head.detach().to("cpu", self.dtype, copy=True).contiguous() for key, head in heads}
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,7 @@ def write(folded: Folded, folder: Path) -> Written:
     padded = {name: factors.pad(rank) for name, factors in {**folded.factors, **zeros}.items()}
     tensors = Layout(source.sites).tensors(padded)
     parameters = sum(t.numel() for t in tensors.values())
-    tensors |= {k: v.detach().to("cpu", folded.dtype).contiguous() for k, v in source.heads.items()}
+    tensors |= folded.heads
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     written = {**config(source, rank), "base_model_name_or_path": folded.base}
     write_config(written, source, folder)

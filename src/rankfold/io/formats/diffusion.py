@@ -16,13 +16,15 @@ from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig
-from torch import Tensor
+from torch import Tensor, nn
 
 from rankfold.errors import RankfoldError
+from rankfold.host.peft_api import patterns_of_moved
 from rankfold.io.adapters import CONFIG, WEIGHTS, read_tensors
 from rankfold.io.formats.adapter import Pair, SavedAdapter, plain_lora
 from rankfold.io.formats.place import Place
 from rankfold.io.models import ModelError, model_config, skeleton
+from rankfold.io.weight_names import to_model
 from rankfold.io.weights import read_headers, read_metadata
 from rankfold.text import examples, first_line
 
@@ -60,7 +62,8 @@ def read(place: Place, base: str | None) -> SavedAdapter:
         notes.append(f"left out: the LoRAs of {', '.join(others)}, which are other models; fold each with its --base")
     read = plain_lora(path, pairs, base, notes)
     stated = _stated(path, model)
-    return read if stated is None else replace(read, config=_with(stated, read.config, path))
+    moved = {module: names[module] for module in models[model] if names.get(module, module) != module}
+    return read if stated is None else replace(read, config=_with(stated, read.config, path, moved))
 
 
 def _is_kohya(model: str) -> bool:
@@ -105,26 +108,32 @@ def _pair(module: str, parts: dict[str, Tensor], path: Path) -> Pair:
 
 
 def _module_names(base: str) -> dict[str, str]:
-    """The modules of a model that have weights, by their names with underscores for dots."""
+    """The modules of a model that have weights, by their names with and without underscores for dots, older names too."""
     folder = Path(base)
     if (folder / "model_index.json").is_file():
         raise RankfoldError(
             f"base={base!r} is a pipeline of several models; give one of them, such as {folder / 'unet'}"
         )
     try:
-        names = [name for name, _ in skeleton(model_config(base)).named_parameters(remove_duplicate=False)]
+        model: nn.Module = skeleton(model_config(base))
+        names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
     except ModelError as error:  # a model of diffusers: its files have its own names
+        model = nn.Module()
         names = [name for file in sorted(folder.glob("*.safetensors")) for name in read_headers(file)]
         if not names:
             raise RankfoldError(
                 f"base={base!r}: {error}, and it has no safetensors whose names could be read"
             ) from None
     modules = [name.removesuffix(".weight") for name in names if name.endswith(".weight")]
+    name_of = to_model(model, prefix=False)
+    # In transformers 5 a CLIPTextModel lost the part in front that every other tool's names of its modules have
+    once = {old: m for m in modules if name_of(f"{(old := f'text_model.{m}')}.weight")[0] == f"{m}.weight"}
+    known = {module: module for module in modules} | once
     flat: dict[str, str] = {}
-    for module in modules:
-        if (other := flat.setdefault(module.replace(".", "_"), module)) != module:
+    for name, module in known.items():
+        if (other := flat.setdefault(name.replace(".", "_"), module)) != module:
             raise RankfoldError(f"base={base!r}: kohya's names do not tell its modules {other} and {module} apart")
-    return flat | {module: module for module in modules}
+    return flat | known
 
 
 def _only_model(models: Models, path: Path) -> str:
@@ -166,15 +175,18 @@ def _stated(path: Path, model: str) -> dict[str, Any] | None:
         raise RankfoldError(f"{path}: its {METADATA} is not valid: {error}") from None
 
 
-def _with(stated: dict[str, Any], config: Any, path: Path) -> LoraConfig:
-    """The stated ranks and scales on the modules that were found."""
+def _with(stated: dict[str, Any], config: Any, path: Path, moved: dict[str, str]) -> LoraConfig:
+    """The stated ranks and scales on the modules that were found, some under other names."""
     keys = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "lora_bias")
     try:
-        return LoraConfig(
+        made = LoraConfig(
             **{key: stated[key] for key in keys if key in stated},
             target_modules=config.target_modules,
             base_model_name_or_path=config.base_model_name_or_path,
             inference_mode=True,
         )
+        made.rank_pattern = patterns_of_moved(moved, made.rank_pattern or {}, made.r)
+        made.alpha_pattern = patterns_of_moved(moved, made.alpha_pattern or {}, made.lora_alpha)
+        return made
     except (TypeError, ValueError) as error:
         raise RankfoldError(f"{path}: its {METADATA} is not a config of PEFT's: {first_line(error)}") from None
