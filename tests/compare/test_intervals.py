@@ -127,13 +127,18 @@ def test_no_interval_is_shorter_than_the_pairs_own() -> None:
         assert half >= paired_t([tests[a][s] - tests[b][s] for s in range(4)])
 
 
-def test_a_lost_seed_takes_the_critical_value_of_several_variances() -> None:
+def test_pairs_with_other_seeds_share_the_5_percent() -> None:
+    """Two pairs of five seeds and one of four; one interval of all three alone (Šidák's) would be longer."""
     rng = np.random.default_rng(0)
     tests = {str(i): dict(enumerate(rng.normal(0, 1, 5))) for i in range(4)}
     del tests["3"][4]
     halves = together([("0", str(i)) for i in range(1, 4)], tests)
     variance, freedom = _pooled(tests, range(5))
-    assert halves["0", "1"] >= critical(1, freedom, 0.95 ** (1 / 3)) * math.sqrt(2 * variance / 5) - 1e-12
+    error = math.sqrt(2 * variance / 5)
+    assert halves["0", "2"] == pytest.approx(critical(2, freedom, 1 - 0.05 * 2 / 3) * error)
+    assert halves["0", "2"] < critical(1, freedom, 0.95 ** (1 / 3)) * error
+    four, freedom = _pooled(tests, range(4))
+    assert halves["0", "3"] >= critical(1, freedom, 1 - 0.05 / 3) * math.sqrt(2 * four / 4) - 1e-12
 
 
 def coverage(seeds: int, spread: float, times: int, rows: int = 300) -> float:

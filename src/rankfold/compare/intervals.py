@@ -13,6 +13,7 @@ rules and on the long side between (Howe 1974). `together` says how differences 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 
@@ -113,7 +114,8 @@ def together(
 
     The variance between seeds is pooled over all contenders that finished a pair's seeds, as in Tukey's and Dunnett's
     procedures, but with the degrees of freedom of Greenhouse and Geisser, which fall from (S−1)(C−1) to S−1 as the spreads of the
-    contenders become unequal. A pair whose own variance is larger than the pooled one keeps its own, and no interval is shorter than
+    contenders become unequal. Where pairs have different common seeds there are several such estimates, and each pair has its share of
+    the 5 % (Bonferroni). A pair whose own variance is larger than the pooled one keeps its own, and no interval is shorter than
     the pair's own paired t interval.
 
     Args:
@@ -127,17 +129,16 @@ def together(
     """
     shared = {(a, b): tuple(sorted(tests[a].keys() & tests[b].keys())) for a, b in pairs}
     tested = {pair: seeds for pair, seeds in shared.items() if len(seeds) >= LEAST_SEEDS}
-    pools = {seeds: _pooled(tests, seeds) for seeds in set(tested.values())}
+    sharing = Counter(tested.values())  # how many pairs share each estimate of variance
+    pools = {seeds: _pooled(tests, seeds) for seeds in sharing}
     found: dict[Pair, float] = {}
     for (a, b), seeds in tested.items():
         count = len(seeds)
         own = float(np.var([tests[a][s] - tests[b][s] for s in seeds], ddof=1))
         pooled, freedom = pools[seeds]
-        if len(pools) == 1:
-            reach = critical(len(tested), freedom)
-        else:
-            # Several estimates of variance: the inequality holds for the product of single intervals (Šidák 1967)
-            reach = critical(1, freedom, CONFIDENCE ** (1 / len(tested)))
+        # The pairs of one estimate may miss with their share of 5 %, so all may with 5 %, however the estimates depend on each other
+        missing = (1 - CONFIDENCE) * sharing[seeds] / len(tested)
+        reach = critical(sharing[seeds], freedom, 1 - missing)
         square = max(reach**2 * max(2 * pooled, own), critical(1, count - 1) ** 2 * own) / count
         if rows is not None and indices is not None:
             variance = rows.variance([indices[a][s] for s in seeds], [indices[b][s] for s in seeds])
