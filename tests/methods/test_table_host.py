@@ -1,5 +1,5 @@
 """What the host promises of every method, whatever is done around it: one config for two adapters, a second injection, a cast while
-merged, two models in one training, two threads at once."""
+merged, a compiled base, two models in one training, two threads at once."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,8 @@ from table import FIRST, LIVE, Row, adapt, adapter_parameters, assert_same, laye
 from torch import Tensor, nn
 
 from rankfold import attach
+from rankfold.errors import RankfoldError
+from rankfold.fold import fold_state_dict
 
 every_method = pytest.mark.parametrize("row", [*FIRST, *LIVE], ids=str)
 
@@ -67,6 +70,23 @@ def test_a_cast_while_merged(arch: Arch, row: Row) -> None:
     model.unmerge_adapter()
     for name, weight in weights(model).items():
         assert torch.equal(weight, before[name].bfloat16()), name
+
+
+@every_method
+def test_a_compiled_model_folds_as_the_model(row: Row) -> None:
+    """Its wrappers are in the names of modules, and would be in the keys of the fold."""
+    model = adapt(LLAMA, row)
+    compiled: Any = torch.compile(model, backend="eager")
+    plain, wrapped = _folded(model), _folded(compiled)
+    assert wrapped.keys() == plain.keys()
+    assert all(torch.equal(wrapped[key], plain[key]) for key in plain)
+
+
+def _folded(model: nn.Module) -> dict[str, Tensor]:
+    try:
+        return dict(fold_state_dict(model))
+    except RankfoldError as error:
+        return {str(error): torch.empty(0)}  # one that has no exact fold is refused alike
 
 
 class Towers(nn.Module):

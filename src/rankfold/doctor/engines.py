@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 
-from rankfold.doctor import engine_rules, rules
+from rankfold.doctor import engine_rules, peft_rules, rules
 from rankfold.doctor.case import Case
 from rankfold.doctor.findings import Finding, Status
 from rankfold.doctor.rules import Rule
@@ -99,7 +99,7 @@ def _tgi(key: str, name: str, version: str, scale: rules.Scale, *more: Rule) -> 
     shared: tuple[Rule, ...] = (
         partial(rules.only_lora, Status.IN_PART),
         rules.keys_end_in_factors(Status.IN_PART, "only lora_A.weight and lora_B.weight are used, not"),
-        engine_rules.bare_keys(Status.NOT_CHECKED, "what becomes of keys without base_model.model. was not read"),
+        rules.bare_keys(Status.NOT_CHECKED, "what becomes of keys without base_model.model. was not read"),
         engine_rules.tgi_layers,
         rules.scales(scale, "use_rslora", "alpha_pattern", "rank_pattern"),
     )
@@ -178,9 +178,7 @@ ENGINES = (
                 rules.keys_end_in_factors(
                     Status.NOT_CHECKED, "what becomes of other tensors was not read", "norm", "saved", "vocabulary"
                 ),
-                engine_rules.bare_keys(
-                    Status.NOT_CHECKED, "what becomes of keys without base_model.model. was not read"
-                ),
+                rules.bare_keys(Status.NOT_CHECKED, "what becomes of keys without base_model.model. was not read"),
                 rules.scales(rules.one_scale_no_rslora, "use_rslora", "alpha_pattern", "rank_pattern"),
                 partial(rules.rank_flag, 1 << 31, "--max-lora-rank", ()),
             )
@@ -238,7 +236,7 @@ ENGINES = (
                 ),
                 engine_rules.openvino_saved,
                 rules.dtypes(Status.REFUSED, "F32", "F16", "BF16"),  # "Not supported safetensors dtype" in its binary
-                engine_rules.bare_keys(Status.IN_PART, "keys without base_model.model. are not applied"),
+                rules.bare_keys(Status.IN_PART, "keys without base_model.model. are not applied"),
                 rules.scales(rules.one, "lora_alpha", "use_rslora", "alpha_pattern", "rank_pattern"),
             )
         },
@@ -294,7 +292,7 @@ ENGINES = (
                 rules.keys_end_in_factors(
                     Status.REFUSED, "keys must end in lora_A.weight or lora_B.weight (AssertionError)", "parameter"
                 ),
-                engine_rules.bare_keys(Status.REFUSED, "as many letters as base_model.model. has are cut off"),
+                rules.bare_keys(Status.REFUSED, "as many letters as base_model.model. has are cut off"),
                 rules.scales(rules.one_scale_no_rslora, "use_rslora", "alpha_pattern", "rank_pattern"),
             )
         },
@@ -316,12 +314,12 @@ ENGINES = (
         {
             "peft": (
                 rules.needs("peft_type"),
-                engine_rules.peft_type,
-                engine_rules.peft_config,
-                engine_rules.peft_targets,
-                engine_rules.peft_names,
-                engine_rules.peft_ranks,
-                engine_rules.bare_keys(Status.IN_PART, "keys without base_model.model. are not applied"),
+                peft_rules.known_type,
+                peft_rules.values,
+                peft_rules.targets,
+                peft_rules.renamed,
+                peft_rules.stated_ranks,
+                rules.bare_keys(Status.IN_PART, "keys without base_model.model. are not applied"),
             )
         },
     ),

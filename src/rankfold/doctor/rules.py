@@ -44,6 +44,17 @@ def only_lora(status: Status, case: Case) -> Iterator[Finding]:
         yield Finding(status, what, case.file.where("peft_type"), fold_command(case))
 
 
+def bare_keys(status: Status, what: str) -> Rule:
+    """Factors whose keys lack PEFT's prefix."""
+
+    def rule(case: Case) -> Iterator[Finding]:
+        if case.bare:
+            fix = "write base_model.model. before each key"
+            yield Finding(status, f"{what}: {examples(case.bare)}", case.bare[0], fix)
+
+    return rule
+
+
 def needs(*keys: str) -> Rule:
     """Keys without which the engine's config class cannot be made."""
 
